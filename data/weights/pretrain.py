@@ -1,0 +1,201 @@
+"""Drawn single objects of 48 invented classes → data/weights/scenes_vit.fp16.safetensors, the demo's backbone.
+
+What ImageNet is to photographs, these are to `scenes`: one object in the middle, and only its image-level label. None of the six
+classes of `scenes` is among them, and no mask is used. Pictures are composed into mosaics of 1, 4 or 16 cells, so that a network
+that is to name each cell must encode what is where, and not only what. Some cells are empty: background is a class of its own.
+
+    python data/weights/pretrain.py --steps 3000        # about 30 minutes on two cores; the same file every time on one machine
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.imaging import drawing
+from pipeline.imaging.drawing import Canvas, Part, Points
+from pipeline.nn.family import Normalise
+from pipeline.nn.vit.scenes_vit import STRIDE, scenes_vit
+from pipeline.training.checkpoint import save_tensors
+
+log = logging.getLogger("pretrain")
+
+CLASSES = 48
+EMPTY = CLASSES
+SIZE = 128
+LAYOUTS = {1: 0.25, 2: 0.5, 4: 0.25}  # cells along a side → share of the pictures
+POOL = {1: 2500, 2: 9000, 4: 9000}  # pictures drawn for each
+EMPTY_SHARE = 0.2
+OBJECT_TOKENS = 0.25  # share of a cell's tokens that must show its class
+EMPTY_TOKENS = 0.15  # share of an object's cell that must show background
+
+
+def body(kind: int, aspect: float, rng: np.random.Generator) -> Points:
+    """One of twelve outlines, none of them an outline of `scenes`."""
+    wobble = rng.uniform(0.92, 1.08)
+    angle = np.arange(10) * math.pi / 5 - math.pi / 2
+    ring = np.linspace(0.3, 2 * math.pi - 0.3, 24)
+    w = 0.36 * wobble
+    outlines: list[Points] = [
+        drawing.ellipse(0, 0, 0.62 * aspect * wobble, 0.92),
+        drawing.polygon((-0.85, 0.8), (0.85, 0.8), (0.05, -0.95)),
+        drawing.polygon((-0.9, -0.6 * aspect), (0.9, -0.6 * aspect), (0.5 * wobble, 0.75), (-0.5 * wobble, 0.75)),
+        np.stack([np.where(np.arange(10) % 2, 0.48, 0.98) * f(angle) for f in (np.cos, np.sin)], axis=1),
+        drawing.polygon((-w, -0.95), (w, -0.95), (w, -w), (0.95, -w), (0.95, w), (w, w), (w, 0.95), (-w, 0.95), (-w, w), (-0.95, w),
+                        (-0.95, -w), (-w, -w)),
+        drawing.cloud(rng, 0, 0, 0.55 * aspect, 0.85, 5, 0.25),
+        drawing.ellipse(0, 0, 0.92, 0.92 * aspect, 6),
+        np.concatenate([drawing.dome(0, -0.1, 0.62, 0.8), drawing.polygon((0.62, 0.85 * wobble), (-0.62, 0.85 * wobble))]),
+        drawing.polygon((-0.85, -0.85), (-0.2, -0.85), (-0.2, 0.2), (0.85, 0.2), (0.85, 0.85), (-0.85, 0.85)),
+        np.concatenate([np.stack([0.95 * np.cos(ring), 0.95 * np.sin(ring)], 1),
+                        np.stack([0.42 * np.cos(ring[::-1]), 0.42 * np.sin(ring[::-1])], 1)]),
+        drawing.polygon((-0.3, -0.95), (0.3, -0.95), (0.3, 0.1), (0.8, 0.1), (0, 0.95), (-0.8, 0.1), (-0.3, 0.1)),
+        drawing.polygon((-0.95, -0.1), (-0.4, -0.6), (0.1, -0.15), (0.6, -0.65), (0.95, 0.1), (0.5, 0.65), (-0.5, 0.6)),
+    ]  # fmt: skip
+    return outlines[kind]
+
+
+def single_object(number: int, rng: np.random.Generator) -> list[Part]:
+    """Class `number`: outline, body texture, hue range and attached parts are its own; the rest varies."""
+    own = np.random.default_rng([77, number])
+    textures = list(drawing.TEXTURES.values())
+    texture = textures[(number * 5 + number // 12) % len(textures)]
+    hue, aspect = own.random(), own.uniform(0.75, 1.15)
+    base = drawing.colour(rng, (hue - 0.08, hue + 0.08), (0.15, 0.9), (0.45, 0.98))
+    parts = [Part(body(number % 12, aspect, rng), texture, base)]
+    for _ in range(int(own.integers(1, 4))):
+        x, y, size = own.uniform(-0.7, 0.7), own.uniform(-0.7, 0.7), own.uniform(0.16, 0.36)
+        shape, patch = own.integers(3), textures[own.integers(len(textures))]
+        tone = [np.array([46.0, 43, 50]), np.array([243.0, 240, 232]), drawing.colour(rng, (own.random(), 1), (0.5, 0.9), (0.5, 0.95))]
+        base_of_part = tone[own.integers(3)]
+        x, y = x + rng.normal() * 0.04, y + rng.normal() * 0.04
+        for side in (1, -1) if own.random() < 0.5 else (1,):
+            outline = (
+                drawing.ellipse(x * side, y, size, size),
+                drawing.rectangle(x * side - size, y - size * 0.7, x * side + size, y + size * 0.7),
+                drawing.polygon((x * side - size, y + size), (x * side + size, y + size), (x * side, y - size)),
+            )[shape]
+            parts.insert(0 if own.random() < 0.3 else len(parts), Part(outline, patch, base_of_part))
+    return parts
+
+
+def draw_single(number: int, index: int, size: int) -> np.ndarray:
+    """u8[size,size,3] of class `number`, or of bare ground for EMPTY."""
+    rng = np.random.default_rng([5, size, number, index])
+    canvas = Canvas(size, drawing.ground(rng, size, str(rng.choice(sorted(drawing.GROUNDS)))))
+    if number != EMPTY:
+        centre = (size / 2 + rng.normal() * size * 0.1, size / 2 + rng.normal() * size * 0.1)
+        canvas.paint(
+            rng, single_object(number, rng), centre=centre, radius=size * rng.uniform(0.24, 0.44), turn=float(rng.normal() * 0.2),
+            mirrored=bool(rng.random() < 0.5), value=1,
+        )  # fmt: skip
+    return canvas.finish(rng)[0]
+
+
+def _draw_many(indices: range, size: int) -> np.ndarray:
+    return np.stack([draw_single(label_of(index), index, size) for index in indices])
+
+
+def label_of(index: int) -> int:
+    """Class of picture `index` of a pool: every fifth is empty, the others go round the classes."""
+    return EMPTY if index % 5 == 0 else (index * 7) % CLASSES
+
+
+def draw_pool(cells: int, processes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures u8[n,side,side,3] of one cell size, and their classes i64[n]."""
+    count = POOL[cells]
+    ranges = [range(at, min(count, at + 250)) for at in range(0, count, 250)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        pictures = np.concatenate(list(pool.map(partial(_draw_many, size=SIZE // cells), ranges)))
+    return pictures, np.array([label_of(index) for index in range(count)])
+
+
+def mosaic(
+    pool: tuple[np.ndarray, np.ndarray], cells: int, batch: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """u8[batch,SIZE,SIZE,3] and the class of each cell i64[batch,cells,cells]; singles are mirrored at random."""
+    pictures, labels = pool
+    chosen = rng.integers(len(pictures), size=(batch, cells, cells))
+    tiles = pictures[chosen]
+    mirrored = rng.random((batch, cells, cells)) < 0.5
+    tiles[mirrored] = tiles[mirrored][:, :, ::-1]
+    side = SIZE // cells
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, cells * side, cells * side, 3), labels[chosen]
+
+
+def cell_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Token logits f32[b,CLASSES+1,16,16] and cell classes i64[b,n,n] → scalar.
+
+    Multiple-instance learning with softmax tokens: a share of the tokens must show the cell's class, another share background,
+    and no token may show anything else.
+    """
+    b, channels, side, _ = logits.shape
+    n = labels.shape[1]
+    each = side // n
+    tokens = logits.softmax(1).reshape(b, channels, n, each, n, each).permute(0, 2, 4, 3, 5, 1).reshape(-1, each * each, channels)
+    wanted = labels.reshape(-1)
+    of_class = tokens.gather(2, wanted[:, None, None].expand(-1, each * each, 1))[..., 0]
+    empty = tokens[..., EMPTY]
+    is_object = wanted != EMPTY
+    shown = of_class.topk(max(1, round(OBJECT_TOKENS * each * each)), dim=1).values.mean(1)
+    bare = empty.topk(max(1, round(EMPTY_TOKENS * each * each)), dim=1).values.mean(1)
+    allowed = torch.where(is_object, (of_class + empty).mean(1), empty.mean(1))
+    terms = -allowed.clamp(min=1e-4).log() - is_object * (shown.clamp(min=1e-4).log() + 0.5 * bare.clamp(min=1e-4).log())
+    return terms.mean()
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "scenes_vit.fp16.safetensors")
+@click.option("--steps", default=3000, show_default=True)
+@click.option("--batch", default=48, show_default=True)
+@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+def main(out: Path, steps: int, batch: int, lr: float, threads: int) -> None:
+    """Draws the pools, trains, and writes the backbone (fp16, no head) to OUT, and every 500 steps beside it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(threads)
+    pools = {cells: draw_pool(cells, threads) for cells in POOL}
+    log.info("pools drawn: %s", {cells: pool[0].shape for cells, pool in pools.items()})
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    net, normalise = scenes_vit(SIZE), Normalise()
+    head = nn.Conv2d(net.embed_dim, CLASSES + 1, 1)
+    parameters = [*net.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    total = 0.0
+    for step in range(steps):
+        rate = lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        cells = int(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
+        pictures, labels = mosaic(pools[cells], cells, batch, rng)
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        images = (images * torch.from_numpy(rng.uniform(0.85, 1.15, (batch, 3, 1, 1)).astype(np.float32))).clamp(0, 1)
+        tokens = net.forward_features(normalise(images))[:, 1:]
+        logits = head(tokens.transpose(1, 2).reshape(batch, -1, SIZE // STRIDE, SIZE // STRIDE))
+        loss = cell_loss(logits, torch.from_numpy(labels))
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        total += loss.item()
+        if (step + 1) % 50 == 0:
+            log.info("step %d loss %.4f", step + 1, total / 50)
+            total = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            path = out if step + 1 == steps else out.with_name(f"{out.stem}.{step + 1}.safetensors")
+            told = {"made_by": "data/weights/pretrain.py", "steps": str(step + 1), "batch": str(batch), "labels": "image-level"}
+            save_tensors(path, {name: value.half() for name, value in net.state_dict().items()}, told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The waist: what every method, refiner, segmenter, data set and exporter must fill. Nothing here runs.
+
+Shape letters: b images, c classes of the data set, k classes present in one image, h w pixels of an image,
+gh gw cells of a score-map grid, n = gh * gw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.core.labels import LabelSpace
+
+if TYPE_CHECKING:  # stages without model work import this file and must not pay for torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One (sub-)batch of training images, after augmentation.
+
+    images  f32[b,3,h,w] RGB in 0..1; the network normalises, so that callers cannot disagree
+    tags    f32[b,c] 0 or 1
+    valid   bool[b,h,w] False on padding
+    masks   u8[b,h,w] mask values (IGNORE on padding), or None where only tags train
+    """
+
+    images: Tensor
+    tags: Tensor
+    valid: Tensor
+    masks: Tensor | None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a training run stands: `step` of `steps` in phase number `phase`, both from 0."""
+
+    phase: int
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        return self.step / max(1, self.steps)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training with its own optimiser.
+
+    epochs      passes over the training images; the loop makes round(epochs * n / batch_size) steps of them
+    batch_size  images per step
+    shards      equal sub-batches of one step, each computed by itself and summed in order. It changes the
+                floating-point result, so it is a param; how many processes share the shards is not.
+    lr          peak learning rate; falls by `schedule` after `warmup` steps of linear rise
+    restart     prefixes of state-dict names that go back to their initial weights as the phase starts; the rest carries over
+    """
+
+    name: str
+    epochs: float
+    batch_size: int
+    shards: int
+    lr: float
+    weight_decay: float
+    optimiser: str  # "adamw" | "sgd"
+    schedule: str  # "poly" | "cosine" | "one_cycle"
+    warmup: int
+    restart: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a learning-rate factor: lr = phase.lr * lr_factor."""
+
+    parameters: Sequence[Tensor]
+    lr_factor: float
+    weight_decay_factor: float
+
+
+@dataclass(frozen=True)
+class ScoreMaps:
+    """What a method says about a batch of equally sized views (tensors) or about one image (arrays, b dropped).
+
+    scores      f32[b,c,gh,gw] evidence >= 0 per class; no background plane
+    affinity    f32[b,n,n] symmetric, or None
+    tag_logits  f32[b,c] the network's own image-level opinion, before the sigmoid
+    """
+
+    scores: Tensor
+    affinity: Tensor | None
+    tag_logits: Tensor
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """Score maps of one image as refiners and evaluate read them.
+
+    classes  i64[k] 0-based class positions, ascending; scores f32[k,gh,gw] in 0..1; size (h, w) px of the image
+    """
+
+    classes: np.ndarray
+    scores: np.ndarray
+    size: tuple[int, int]
+    affinity: np.ndarray | None = None
+
+
+class Trainable(Protocol):
+    """A torch module that the one training loop can train."""
+
+    def phases(self) -> list[Phase]: ...
+
+    def param_groups(self, phase: Phase) -> list[ParamGroup]: ...
+
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """Weighted scalars by name; the loop minimises their sum. Each is a mean over the sub-batch."""
+        ...
+
+
+class Method(Trainable, Protocol):
+    """Module-level names of pipeline/methods/<name>.py: Params, Options (frozen dataclasses) and Method."""
+
+    def __init__(self, labels: LabelSpace, params: Any, family: Any) -> None: ...
+
+    def score_maps(self, images: Tensor, options: Any) -> ScoreMaps: ...
+
+    def inspect(self, images: Tensor) -> dict[str, Tensor]: ...
+
+
+class Segmenter(Trainable, Protocol):
+    """Module-level names of pipeline/segmenters/<name>.py: Params and Segmenter."""
+
+    def segment(self, images: Tensor) -> Tensor:
+        """f32[b,3,h,w] in 0..1 → f32[b,c+1,h,w] logits, plane 0 background."""
+        ...
+
+
+class Refiner(Protocol):
+    """Module-level names of pipeline/refiners/<name>.py: FitParams, Params and Refiner.
+
+    `fit` sees every train image once (no ground truth) and returns a state of named arrays; `__call__` turns one
+    image's score maps into probabilities over [background, its k classes].
+    """
+
+    def fit(self, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> Mapping[str, np.ndarray]: ...
+
+    def __call__(self, image: np.ndarray, maps: ImageMaps) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One image as a data set lists it, before prepare has opened anything.
+
+    path, mask_path are relative to dataset.root; tags are class names, or None where nobody tagged the image.
+    """
+
+    id: str
+    path: Path
+    split: str  # "train" | "val"
+    tags: tuple[str, ...] | None
+    mask: bool
+
+
+class Dataset(Protocol):
+    """Module-level names of pipeline/datasets/<name>.py: Params and Dataset(root, params)."""
+
+    labels: LabelSpace
+
+    def listings(self) -> list[Listing]:
+        """Every image, in any order. Raises DatasetError listing all that is wrong with lists and tags."""
+        ...
+
+    def truth(self, listing: Listing) -> np.ndarray:
+        """u8[h,w] mask values. Only called where listing.mask is True."""
+        ...
+
+
+class Exporter(Protocol):
+    """Module-level name of pipeline/exporters/<name>.py: write(masks, records, labels, out)."""
+
+    def __call__(self, masks: Any, records: Any, labels: LabelSpace, out: Path) -> None: ...

@@ -1,0 +1,147 @@
+"""The sections of params.yaml that belong to stages. Plug-ins keep their own Params beside the code that uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pipeline.core import config
+from pipeline.core.config import PARAMS_FILE, Count, Positive, Range, Share
+
+Compression = Literal["gzip", "zstd", "none"]
+
+TOP_LEVEL = (
+    "dataset", "methods", "prepare", "train", "extract", "fit_refiner", "refine", "export", "retrain", "segment",
+    "evaluate", "report",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`root` is where the raw images lie; `options` goes to pipeline/datasets/<name>.py's Params."""
+
+    name: str
+    root: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class Column:
+    """methods.<m>: the slots of one column of the DAG. `init` and `segmenter_init` are files, or scratch."""
+
+    backbone: str
+    init: str
+    refiner: str
+    segmenter: str
+    segmenter_init: str
+
+
+@dataclass(frozen=True)
+class Prepare:
+    on_bad_image: Literal["fail", "skip"]
+    images_per_part: Positive
+    compression: Compression
+
+
+@dataclass(frozen=True)
+class Extract:
+    """extract.<m>: views and storage, the same for every method; `options` goes to the method's Options.
+
+    scales      image side factors; each view's sides are rounded to the backbone's stride so that no pixel is lost
+    long_side   px, or null: larger images are first scaled down to it, which bounds memory
+    merge       how views become one map: rule of imaging.scoremaps.merge_views
+    stride      px of the image per score-map cell
+    tag_threshold  on val, classes whose sigmoid(tag_logits) reaches it are kept
+    """
+
+    scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
+    long_side: Positive | None
+    flip: bool
+    merge: Literal["irn", "afa", "weaktr"]
+    stride: Annotated[int, Range(low=1, high=32)]
+    views_per_batch: Positive
+    tag_threshold: Share
+    keep_affinity: bool
+    precision: Literal["fp32", "bf16", "fp16"]
+    images_per_part: Positive
+    compression: Compression
+    options: Any
+
+
+@dataclass(frozen=True)
+class Refine:
+    """refine.<m>: `options` goes to the refiner's Params.
+
+    disagree_at  null, or two background levels (low, high) as factors of the fitted one: pixels whose labels differ
+                 between them are marked, and export may set them to 255
+    """
+
+    disagree_at: tuple[Annotated[float, Range(above=0)], ...] | None
+    images_per_part: Positive
+    compression: Compression
+    options: Any
+
+    def __post_init__(self) -> None:
+        pair = self.disagree_at
+        if pair is not None and (len(pair) != 2 or pair[0] >= pair[1]):
+            raise ValueError(f"disagree_at: got {list(pair)}, allowed is null or [low, high] with low < high")
+
+
+@dataclass(frozen=True)
+class Export:
+    """export.<m>: which pixels become 255, and in which formats the masks are written beside the HDF5 store."""
+
+    ignore_below: Share
+    ignore_disagreement: bool
+    formats: tuple[str, ...]
+    images_per_part: Positive
+    compression: Compression
+
+
+@dataclass(frozen=True)
+class Segment:
+    """segment.<m>: sliding windows of `window` px every `window_stride` px on the image scaled by each of `scales`."""
+
+    scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
+    flip: bool
+    short_side: Positive | None
+    window: Positive
+    window_stride: Positive
+    precision: Literal["fp32", "bf16", "fp16"]
+    crf: Any
+    images_per_part: Positive
+    compression: Compression
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """ignored_prediction: how 255 in pseudo-masks counts: out of the count, as background, or as a miss."""
+
+    ignored_prediction: Literal["excluded", "background", "miss"]
+    threshold_bins: Annotated[int, Range(low=10, high=1000)]
+    strips: Count
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    strip_height: Annotated[int, Range(low=32, high=512)]
+
+
+def read(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """The whole file, its top-level keys checked. ParamsError names what is unknown or missing."""
+    values = config.read(path)
+    problems = [f"unknown section {key!r}" for key in values if key not in TOP_LEVEL]
+    problems += [f"section {key!r} is missing" for key in TOP_LEVEL if key not in values]
+    if problems:
+        raise config.ParamsError(f"{path}: {'; '.join(problems)}; allowed are {', '.join(TOP_LEVEL)} (edit {path})")
+    return values
+
+
+def dataset(values: dict[str, Any]) -> Dataset:
+    return config.parse(Dataset, values["dataset"], "dataset")
+
+
+def column(values: dict[str, Any], key: str) -> Column:
+    return config.parse(Column, config.section(values, "methods", key), f"methods.{key}")

@@ -1,0 +1,331 @@
+"""Arrays per image ↔ a directory of HDF5 parts: the narrow waist between stages.
+
+A part holds `ids` and one group per field with `data` (flat, 1-D), `shape u4[n,rank]` and `offset u8[n+1]`:
+image i's array is data[offset[i]:offset[i+1]] in row-major order of shape[i]. Part borders come from the sorted ids and
+`images_per_part` alone, so the bytes do not depend on how many processes wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
+
+CHUNK_BYTES = 256 * 1024
+LIBVER = ("v110", "v110")
+CONFIDENCE_STEPS = 255  # confidences are stored as u8: value / 255
+
+Item = tuple[str, Mapping[str, np.ndarray]]
+
+
+class StoreError(RuntimeError):
+    """A store is damaged or not what the reader expects; the text names part and id."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array per image. axes name its dimensions; a name that stands in two fields has the same length in both."""
+
+    dtype: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Schema:
+    name: str
+    version: int
+    fields: Mapping[str, Field]
+
+
+# scores of the present classes only, in 0..1 at stride 4; affinity is [0,0] where the method keeps none
+SCORE_MAPS = Schema(
+    "score_maps",
+    1,
+    {
+        "classes": Field("<u2", ("k",)),
+        "scores": Field("<f2", ("k", "gh", "gw")),
+        "tag_logits": Field("<f4", ("c",)),
+        "affinity": Field("<f2", ("n", "n")),
+    },
+)
+# label holds mask values without 255; confidence is its probability / disagree is 1 where two thresholds differ
+REFINED = Schema(
+    "refined",
+    1,
+    {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w")), "disagree": Field("|u1", ("h", "w"))},
+)
+PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
+PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
+TRUTH = Schema("truth", 1, {"mask": Field("|u1", ("h", "w"))})
+
+
+def parts_of(ids: Iterable[str], images_per_part: int) -> list[list[str]]:
+    """Sorted ids, cut every `images_per_part`; no ids give one empty part, so that an out is never an empty folder."""
+    ordered = sorted(ids)
+    return [ordered[at : at + images_per_part] for at in range(0, len(ordered), images_per_part)] or [[]]
+
+
+def part_path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:05d}.h5"
+
+
+def write_part(
+    path: Path,
+    schema: Schema,
+    items: Iterable[Item],
+    *,
+    labels: LabelSpace,
+    part: int,
+    parts: int,
+    params_digest: str,
+    compression: str,
+) -> None:
+    """Streams items (id, field → array) in sorted id order into one part; the file appears whole or not at all.
+
+    compression: "gzip", "zstd" (needs the extra hdf5plugin) or "none". StoreError on a wrong shape, dtype or order.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    ids: list[bytes] = []
+    with h5py.File(partial, "w", libver=LIBVER) as file:
+        columns = {name: _Column(file, name, field, compression) for name, field in schema.fields.items()}
+        previous = None
+        for image_id, arrays in items:
+            if previous is not None and image_id <= previous:
+                raise StoreError(f"{path}: id {image_id!r} comes after {previous!r}; ids must be sorted and unique")
+            previous = image_id
+            _check(image_id, arrays, schema, path)
+            digest.update(image_id.encode("utf-8") + b"\0")
+            for name, column in columns.items():
+                column.append(arrays[name], digest)
+            ids.append(image_id.encode("utf-8"))
+        for column in columns.values():
+            column.close()
+        file["ids"] = np.array(ids, dtype=f"S{max([1, *map(len, ids)])}")
+        file["class_names"] = np.array([name.encode("utf-8") for name in labels.names])
+        file.attrs.update(
+            {
+                "schema": schema.name,
+                "version": schema.version,
+                "background": BACKGROUND,
+                "ignore": IGNORE,
+                "part": part,
+                "parts": parts,
+                "params_digest": params_digest,
+                "logical_digest": digest.hexdigest(),
+            }
+        )
+    partial.replace(path)
+
+
+class _Column:
+    """One field of a part being written; at most one chunk and one image are in memory."""
+
+    def __init__(self, file: h5py.File, name: str, field: Field, compression: str) -> None:
+        self.dtype = np.dtype(field.dtype)
+        self.group = file.create_group(name)
+        self.group.attrs["axes"] = " ".join(field.axes)
+        chunk = CHUNK_BYTES // self.dtype.itemsize
+        self.data = self.group.create_dataset(
+            "data", (0,), self.dtype, maxshape=(None,), chunks=(chunk,), fletcher32=True, **_filter(compression)
+        )
+        self.chunk = chunk
+        self.pending: list[np.ndarray] = []
+        self.waiting = 0
+        self.written = 0
+        self.rank = len(field.axes)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def append(self, array: np.ndarray, digest: Any) -> None:
+        flat = np.ascontiguousarray(array, self.dtype).reshape(-1)
+        digest.update(json.dumps(array.shape).encode() + flat.tobytes())
+        self.shapes.append(array.shape)
+        self.pending.append(flat)
+        self.waiting += flat.size
+        if self.waiting >= self.chunk:  # whole chunks at a time, so that none is compressed twice
+            self._flush(self.waiting // self.chunk * self.chunk)
+
+    def _flush(self, count: int) -> None:
+        flat = np.concatenate(self.pending) if self.pending else np.empty(0, self.dtype)
+        self.data.resize((self.written + count,))
+        self.data[self.written :] = flat[:count]
+        self.written += count
+        self.pending, self.waiting = [flat[count:].copy()], flat.size - count
+
+    def close(self) -> None:
+        self._flush(self.waiting)
+        shapes = np.array(self.shapes, "<u4").reshape(-1, self.rank)
+        self.group["shape"] = shapes
+        self.group["offset"] = np.concatenate([[0], np.cumsum(shapes.astype("<u8").prod(axis=1))]).astype("<u8")
+
+
+def _filter(compression: str) -> dict[str, Any]:
+    if compression == "none":
+        return {}
+    if compression == "gzip":
+        return {"compression": "gzip", "compression_opts": 4, "shuffle": False}
+    if compression == "zstd":
+        try:
+            import hdf5plugin
+        except ImportError:
+            raise StoreError("compression zstd needs `pip install hdf5plugin`, or set it to gzip in params.yaml") from None
+        return dict(hdf5plugin.Zstd(clevel=6))
+    raise StoreError(f"compression {compression!r}: allowed are gzip, zstd, none (edit params.yaml)")
+
+
+def _check(image_id: str, arrays: Mapping[str, np.ndarray], schema: Schema, path: Path) -> None:
+    if set(arrays) != set(schema.fields):
+        raise StoreError(f"{path}: {image_id!r} has fields {sorted(arrays)}, {schema.name} has {sorted(schema.fields)}")
+    lengths: dict[str, int] = {}
+    for name, field in schema.fields.items():
+        shape = arrays[name].shape
+        if len(shape) != len(field.axes):
+            raise StoreError(f"{path}: {image_id!r} {name} has shape {shape}, expected axes {field.axes}")
+        for axis, length in zip(field.axes, shape, strict=True):
+            if lengths.setdefault(axis, length) != length:
+                raise StoreError(f"{path}: {image_id!r} {name} has {length} along {axis}, another field {lengths[axis]}")
+
+
+class Store:
+    """Reads a folder of parts. `len`, `ids`, `store[id]` → {field: array}, iteration in id order.
+
+    Files open lazily, once per process. StoreError where a part is missing, damaged, or of another schema.
+    """
+
+    def __init__(self, folder: Path, schema: Schema) -> None:
+        self.folder, self.schema = Path(folder), schema
+        self._open: dict[int, h5py.File] = {}
+        self._process = os.getpid()
+        self._index: dict[str, tuple[int, int]] = {}
+        self._tables: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+        found = sorted(self.folder.glob("part-*.h5"))
+        if not found:
+            raise StoreError(f"{self.folder} holds no parts; run the stage that writes it (`dvc repro`)")
+        digests = []
+        names: tuple[str, ...] | None = None
+        for part, path in enumerate(found):
+            with h5py.File(path, "r") as file:
+                self._check_part(path, file, part, len(found))
+                names = tuple(name.decode("utf-8") for name in file["class_names"][()])
+                self._tables.append(
+                    {field: (file[field]["shape"][()], file[field]["offset"][()].astype(int)) for field in schema.fields}
+                )
+                for row, image_id in enumerate(file["ids"][()]):
+                    self._index[image_id.decode("utf-8")] = (part, row)
+                digests.append(file.attrs["logical_digest"])
+        self.paths = found
+        self.labels = LabelSpace(names or ())
+        self.ids: list[str] = sorted(self._index)
+        self.logical_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def _check_part(self, path: Path, file: h5py.File, part: int, count: int) -> None:
+        wanted = (self.schema.name, self.schema.version)
+        got = (file.attrs.get("schema"), file.attrs.get("version"))
+        if got != wanted:
+            raise StoreError(f"{path}: schema {got[0]} version {got[1]}, expected {wanted[0]} version {wanted[1]}")
+        if file.attrs["part"] != part or file.attrs["parts"] != count:
+            missing = sorted(set(range(int(file.attrs["parts"]))) - {int(p.stem[5:]) for p in self.folder.glob("part-*.h5")})
+            raise StoreError(f"{self.folder}: of {file.attrs['parts']} parts these are missing: {missing}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._index
+
+    def __iter__(self) -> Iterator[Item]:
+        return ((image_id, self[image_id]) for image_id in self.ids)
+
+    def __getitem__(self, image_id: str) -> dict[str, np.ndarray]:
+        return {name: self.read(image_id, name) for name in self.schema.fields}
+
+    def read(self, image_id: str, name: str) -> np.ndarray:
+        """One field of one image."""
+        if image_id not in self._index:
+            raise StoreError(f"{self.folder} holds no id {image_id!r}")
+        part, row = self._index[image_id]
+        shape, offset = self._tables[part][name]
+        try:
+            flat = self._file(part)[name]["data"][offset[row] : offset[row + 1]]
+        except OSError as error:  # fletcher32 found flipped bits
+            raise StoreError(f"{self.paths[part]}: {image_id!r} {name} is damaged ({error})") from error
+        return flat.reshape(shape[row].astype(int))
+
+    def require(self, ids: Iterable[str]) -> None:
+        """StoreError unless the store holds exactly these ids."""
+        wanted = set(ids)
+        missing, extra = sorted(wanted - set(self._index)), sorted(set(self._index) - wanted)
+        if missing or extra:
+            raise StoreError(
+                f"{self.folder}: {len(missing)} ids are missing {missing[:5]}, {len(extra)} are not expected {extra[:5]}"
+            )
+
+    def _file(self, part: int) -> h5py.File:
+        if os.getpid() != self._process:  # HDF5 handles do not survive a fork
+            self._open, self._process = {}, os.getpid()
+        if part not in self._open:
+            if len(self._open) >= 8:  # memory must not grow with the number of parts
+                self._open.pop(next(iter(self._open))).close()
+            self._open[part] = h5py.File(self.paths[part], "r")
+        return self._open[part]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain values (numbers, texts, lists, mappings), independent of mapping order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of one file, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Workspace:
+    """`with Workspace(out, key) as work:` a folder for finished pieces that survives a crash.
+
+    The same key (inputs, params and code of the stage) finds it again; when the block ends well the folder `work.result`
+    takes the place of `out` by a rename, and the rest is removed.
+    """
+
+    def __init__(self, out: Path, key: str, root: Path = Path(".work")) -> None:
+        self.out = out
+        self.folder = root / key[:32]
+        self.result = self.folder / "result"
+
+    def __enter__(self) -> Workspace:
+        self.result.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.out.is_dir() and not self.out.is_symlink():
+            shutil.rmtree(self.out)
+        else:
+            self.out.unlink(missing_ok=True)
+        if self.out.suffix:  # an out that is one file is called the same inside the work space
+            (self.result / self.out.name).replace(self.out)
+        else:
+            self.result.replace(self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def missing_parts(folder: Path, parts: Sequence[Sequence[str]]) -> list[int]:
+    """Part numbers that are not finished yet, in order."""
+    return [part for part in range(len(parts)) if not part_path(folder, part).exists()]

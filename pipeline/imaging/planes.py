@@ -1,0 +1,48 @@
+"""Planes of one image as NumPy arrays: upsampling, background, labels. Shared by refiners and evaluate, free of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.core.labels import BACKGROUND, IGNORE
+
+
+def upsample(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """f32[k,gh,gw] → f32[k,h,w], bilinear with half-pixel centres (align_corners False). size is (h, w) px."""
+    h, w = size
+    out = np.empty((len(planes), h, w), np.float32)
+    for plane, target in zip(np.ascontiguousarray(planes, np.float32), out, strict=True):
+        target[:] = np.asarray(Image.fromarray(plane).resize((w, h), Image.Resampling.BILINEAR))
+    return out
+
+
+def with_background(scores: np.ndarray, level: float) -> np.ndarray:
+    """f32[k,h,w] → f32[k+1,h,w] with a constant background plane of height `level` in front."""
+    return np.concatenate([np.full((1, *scores.shape[1:]), level, np.float32), scores])
+
+
+def labels_of(planes: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Planes [background, k classes] f32[k+1,h,w] → u8[h,w] mask values; ties go to the earlier plane."""
+    values = np.concatenate([[BACKGROUND], np.asarray(classes, np.int64) + 1]).astype(np.uint8)
+    return values[planes.argmax(axis=0)]
+
+
+def confidence_of(planes: np.ndarray) -> np.ndarray:
+    """Planes f32[k+1,h,w] ≥ 0 → f32[h,w] in 0..1: the winner's share of the sum."""
+    total = planes.sum(axis=0)
+    return np.divide(planes.max(axis=0), total, out=np.ones_like(total), where=total > 0)
+
+
+def trinary_labels(low: Any, high: Any) -> Any:
+    """Labels under a low and a high background level → one label map (AFA, section 3 step 6; IRN's confident labels).
+
+    Where `high` sees a class, that class; background where both see background; 255 where only `low` sees a class.
+    Takes arrays or tensors of u8 mask values, any shape.
+    """
+    out = high * 1
+    out[high == BACKGROUND] = IGNORE
+    out[(high == BACKGROUND) & (low == BACKGROUND)] = BACKGROUND
+    return out

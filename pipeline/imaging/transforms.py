@@ -1,0 +1,77 @@
+"""Photographs and masks as arrays → resized views and augmented square crops. Pure: every draw comes from the caller's rng."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from pipeline.core.labels import IGNORE
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+PADDING = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet's mean: zero once the network has normalised
+
+
+def view_size(size: tuple[int, int], scale: float, stride: int, long_side: int | None = None) -> tuple[int, int]:
+    """(h, w) px of a view: size * scale, each side rounded to a multiple of stride, so that no pixel is cut or padded.
+
+    With `long_side`, larger images are first scaled down to it.
+    """
+    h, w = size
+    if long_side is not None and max(h, w) > long_side:
+        scale = scale * long_side / max(h, w)
+    return max(1, round(h * scale / stride)) * stride, max(1, round(w * scale / stride)) * stride
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """u8[h,w,3] → u8[size], bicubic with antialiasing. size is (h, w) px."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def crop(
+    image: np.ndarray, mask: np.ndarray | None, *, size: int, scale: float, flip: bool, jitter: np.ndarray, at: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """One square crop for training.
+
+    image u8[h,w,3], mask u8[h,w] or None; the short side is scaled to size * scale px, then a window of size px is taken at the
+    relative place `at` (0..1 vertically, horizontally), or the image is placed there where it is smaller. jitter f[3] holds the
+    brightness, contrast and saturation factors.
+    Returns image f32[3,size,size] in 0..1, valid bool[size,size] and mask u8[size,size] (IGNORE on padding) or None.
+    """
+    h, w = image.shape[:2]
+    factor = size * scale / min(h, w)
+    scaled = max(1, round(h * factor)), max(1, round(w * factor))
+    seen = min(size, scaled[0]), min(size, scaled[1])
+    top, left = ((full - part) * place for full, part, place in zip(scaled, seen, at, strict=True))
+    box = (left / scaled[1] * w, top / scaled[0] * h, (left + seen[1]) / scaled[1] * w, (top + seen[0]) / scaled[0] * h)
+    box = (box[0], box[1], min(box[2], w), min(box[3], h))
+    row, column = (int((size - part) * place) for part, place in zip(seen, at, strict=True))
+    window = (slice(row, row + seen[0]), slice(column, column + seen[1]))
+
+    pixels = Image.fromarray(image).resize((seen[1], seen[0]), Image.Resampling.BILINEAR, box=box)
+    canvas = np.broadcast_to(PADDING, (size, size, 3)).copy()
+    canvas[window] = _jittered(np.asarray(pixels, np.float32) / 255, jitter)
+    valid = np.zeros((size, size), bool)
+    valid[window] = True
+    labels = None
+    if mask is not None:
+        labels = np.full((size, size), IGNORE, np.uint8)
+        labels[window] = np.asarray(Image.fromarray(mask).resize((seen[1], seen[0]), Image.Resampling.NEAREST, box=box))
+    if flip:
+        canvas, valid = canvas[:, ::-1], valid[:, ::-1]
+        labels = labels if labels is None else labels[:, ::-1]
+    return (
+        np.ascontiguousarray(canvas.transpose(2, 0, 1)),
+        np.ascontiguousarray(valid),
+        labels if labels is None else np.ascontiguousarray(labels),
+    )
+
+
+def _jittered(pixels: np.ndarray, jitter: np.ndarray) -> np.ndarray:
+    brightness, contrast, saturation = (np.float32(value) for value in jitter)
+    pixels = pixels * brightness
+    grey = pixels @ LUMA
+    pixels = (pixels - grey.mean()) * contrast + grey.mean()
+    grey = (pixels @ LUMA)[..., None]
+    return np.clip(grey + (pixels - grey) * saturation, 0, 1)

@@ -1,0 +1,112 @@
+"""Plain CAM: a linear classifier on patch features, whose map before pooling is the score map (docs/methods/cam.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.core.config import NonNegative, Positive, Range
+from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
+from pipeline.core.labels import LabelSpace
+from pipeline.training.settings import Schedule
+
+UNSEEN = -1e4  # stands for padding in a maximum; finite in half precision too
+
+
+@dataclass(frozen=True)
+class Params:
+    """train.<m>.model.
+
+    architecture        a name of the backbone family (timm's, or scenes_vit)
+    image_size          px; grid of the position embeddings, usually augment.size
+    pool                cells → image: gap mean of all, gmp maximum, topk mean of the highest topk_share
+    topk_share          share of the cells, at least one cell; only topk uses it
+    backbone_lr_factor  learning rate of the backbone over the head's; 0 freezes it
+    """
+
+    architecture: str
+    image_size: Positive
+    pool: Literal["gap", "gmp", "topk"]
+    topk_share: Annotated[float, Range(above=0, high=1)]
+    backbone_lr_factor: NonNegative
+    drop_path: Annotated[float, Range(low=0, high=0.9)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """extract.<m>.options: plain CAM has none."""
+
+
+class Method(nn.Module):
+    """family: a module of pipeline/nn (create, load_initial)."""
+
+    def __init__(self, labels: LabelSpace, params: Params, schedule: Schedule, family: Any) -> None:
+        super().__init__()
+        self.params, self.schedule = params, schedule
+        self.backbone = family.create(params.architecture, params.image_size, drop_path=params.drop_path)
+        self.stride: int = self.backbone.stride
+        self.head = nn.Conv2d(self.backbone.dim, len(labels), 1, bias=False)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if params.backbone_lr_factor == 0:
+            self.backbone.requires_grad_(False)
+
+    def phases(self) -> list[Phase]:
+        return [self.schedule.phase("classify")]
+
+    def param_groups(self, phase: Phase) -> list[ParamGroup]:
+        groups = [ParamGroup(list(self.head.parameters()), 1.0, 1.0)]
+        if self.params.backbone_lr_factor > 0:
+            matrices = [p for p in self.backbone.parameters() if p.ndim > 1]
+            vectors = [p for p in self.backbone.parameters() if p.ndim <= 1]  # biases and norms are not decayed
+            groups.append(ParamGroup(matrices, self.params.backbone_lr_factor, 1.0))
+            groups.append(ParamGroup(vectors, self.params.backbone_lr_factor, 0.0))
+        return groups
+
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """Multi-label soft margin (IRN, PSA) on the pooled class map; padding takes no part in the pooling."""
+        del clock
+        maps = self._class_map(batch.images)
+        seen = F.adaptive_max_pool2d(batch.valid[:, None].float(), maps.shape[-2:])[:, 0] > 0
+        return {"classification": F.multilabel_soft_margin_loss(self._pooled(maps, seen), batch.tags)}
+
+    @torch.no_grad()
+    def score_maps(self, images: Tensor, options: Options) -> ScoreMaps:
+        """CAM_c = ReLU(w_c · f) (Zhou et al. 2016, eq. 2, with the ReLU of PSA). Shapes as in contracts.ScoreMaps."""
+        del options
+        maps = self._class_map(images).float()
+        return ScoreMaps(maps.relu(), None, self._pooled(maps, None))
+
+    @torch.no_grad()
+    def inspect(self, images: Tensor) -> dict[str, Tensor]:
+        """class_map f32[b,c,gh,gw] before the ReLU, logits f32[b,c]."""
+        maps = self._class_map(images).float()
+        return {"class_map": maps, "logits": self._pooled(maps, None)}
+
+    def _class_map(self, images: Tensor) -> Tensor:
+        if self.params.backbone_lr_factor == 0:
+            with torch.no_grad():
+                features = self.backbone(images)
+        else:
+            features = self.backbone(images)
+        return self.head(features)
+
+    def _pooled(self, maps: Tensor, seen: Tensor | None) -> Tensor:
+        """f32[b,c,gh,gw] → f32[b,c] over the cells where seen bool[b,gh,gw] holds (all if None)."""
+        flat = maps.flatten(2)
+        if self.params.pool == "gap":
+            if seen is None:
+                return flat.mean(dim=2)
+            weight = seen.flatten(1)[:, None].to(flat.dtype)
+            return (flat * weight).sum(dim=2) / weight.sum(dim=2).clamp(min=1)
+        if seen is not None:
+            flat = flat.masked_fill(~seen.flatten(1)[:, None], UNSEEN)
+        if self.params.pool == "gmp":
+            return flat.amax(dim=2)
+        count = max(1, round(self.params.topk_share * flat.shape[2]))
+        best = flat.topk(count, dim=2).values
+        real = best > UNSEEN / 2  # a crop with much padding may have fewer cells than count
+        return (best * real).sum(dim=2) / real.sum(dim=2).clamp(min=1)

@@ -1,0 +1,73 @@
+"""What every backbone family shares: input normalisation and reading weights files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SCRATCH = ".txt"  # an `init` that ends so starts from random weights
+HUB = ".hub"  # an `init` that ends so holds the name of a timm model to fetch from its hub
+
+
+class Normalise(nn.Module):
+    """f32[b,3,h,w] RGB in 0..1 → the range that the backbone was trained on."""
+
+    def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A .safetensors or .pth/.pt file as f32 tensors; wrappers {"model": …} and {"state_dict": …} are opened.
+
+    FileNotFoundError says where to put the file. No pickle is ever run: .pth files are read with weights_only.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"initial weights {path} are missing: put the file there (timm names its safetensors on the Hugging Face hub "
+            "`model.safetensors`), or name another in methods.<m>.init or segmenter_init of params.yaml"
+        )
+    if path.suffix == ".safetensors":
+        state: Mapping[str, object] = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("model", "state_dict"):
+        inner = state.get(wrapper)
+        if isinstance(inner, Mapping):
+            state = inner
+    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; expected a state dict")
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Loads the backbone's keys; classifier heads and other extras in the file are left. ValueError lists what misses."""
+    own = net.state_dict()
+    missing = [name for name in own if name not in tensors]
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if missing or wrong:
+        raise ValueError(
+            f"{source} does not fit this backbone: {len(missing)} keys are missing {missing[:5]}, "
+            f"{len(wrong)} have another shape {wrong[:5]}; check architecture and init in params.yaml"
+        )
+    net.load_state_dict({name: tensors[name] for name in own})
+
+
+def hub_name(path: Path) -> str:
+    """The timm model name in a .hub file."""
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,81 @@
+"""Any timm ViT → a feature map. f32[b,3,h,w] in 0..1 → f32[b,dim,h/stride,w/stride]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.nn import family
+from pipeline.nn.torchvision_guard import mend
+
+mend()
+import timm  # noqa: E402
+from timm.layers import resample_abs_pos_embed  # noqa: E402
+
+from pipeline.nn.vit.scenes_vit import scenes_vit  # noqa: E402
+
+OWN = {"scenes_vit": scenes_vit}
+
+
+class Backbone(nn.Module):
+    """A ViT whose patch tokens, after the final norm, are laid out as a map.
+
+    dim     channels of the map
+    stride  px per cell; image sides must be multiples of it
+    prefix  tokens before the patches (class token, registers)
+    """
+
+    def __init__(self, net: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.normalise = family.Normalise(mean, std)
+        self.dim = int(net.embed_dim)
+        self.stride = int(net.patch_embed.patch_size[0])
+        self.prefix = int(net.num_prefix_tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
+        tokens = self.net.forward_features(self.normalise(images))[:, self.prefix :]
+        h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
+        return tokens.transpose(1, 2).reshape(len(images), self.dim, h, w)
+
+
+def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
+    """A backbone with random weights. ValueError names close matches where timm has no such ViT.
+
+    image_size: px; the grid of the position embeddings, resampled at run time to any other input size.
+    """
+    if architecture in OWN:
+        net = OWN[architecture](image_size)
+        return Backbone(net, family.IMAGENET_MEAN, family.IMAGENET_STD)
+    if not timm.is_model(architecture):
+        near = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:8]) or "see timm.list_models('*vit*')"
+        raise ValueError(f"timm has no model {architecture!r}; near it: {near} (edit architecture in params.yaml)")
+    net = timm.create_model(
+        architecture, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path
+    )
+    if not hasattr(net, "forward_features") or not hasattr(net, "num_prefix_tokens"):
+        raise ValueError(f"{architecture} is no plain ViT; for a ResNet set methods.<m>.backbone to resnet")
+    settings = net.pretrained_cfg
+    return Backbone(net, tuple(settings["mean"]), tuple(settings["std"]))
+
+
+def load_initial(backbone: Backbone, init: Path) -> None:
+    """Initial weights from a local file in timm's key names, from timm's hub (.hub file), or none (.txt file).
+
+    Position embeddings of another grid are resampled (bicubic).
+    """
+    if init.suffix == family.SCRATCH and init.is_file():
+        return
+    if init.suffix == family.HUB and init.is_file():
+        tensors = timm.create_model(family.hub_name(init), pretrained=True, num_classes=0).state_dict()
+    else:
+        tensors = family.read_weights(init)
+    own = backbone.net.pos_embed
+    given = tensors.get("pos_embed")
+    if given is not None and given.shape != own.shape and given.shape[-1] == own.shape[-1]:
+        grid = list(backbone.net.patch_embed.grid_size)
+        tensors["pos_embed"] = resample_abs_pos_embed(given, grid, num_prefix_tokens=backbone.prefix)
+    family.load_matching(backbone.net, tensors, init)

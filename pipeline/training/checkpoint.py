@@ -1,0 +1,46 @@
+"""Modules ↔ safetensors files whose metadata says how to build them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+METADATA_KEY = "tag2mask"  # one key only: safetensors writes several in random order, and bytes must be the same
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes path whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    clean = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(clean, partial, metadata={METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)})
+    partial.replace(path)
+
+
+def save_model(path: Path, module: torch.nn.Module, metadata: Mapping[str, str]) -> None:
+    """The module's state dict; by convention metadata has `labels`, `section` (both JSON) and `plugin`."""
+    save_tensors(path, module.state_dict(), metadata)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """ValueError if the file was not written by save_tensors."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path} has no {METADATA_KEY} metadata: it was not written by this pipeline")
+    return json.loads(metadata[METADATA_KEY])
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def load_into(module: torch.nn.Module, path: Path) -> None:
+    """Strict: RuntimeError names missing and unexpected keys."""
+    module.load_state_dict(read_tensors(path))

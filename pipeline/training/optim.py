@@ -1,0 +1,50 @@
+"""Phase + parameter groups → optimiser and learning rate at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.core.contracts import ParamGroup, Phase
+
+POLY_POWER = 0.9  # DeepLab; every method here that decays polynomially uses it
+ONE_CYCLE_RISE = 0.3
+ONE_CYCLE_START = 1 / 25
+MOMENTUM = 0.9
+
+
+def make(phase: Phase, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+    """An optimiser over the groups; each keeps its `lr_factor` for set_lr."""
+    settings = [
+        {
+            "params": list(group.parameters),
+            "lr": phase.lr * group.lr_factor,
+            "lr_factor": group.lr_factor,
+            "weight_decay": phase.weight_decay * group.weight_decay_factor,
+        }
+        for group in groups
+    ]
+    if phase.optimiser == "adamw":
+        return torch.optim.AdamW(settings, lr=phase.lr, foreach=True)
+    return torch.optim.SGD(settings, lr=phase.lr, momentum=MOMENTUM, nesterov=True, foreach=True)
+
+
+def lr_factor(phase: Phase, step: int, steps: int) -> float:
+    """Share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then the phase's schedule."""
+    if step < phase.warmup:
+        return (step + 1) / phase.warmup
+    t = (step - phase.warmup) / max(1, steps - phase.warmup)
+    if phase.schedule == "poly":
+        return (1 - t) ** POLY_POWER
+    if phase.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * t))
+    if t < ONE_CYCLE_RISE:
+        return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * 0.5 * (1 - math.cos(math.pi * t / ONE_CYCLE_RISE))
+    return 0.5 * (1 + math.cos(math.pi * (t - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE)))
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["lr_factor"]

@@ -1,0 +1,74 @@
+"""The part of train.<m> and retrain.<m> that every trainable shares: seed, precision, augmentation, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Range, Share
+from pipeline.core.contracts import Phase
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How a photograph becomes a square training crop.
+
+    size        px of the crop's side
+    scale_min, scale_max   the short side becomes size * uniform(scale_min, scale_max) before the crop; what falls
+                short of the crop is padded and marked invalid
+    flip        probability of a horizontal flip
+    jitter      strength of brightness, contrast and saturation changes: factors uniform in 1 ± jitter
+    """
+
+    size: Positive
+    scale_min: AboveZero
+    scale_max: AboveZero
+    flip: Share
+    jitter: Annotated[float, Range(low=0, high=0.9)]
+
+    def __post_init__(self) -> None:
+        if self.scale_min > self.scale_max:
+            raise ValueError(f"scale_min {self.scale_min} is above scale_max {self.scale_max}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One phase's optimisation. warmup counts steps; batch_size must be a multiple of shards."""
+
+    epochs: AboveZero
+    batch_size: Positive
+    shards: Positive
+    lr: AboveZero
+    weight_decay: NonNegative
+    optimiser: Literal["adamw", "sgd"]
+    schedule: Literal["poly", "cosine", "one_cycle"]
+    warmup: Count
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.shards:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of shards {self.shards}")
+
+    def phase(self, name: str, restart: tuple[str, ...] = ()) -> Phase:
+        return Phase(
+            name=name,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            shards=self.shards,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            optimiser=self.optimiser,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            restart=restart,
+        )
+
+
+@dataclass(frozen=True)
+class Training:
+    """One section train.<m> or retrain.<m>; `model` goes to the plug-in's own Params."""
+
+    seed: Count
+    precision: Literal["fp32", "bf16", "fp16"]
+    augment: Augment
+    schedule: Schedule
+    model: Any
