@@ -40,7 +40,6 @@ class Column:
 @dataclass(frozen=True)
 class Prepare:
     on_bad_image: Literal["fail", "skip"]
-    images_per_part: Positive
     compression: Compression
 
 

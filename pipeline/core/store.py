@@ -198,7 +198,7 @@ def _check(image_id: str, arrays: Mapping[str, np.ndarray], schema: Schema, path
 
 
 class Store:
-    """Reads a folder of parts. `len`, `ids`, `store[id]` → {field: array}, iteration in id order.
+    """Reads a folder of parts, or a single part as a file. `len`, `ids`, `store[id]` → {field: array}, iteration in id order.
 
     Files open lazily, once per process. StoreError where a part is missing, damaged, or of another schema.
     """
@@ -209,7 +209,7 @@ class Store:
         self._process = os.getpid()
         self._index: dict[str, tuple[int, int]] = {}
         self._tables: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-        found = sorted(self.folder.glob("part-*.h5"))
+        found = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("part-*.h5"))
         if not found:
             raise StoreError(f"{self.folder} holds no parts; run the stage that writes it (`dvc repro`)")
         digests = []

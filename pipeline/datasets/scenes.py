@@ -7,12 +7,16 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 from PIL import Image
 
+from pipeline.core.contracts import Listing
+from pipeline.core.labels import LabelSpace
+from pipeline.core.listing import read_mask, read_table, split_tags
 from pipeline.imaging.drawing import (
     GROUNDS,
     Canvas,
@@ -193,6 +197,30 @@ def write(root: Path, *, seed: int, train: int, val: int) -> bool:
     root.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(root)
     return True
+
+
+@dataclass(frozen=True)
+class Params:
+    """dataset.options: none; seed and size are given when the set is drawn."""
+
+
+class Dataset:
+    """Reads what `write` has drawn."""
+
+    def __init__(self, root: Path, params: Params) -> None:
+        del params
+        self.root = root
+        self.labels = LabelSpace(CLASSES)
+
+    def listings(self) -> list[Listing]:
+        rows = read_table(self.root / "tags.csv", ["id", "tags", "split"])
+        return [
+            Listing(row["id"], Path("images") / f"{row['id']}.png", row["split"], tags, True)
+            for row, tags in zip(rows, split_tags(row["tags"] for row in rows), strict=True)
+        ]
+
+    def truth(self, listing: Listing) -> np.ndarray:
+        return read_mask(self.root / "masks" / f"{listing.id}.png")
 
 
 @click.command()

@@ -1,0 +1,59 @@
+"""Dense CRF over background and the classes that are present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+
+from pipeline.core.config import AboveZero, Range
+from pipeline.core.contracts import ImageMaps
+from pipeline.crf import CrfSettings, dense_crf, unary_from_labels, unary_from_probabilities
+from pipeline.imaging import planes, threshold
+
+
+@dataclass(frozen=True)
+class FitParams:
+    """fit_refiner.<m>."""
+
+    background: threshold.Background
+
+
+@dataclass(frozen=True)
+class Params:
+    """refine.<m>.options.
+
+    unary      soft: probabilities are the planes [level, scores] raised to `sharpness` and normalised;
+               hard: the winning plane has probability gt_prob (WeakTr, IRN)
+    gt_prob    only hard uses it
+    sharpness  only soft uses it; 1 takes the scores as they are
+    """
+
+    unary: Literal["soft", "hard"]
+    gt_prob: Annotated[float, Range(low=0.5, high=0.999)]
+    sharpness: AboveZero
+    crf: CrfSettings
+
+
+def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+    """The background level; the CRF itself has nothing to fit."""
+    del images
+    return threshold.fit(params.background, maps)
+
+
+class Refiner:
+    def __init__(self, params: Params, state: Mapping[str, np.ndarray]) -> None:
+        del state
+        self.params = params
+
+    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+        """f32[k+1,h,w] probabilities, plane 0 background."""
+        stacked = planes.with_background(planes.upsample(maps.scores, maps.size), level)
+        if self.params.unary == "hard":
+            unary = unary_from_labels(stacked.argmax(axis=0), len(stacked), gt_prob=self.params.gt_prob)
+        else:
+            sharp = np.maximum(stacked, 1e-6) ** np.float32(self.params.sharpness)
+            unary = unary_from_probabilities(sharp / sharp.sum(axis=0))
+        return dense_crf(image, unary, self.params.crf)

@@ -1,0 +1,127 @@
+"""Score maps → a refiner's state, and then refined labels with a confidence per pixel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pipeline.core import config, plugins, store
+from pipeline.core.contracts import ImageMaps
+from pipeline.core.labels import IGNORE, LabelSpace
+from pipeline.core.records import ImageRecord, read_image
+from pipeline.core.sections import Refine
+from pipeline.imaging import planes
+
+METADATA_KEY = "refiner"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one process needs, picklable."""
+
+    refiner: str
+    settings: Refine
+    params: Any  # the refiner's Params
+    scoremaps: Path
+    state: Path
+    root: Path
+    labels: LabelSpace
+    parts: int
+    params_digest: str
+    out: Path
+
+
+def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
+    """One image's score maps as refiners read them."""
+    found = scores[record.id]
+    affinity = found["affinity"] if found["affinity"].size else None
+    return ImageMaps(found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity)
+
+
+def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageRecord], root: Path) -> dict[str, np.ndarray]:
+    """State of refiner `name` from the score maps of `records` (split train), streamed; no ground truth is at hand."""
+    by_id = {record.id: record for record in records}
+    return plugins.load("refiners", name).fit(
+        params, (maps_of(scores, record) for record in records), lambda image_id: read_image(by_id[image_id], root)
+    )
+
+
+def write_state(path: Path, name: str, state: Mapping[str, np.ndarray]) -> None:
+    """safetensors with the refiner's name; one metadata key, since several would come in random order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({key: np.ascontiguousarray(state[key]) for key in sorted(state)}, partial, metadata={METADATA_KEY: json.dumps(name)})
+    partial.replace(path)
+
+
+def read_state(path: Path, name: str) -> dict[str, np.ndarray]:
+    """ValueError if the state belongs to another refiner."""
+    with safe_open(path, "np") as file:
+        found = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+        if found != name:
+            raise ValueError(f"{path} was fitted for refiner {found!r}, not {name!r}; run fit_refiner again")
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+_READY: dict[str, tuple[Any, store.Store, float]] = {}  # one per process
+
+
+def refine_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
+    """Writes one part of refined labels; returns its number of images."""
+    part, records = item
+    key = str(job.out)
+    if key not in _READY:
+        state = read_state(job.state, job.refiner)
+        refiner = plugins.load("refiners", job.refiner).Refiner(job.params, state)
+        _READY[key] = refiner, store.Store(job.scoremaps, store.SCORE_MAPS), float(state["background"][0])
+    refiner, scores, level = _READY[key]
+    items = ((record.id, refine_one(refiner, maps_of(scores, record), record, job, level)) for record in records)
+    store.write_part(
+        store.part_path(job.out, part), store.REFINED, items, labels=job.labels, part=part, parts=job.parts,
+        params_digest=job.params_digest, compression=job.settings.compression,
+    )  # fmt: skip
+    return len(records)
+
+
+def refine_one(refiner: Any, maps: ImageMaps, record: ImageRecord, job: Job, level: float) -> dict[str, np.ndarray]:
+    """REFINED fields of one image. An image in which no class is present is background, with certainty, at no cost."""
+    h, w = maps.size
+    if not len(maps.classes):
+        return {
+            "label": np.zeros((h, w), np.uint8),
+            "confidence": np.full((h, w), store.CONFIDENCE_STEPS, np.uint8),
+            "disagree": np.zeros((h, w), np.uint8),
+        }
+    image = read_image(record, job.root)
+    probabilities = refiner(image, maps, level)
+    disagree = np.zeros((h, w), np.uint8)
+    if job.settings.disagree_at is not None:
+        low, high = (planes.labels_of(refiner(image, maps, level * factor), maps.classes) for factor in job.settings.disagree_at)
+        disagree = (planes.trinary_labels(low, high) == IGNORE).astype(np.uint8)
+    confidence = np.clip(planes.confidence_of(probabilities), 0, 1)
+    return {
+        "label": planes.labels_of(probabilities, maps.classes),
+        "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8),
+        "disagree": disagree,
+    }
+
+
+def params_of(name: str, settings: Refine, key: str) -> Any:
+    """refine.<m>.options as the refiner's Params."""
+    return config.parse(plugins.load("refiners", name).Params, settings.options, f"refine.{key}.options")
+
+
+def train_items(
+    records: Sequence[ImageRecord], parts: Sequence[Sequence[str]], todo: Sequence[int]
+) -> Iterator[tuple[int, list[ImageRecord]]]:
+    """(part, its records) for the parts that are still to do."""
+    by_id = {record.id: record for record in records}
+    for part in todo:
+        yield part, [by_id[image_id] for image_id in parts[part]]
