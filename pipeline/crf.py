@@ -61,7 +61,7 @@ def dense_crf(image: np.ndarray, unary: np.ndarray, settings: CrfSettings) -> np
         field.addPairwiseBilateral(
             sxy=settings.bilateral_sxy,
             srgb=settings.bilateral_srgb,
-            rgbim=np.ascontiguousarray(image),
+            rgbim=np.require(image, np.uint8, ["C", "W"]),  # decoded images are read-only, which the binding refuses
             compat=settings.bilateral_compat,
         )
     return np.array(field.inference(settings.iterations), np.float32).reshape(planes, h, w)

@@ -34,8 +34,9 @@ def main(method: str, records: Path, scoremaps: Path, refiner: Path, refined: Pa
         train = read.split("train")
         parts = store.parts_of([record.id for record in train], settings.images_per_part)
         digest = store.digest([name, dataclasses.asdict(settings)])
-        maps_digest = store.Store(scoremaps, store.SCORE_MAPS).logical_digest
-        key = store.digest([digest, runtime.code_digest(), store.file_digest(records), maps_digest, store.file_digest(refiner)])
+        maps = store.Store(scoremaps, store.SCORE_MAPS)
+        maps.require(record.id for record in read)
+        key = store.digest([digest, runtime.code_digest(), store.file_digest(records), maps.logical_digest, store.file_digest(refiner)])
         with store.Workspace(refined, key) as work:
             job = refine.Job(
                 refiner=name,

@@ -6,7 +6,7 @@ gh gw cells of a score-map grid, n = gh * gw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -139,15 +139,18 @@ class Segmenter(Trainable, Protocol):
 
 
 class Refiner(Protocol):
-    """Module-level names of pipeline/refiners/<name>.py: FitParams, Params and Refiner.
+    """Module-level names of pipeline/refiners/<name>.py: FitParams, Params (frozen dataclasses), Refiner, and
 
-    `fit` sees every train image once (no ground truth) and returns a state of named arrays; `__call__` turns one
-    image's score maps into probabilities over [background, its k classes].
+    fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]
+        sees every train image once (no ground truth), images(i) being the photograph u8[h,w,3] of the i-th of `maps`;
+        the state has at least `background` f32[1] > 0, the fitted background level.
     """
 
-    def fit(self, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> Mapping[str, np.ndarray]: ...
+    def __init__(self, params: Any, state: Mapping[str, np.ndarray]) -> None: ...
 
-    def __call__(self, image: np.ndarray, maps: ImageMaps) -> np.ndarray: ...
+    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+        """u8[h,w,3] and k >= 1 score maps → f32[k+1,h,w] probabilities, plane 0 background, at background `level`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ class Dataset(Protocol):
 
 
 class Exporter(Protocol):
-    """Module-level name of pipeline/exporters/<name>.py: write(masks, records, labels, out)."""
+    """Module-level name of pipeline/exporters/<name>.py: write(masks, labels, out)."""
 
-    def __call__(self, masks: Any, records: Any, labels: LabelSpace, out: Path) -> None: ...
+    def __call__(self, masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path) -> None:
+        """Streams (id, u8[h,w] mask values) in id order into folder `out`, which it makes where it is missing."""
+        ...

@@ -27,6 +27,10 @@ class Background:
     rule: Literal["fixed", "otsu"]
     level: Annotated[float, Range(above=0, high=2)]
 
+    def __post_init__(self) -> None:
+        if self.rule == "fixed" and self.level >= 1:
+            raise ValueError(f"level {self.level} with rule fixed: allowed is between 0 and 1, since scores end at 1")
+
 
 def fit(background: Background, maps: Iterable[ImageMaps]) -> dict[str, np.ndarray]:
     """A refiner's state: `background` f32[1] in 0..1. The maps are streamed, and not touched where the rule is fixed."""

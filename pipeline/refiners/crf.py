@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from pipeline.core.config import AboveZero, Range
+from pipeline.core.config import Range
 from pipeline.core.contracts import ImageMaps
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels, unary_from_probabilities
 from pipeline.imaging import planes, threshold
@@ -33,11 +33,11 @@ class Params:
 
     unary: Literal["soft", "hard"]
     gt_prob: Annotated[float, Range(low=0.5, high=0.999)]
-    sharpness: AboveZero
+    sharpness: Annotated[float, Range(low=0.1, high=32)]
     crf: CrfSettings
 
 
-def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
     """The background level; the CRF itself has nothing to fit."""
     del images
     return threshold.fit(params.background, maps)
@@ -54,6 +54,7 @@ class Refiner:
         if self.params.unary == "hard":
             unary = unary_from_labels(stacked.argmax(axis=0), len(stacked), gt_prob=self.params.gt_prob)
         else:
-            sharp = np.maximum(stacked, 1e-6) ** np.float32(self.params.sharpness)
+            share = stacked / stacked.max(axis=0)  # the winner is 1, so that no power underflows everywhere at once
+            sharp = share ** np.float32(self.params.sharpness)
             unary = unary_from_probabilities(sharp / sharp.sum(axis=0))
         return dense_crf(image, unary, self.params.crf)

@@ -23,7 +23,7 @@ class Params:
     """refine.<m>.options: none."""
 
 
-def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
     """The background level."""
     del images
     return threshold.fit(params.background, maps)

@@ -28,27 +28,36 @@ class Job:
     out: Path
 
 
-def mask_of(refined: dict[str, np.ndarray], record: ImageRecord, settings: Export) -> np.ndarray:
+def mask_of(refined: dict[str, np.ndarray], record: ImageRecord, labels: LabelSpace, settings: Export) -> np.ndarray:
     """u8[h,w]: the refined label; 255 where its confidence is below ignore_below, or where two background levels disagree.
 
     ValueError if a class outside the image's tags appears: no refiner may invent one.
     """
     mask = refined["label"].copy()
-    allowed = {BACKGROUND, IGNORE, *(tag + 1 for tag in record.tags or ())}
+    tags = range(len(labels)) if record.tags is None else record.tags
+    allowed = {BACKGROUND, *(tag + 1 for tag in tags)}
     strange = [int(value) for value in np.unique(mask) if int(value) not in allowed]
-    if strange and record.tags is not None:
-        raise ValueError(f"{record.id!r}: refined labels hold the values {strange}, which are not among its tags")
+    if strange:
+        names = ["background", *labels.names]
+        told = ", ".join(names[value] if value < len(names) else str(value) for value in strange)
+        raise ValueError(f"{record.id!r}: refined labels hold {told}, which its tags do not name")
     mask[refined["confidence"] < settings.ignore_below * store.CONFIDENCE_STEPS] = IGNORE
     if settings.ignore_disagreement:
         mask[refined["disagree"] > 0] = IGNORE
     return mask
 
 
+_OPENED: dict[str, store.Store] = {}  # one per process; opening reads the index of every part
+
+
 def export_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     """Writes one part of pseudo-masks; returns its number of images."""
     part, records = item
-    refined = store.Store(job.refined, store.REFINED)
-    items = ((record.id, {"mask": mask_of(refined[record.id], record, job.settings)}) for record in records)
+    key = str(job.out.resolve())  # the work space's name stands for all inputs
+    if key not in _OPENED:
+        _OPENED[key] = store.Store(job.refined, store.REFINED)
+    refined = _OPENED[key]
+    items = ((record.id, {"mask": mask_of(refined[record.id], record, job.labels, job.settings)}) for record in records)
     store.write_part(
         store.part_path(job.out, part), store.PSEUDO_MASKS, items, labels=job.labels, part=part, parts=job.parts,
         params_digest=job.params_digest, compression=job.settings.compression,

@@ -47,8 +47,12 @@ def options_of(method: str, settings: Extract) -> Any:
 
 
 @lru_cache(maxsize=1)
-def load(method: str, backbone: str, model: Path, device: str) -> Any:
-    """The trained method, in eval mode on device. ValueError if the file is another method's."""
+def load(method: str, backbone: str, model: Path, device: str, run: str) -> Any:
+    """The trained method, in eval mode on device; kept for as long as `run`, the work space, is the same.
+
+    ValueError if the file is another method's.
+    """
+    del run
     told = checkpoint.read_metadata(model)
     if told["plugin"] != method:
         raise ValueError(f"{model} was trained as method {told['plugin']!r}, not {method!r}")
@@ -65,7 +69,7 @@ def extract_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     part, records = item
     if job.device == "cpu":
         torch.set_num_threads(1)
-    method = load(job.method, job.backbone, job.model, job.device)
+    method = load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
     options = options_of(job.method, job.settings)
     items = _items(records, method, options, job)
     store.write_part(

@@ -47,9 +47,8 @@ def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
 
 def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageRecord], root: Path) -> dict[str, np.ndarray]:
     """State of refiner `name` from the score maps of `records` (split train), streamed; no ground truth is at hand."""
-    by_id = {record.id: record for record in records}
     return plugins.load("refiners", name).fit(
-        params, (maps_of(scores, record) for record in records), lambda image_id: read_image(by_id[image_id], root)
+        params, (maps_of(scores, record) for record in records), lambda at: read_image(records[at], root)
     )
 
 
@@ -76,7 +75,7 @@ _READY: dict[str, tuple[Any, store.Store, float]] = {}  # one per process
 def refine_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     """Writes one part of refined labels; returns its number of images."""
     part, records = item
-    key = str(job.out)
+    key = str(job.out.resolve())  # the work space's name stands for all inputs
     if key not in _READY:
         state = read_state(job.state, job.refiner)
         refiner = plugins.load("refiners", job.refiner).Refiner(job.params, state)

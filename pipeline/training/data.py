@@ -73,7 +73,7 @@ class TrainingImages:
         for row, draw in enumerate(draws):
             tags[row, list(self.records[draw.index].tags or ())] = 1
         return Batch(
-            images=torch.from_numpy(np.stack(images)),
+            images=torch.from_numpy(np.stack(images)).clone(),
             tags=torch.from_numpy(tags),
             valid=torch.from_numpy(np.stack(valid)),
             masks=None if self.masks is None else torch.from_numpy(np.stack(masks)),

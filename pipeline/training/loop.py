@@ -134,6 +134,7 @@ def _run_phase(
     job: Job, trainable: Any, shared: _Shared, rank: int, device: str, state: _State, number: int, phase: Phase
 ) -> Iterator[str]:
     steps, mine = _steps(phase, len(job.images)), range(rank, phase.shards, job.ranks)
+    before_phase = sum(_steps(earlier, len(job.images)) for earlier in trainable.phases()[:number])
     groups = trainable.param_groups(phase)
     optimiser = optim.make(phase, groups)
     state.adopt(optimiser)
@@ -141,11 +142,11 @@ def _run_phase(
     buffers = _buffers(trainable)
     saved = time.monotonic()
     for step, batches in _batches(job, number, phase, steps, state.step, mine):
-        parity, clock = step % 2, Clock(number, step, steps)
-        before = [buffer.clone() for buffer in buffers]
+        parity, clock = (before_phase + step) % 2, Clock(number, step, steps)  # it must alternate across phases too
+        before = [buffer.clone() for buffer in trainable.buffers()]  # each shard starts from the same running statistics
         names: list[str] = []
         for shard, batch in zip(mine, batches, strict=True):
-            for buffer, value in zip(buffers, before, strict=True):
+            for buffer, value in zip(trainable.buffers(), before, strict=True):
                 buffer.copy_(value)
             torch.manual_seed(seed_of("model", job.seed, number, step, shard))
             for parameter in trained:

@@ -1,0 +1,109 @@
+"""A small project folder for the tests of fit_refiner, refine and export: images, records, score maps, params.yaml."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from pipeline.core import records, store
+from pipeline.core.labels import LabelSpace
+from stages import export, fit_refiner, refine
+
+LABELS = LabelSpace(("boat", "car", "sheep"))
+CRF = {
+    "iterations": 3, "gaussian_sxy": 3, "gaussian_compat": 3, "bilateral_sxy": 20,
+    "bilateral_srgb": 5, "bilateral_compat": 10,
+}  # fmt: skip
+OPTIONS = {"crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}}
+STORAGE = {"images_per_part": 2, "compression": "gzip"}
+
+# id, (h, w), split, tags; the names and sizes that break things
+IMAGES: list[tuple[str, tuple[int, int], str, tuple[int, ...] | None]] = [
+    ("../up", (24, 20), "train", (0,)),
+    ("a b", (17, 31), "train", (0, 2)),
+    ("größe", (24, 20), "train", (1,)),
+    ("one pixel", (1, 1), "train", (2,)),
+    ("tagless", (9, 9), "train", ()),
+    ("untagged", (12, 12), "train", None),
+    ("val", (12, 12), "val", (1,)),
+]
+
+
+def scores_of(rng: np.random.Generator, k: int, size: tuple[int, int]) -> np.ndarray:
+    """f16[k,gh,gw]: one bright block per class on a dark ground, at stride 4."""
+    gh, gw = -(-size[0] // 4), -(-size[1] // 4)
+    scores = rng.random((k, gh, gw)) * 0.2
+    for plane in scores:
+        top, left = rng.integers(0, gh), rng.integers(0, gw)
+        plane[top : top + 3, left : left + 3] = rng.uniform(0.7, 1)
+    return scores.astype(np.float16)
+
+
+def build(root: Path, **changes: Any) -> None:
+    """Fills `root`; changes: refiner, background, disagree_at, ignore_below, ignore_disagreement, formats."""
+    rng = np.random.default_rng(0)
+    (root / "raw").mkdir(parents=True)
+    found, maps = [], []
+    for number, (image_id, size, split, tags) in enumerate(IMAGES):
+        path = root / "raw" / f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        sha256 = hashlib.sha256(path.read_bytes()).digest()
+        found.append(records.ImageRecord(image_id, path.name, size, split, tags, sha256))
+        classes = np.array((1,) if tags is None else tags, np.uint16)
+        fields = {
+            "classes": classes,
+            "scores": scores_of(rng, len(classes), size),
+            "tag_logits": np.zeros(len(LABELS), np.float32),
+            "affinity": np.zeros((0, 0), np.float16),
+        }
+        maps.append((image_id, fields))
+    records.write(root / "records.h5", records.Records(LABELS, tuple(found), ()))
+    store.write_part(
+        store.part_path(root / "scoremaps", 0), store.SCORE_MAPS, sorted(maps, key=lambda item: item[0]), labels=LABELS,
+        part=0, parts=1, params_digest="", compression="gzip",
+    )  # fmt: skip
+    refiner = changes.get("refiner", "crf")
+    column = {"backbone": "vit", "init": "x", "refiner": refiner, "segmenter": "vit", "segmenter_init": "x"}
+    values = {
+        "dataset": {"name": "folder", "root": "raw", "options": {}},
+        "methods": {"cam": column},
+        "fit_refiner": {"cam": {"background": changes.get("background", {"rule": "fixed", "level": 0.4})}},
+        "refine": {"cam": {"disagree_at": changes.get("disagree_at"), "options": OPTIONS[refiner], **STORAGE}},
+        "export": {
+            "cam": {
+                "ignore_below": changes.get("ignore_below", 0.0),
+                "ignore_disagreement": changes.get("ignore_disagreement", False),
+                "formats": changes.get("formats", ["hdf5"]),
+                **STORAGE,
+            }
+        },
+    }
+    rest = ("prepare", "train", "extract", "retrain", "segment", "evaluate", "report")
+    (root / "params.yaml").write_text(yaml.safe_dump(values | {name: {} for name in rest}), encoding="utf-8")
+
+
+def run(stage: str) -> Result:
+    """One stage in the current folder."""
+    paths = {
+        "fit_refiner": ["--scoremaps", "scoremaps", "--refiner", "out/refiner.safetensors"],
+        "refine": ["--scoremaps", "scoremaps", "--refiner", "out/refiner.safetensors", "--refined", "out/refined"],
+        "export": ["--refined", "out/refined", "--pseudo-masks", "out/pseudo_masks", "--exports", "out/exports"],
+    }
+    command = {"fit_refiner": fit_refiner.main, "refine": refine.main, "export": export.main}[stage]
+    return CliRunner().invoke(command, ["cam", "--records", "records.h5", *paths[stage]])
+
+
+def run_well(*stages: str) -> None:
+    for stage in stages:
+        result = run(stage)
+        assert result.exit_code == 0, (stage, result.output, result.exception)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

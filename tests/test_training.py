@@ -1,0 +1,192 @@
+"""The one training loop: the same bytes whatever the processes, after a crash, and errors that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.config import ParamsError, parse
+from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
+from pipeline.core.records import ImageRecord
+from pipeline.imaging import transforms
+from pipeline.training import loop, optim
+from pipeline.training.data import TrainingImages, order
+from pipeline.training.settings import Augment, Schedule
+from tests.toys import toy_folder
+
+AUGMENT = Augment(size=16, scale_min=0.8, scale_max=1.5, flip=0.5, jitter=0.2)
+
+
+class Toy(nn.Module):
+    """A trainable with dropout (so that random streams matter) and a batch norm (so that buffers matter), in two phases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
+        self.head = nn.Linear(4, 2)
+
+    def phases(self) -> list[Phase]:
+        settings: dict[str, Any] = {
+            "batch_size": 4, "shards": 4, "lr": 0.05, "weight_decay": 0.01, "schedule": "cosine", "warmup": 1,
+        }  # fmt: skip
+        return [
+            Phase("first", epochs=2, optimiser="adamw", **settings),
+            Phase("second", epochs=1, optimiser="sgd", restart=("head.",), **settings),
+        ]
+
+    def param_groups(self, phase: Phase) -> list[ParamGroup]:
+        return [ParamGroup(list(self.parameters()), 1.0, 1.0)]
+
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        logits = self.head(self.body(batch.images).mean(dim=(2, 3)))
+        return {"tags": nn.functional.multilabel_soft_margin_loss(logits, batch.tags), "size": 0.01 * logits.square().mean()}
+
+
+def records_of(root: Path) -> list[ImageRecord]:
+    import hashlib
+
+    found = []
+    for path in sorted((root / "images").glob("*.png")):
+        digest = hashlib.sha256(path.read_bytes()).digest()
+        found.append(ImageRecord(path.stem, f"images/{path.name}", (64, 64), "train", (len(found) % 2,), digest))
+    return found
+
+
+def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
+    images = TrainingImages(records_of(root), root, 2, AUGMENT, 0, None)
+    made = loop.Job(
+        build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def trained(job: loop.Job) -> bytes:
+    notes = list(loop.train(job))
+    assert len(notes) <= loop.total_steps(job)
+    return (job.work / "trained.safetensors").read_bytes() + (job.work / "log.csv").read_bytes()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return toy_folder(tmp_path / "raw", train=10, val=0)
+
+
+def test_training_gives_the_same_bytes_twice_and_with_one_or_three_processes(tmp_path: Path, root: Path) -> None:
+    alone = trained(job_in(tmp_path / "a", root))
+    assert alone == trained(job_in(tmp_path / "b", root))
+    assert alone == trained(job_in(tmp_path / "c", root, ranks=3))
+
+
+def test_decoding_ahead_in_threads_changes_nothing(tmp_path: Path, root: Path) -> None:
+    assert trained(job_in(tmp_path / "a", root)) == trained(job_in(tmp_path / "b", root, loaders=3))
+
+
+@pytest.mark.parametrize("stop_after", [2, 6])
+def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
+    tmp_path: Path, root: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(job_in(tmp_path / "a", root))
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    job = job_in(tmp_path / "b", root)
+    steps = loop.train(job)
+    for _ in range(stop_after):
+        next(steps)
+    steps.close()
+    assert (job.work / "checkpoint.safetensors").exists()
+    assert whole == trained(job)
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path, root: Path) -> None:
+    assert trained(job_in(tmp_path / "a", root)) != trained(job_in(tmp_path / "b", root, seed=1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_to_finite_weights(tmp_path: Path, root: Path, precision: str) -> None:
+    job = job_in(tmp_path / "a", root, precision=precision)
+    trained(job)
+    weights = loop.checkpoint.read_tensors(job.work / "trained.safetensors")
+    assert all(torch.isfinite(value.float()).all() for value in weights.values())
+
+
+class Exploding(Toy):
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        return {"tags": super().losses(batch, clock)["tags"] * float("inf")}
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"phase first, step 0.*lower schedule\.lr"):
+        trained(job_in(tmp_path / "a", root, build=Exploding))
+
+
+def test_no_image_is_a_clear_error(tmp_path: Path, root: Path) -> None:
+    empty = TrainingImages([], root, 2, AUGMENT, 0, None)
+    with pytest.raises(ValueError, match="no training image"):
+        trained(job_in(tmp_path / "a", root, images=empty))
+
+
+def test_every_epoch_shows_each_image_once() -> None:
+    draws = [draw for step in range(6) for draw in order(seed=3, phase=0, count=8, batch_size=4, step=step)]
+    for epoch in range(3):
+        assert sorted(draw.index for draw in draws if draw.epoch == epoch) == list(range(8))
+
+
+def test_a_batch_larger_than_the_data_set_takes_several_passes() -> None:
+    assert [draw.epoch for draw in order(seed=0, phase=0, count=3, batch_size=8, step=0)] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_an_image_that_changed_since_prepare_is_an_error(tmp_path: Path, root: Path) -> None:
+    job = job_in(tmp_path / "a", root)
+    (root / "images" / "train 003.png").write_bytes(b"other")
+    with pytest.raises(RuntimeError, match="has changed since prepare"):
+        trained(job)
+
+
+def test_the_learning_rate_rises_in_warm_up_and_falls_to_its_end() -> None:
+    for name in ("poly", "cosine", "one_cycle"):
+        phase = Schedule(1, 4, 1, 0.1, 0.0, "adamw", name, 5).phase("p")  # type: ignore[arg-type]
+        factors = [optim.lr_factor(phase, step, 50) for step in range(50)]
+        assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        assert factors[-1] < 0.1 and max(factors) <= 1
+
+
+def test_shards_that_do_not_divide_the_batch_are_refused() -> None:
+    values = {"epochs": 1, "batch_size": 5, "shards": 2, "lr": 0.1, "weight_decay": 0, "optimiser": "sgd", "schedule": "poly", "warmup": 0}
+    with pytest.raises(ParamsError, match="no multiple of shards"):
+        parse(Schedule, values, "train.cam.schedule")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 90), (64, 64), (300, 20)])
+def test_a_crop_has_its_size_and_marks_padding(shape: tuple[int, int]) -> None:
+    image, mask = np.full((*shape, 3), 200, np.uint8), np.ones(shape, np.uint8)
+    crop = partial(transforms.crop, size=32, flip=True, jitter=np.ones(3), at=(0.3, 0.9))
+    pixels, valid, labels = crop(image, mask, scale=0.5)
+    assert pixels.shape == (3, 32, 32) and labels is not None
+    np.testing.assert_array_equal(labels == 1, valid)
+    np.testing.assert_allclose(pixels[:, valid], 200 / 255, atol=1e-3)
+    assert not valid.all() and valid.any()
+
+
+def test_an_unflipped_crop_without_scaling_keeps_the_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    pixels, valid, _ = transforms.crop(image, None, size=20, scale=1.0, flip=False, jitter=np.ones(3), at=(0.5, 0.5))
+    assert valid.all()
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0) * 255, image, atol=0.01)
+
+
+@pytest.mark.parametrize(("size", "scale", "expected"), [((375, 500), 1.0, (368, 496)), ((1, 1), 1.0, (16, 16)), ((61, 83), 1.5, (96, 128))])
+def test_views_have_sides_that_the_backbone_can_cut_into_patches(
+    size: tuple[int, int], scale: float, expected: tuple[int, int]
+) -> None:
+    assert transforms.view_size(size, scale, 16) == expected
+
+
+def test_a_huge_image_is_scaled_down_to_the_long_side() -> None:
+    assert transforms.view_size((6000, 8000), 1.0, 16, long_side=1024) == (768, 1024)

@@ -1,0 +1,69 @@
+"""Toy data sets of 64 px, drawn in the test's own folder, and params to go with them."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parents[1]
+CLASSES = ("disc", "square")
+SCRATCH = PROJECT / "data" / "weights" / "scratch.txt"
+
+
+def toy_image(index: int, side: int = 64) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A red disc, a blue square or both on green noise: image u8[side,side,3], mask, tags."""
+    rng = np.random.default_rng(index)
+    image = rng.integers(0, 60, (side, side, 3), dtype=np.uint8)
+    image[..., 1] += 100
+    mask = np.zeros((side, side), np.uint8)
+    y, x = np.mgrid[:side, :side]
+    tags = []
+    if index % 3 != 1:
+        disc = (y - side * 0.3) ** 2 + (x - side * 0.3) ** 2 < (side * 0.22) ** 2
+        image[disc], mask[disc] = (220, 30, 30), 1
+        tags.append("disc")
+    if index % 3 != 0:
+        square = (abs(y - side * 0.7) < side * 0.2) & (abs(x - side * 0.65) < side * 0.2)
+        image[square], mask[square] = (30, 30, 220), 2
+        tags.append("square")
+    return image, mask, tags
+
+
+def toy_folder(root: Path, *, train: int = 9, val: int = 3, side: int = 64, masks: bool = True) -> Path:
+    """A data set in the layout of datasets/folder.py."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    with (root / "tags.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "tags", "split"])
+        for index in range(train + val):
+            image, mask, tags = toy_image(index, side + 8 * (index % 2))
+            name = f"{'train' if index < train else 'val'} {index:03d}"
+            Image.fromarray(image).save(root / "images" / f"{name}.png")
+            if masks:
+                Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+            rows.writerow([name, " ".join(tags), name.split()[0]])
+    return root
+
+
+def toy_params(root: Path) -> dict[str, Any]:
+    """presets/scenes.yaml, cut down to toys: the same sections, a few steps, the cam column only."""
+    values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
+    values = copy.deepcopy(values)
+    values["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
+    values["methods"]["cam"] |= {"init": str(SCRATCH), "segmenter_init": str(SCRATCH)}
+    for section in ("train", "retrain"):
+        part = values[section]["cam"]
+        part["augment"]["size"] = 64
+        part["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
+        part["model"]["image_size"] = 64
+    values["extract"]["cam"] |= {"images_per_part": 4, "scales": [1.0]}
+    values["refine"]["cam"]["images_per_part"] = 4
+    values["segment"]["cam"] |= {"images_per_part": 2, "scales": [1.0], "window": 64, "window_stride": 64, "short_side": None}
+    return values
