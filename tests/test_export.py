@@ -16,15 +16,14 @@ from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Export
 from pipeline.exporters import voc_png
 from pipeline.exporters.hdf5 import PseudoMasks
+from pipeline.imaging.palette import voc_palette
 from pipeline.steps import export
 
+LABELS = LabelSpace(("cat", "dog"))
 TRAIN = sorted(image_id for image_id, _, split, _ in case.IMAGES if split == "train")
 
 
 @pytest.fixture
-LABELS = LabelSpace(("cat", "dog"))
-
-
 def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("TAG2MASK_WORKERS", "1")
     monkeypatch.delenv("DVC_STAGE", raising=False)
@@ -101,7 +100,7 @@ def test_odd_ids_become_safe_files_and_come_back_through_the_table(exported: Pat
 
 
 def test_the_palette_is_that_of_voc() -> None:
-    colours = voc_png.palette()
+    colours = voc_palette()
     known = {
         0: (0, 0, 0),
         1: (128, 0, 0),

@@ -66,6 +66,8 @@ REFINED = Schema(
 )
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
+# pictures of some images for the report: kind is 0 for worst, 1 for random; miou is NaN where there is no truth
+STRIPS = Schema("strips", 1, {"jpeg": Field("|u1", ("bytes",)), "kind": Field("|u1", ("1",)), "miou": Field("<f4", ("1",))})
 TRUTH = Schema("truth", 1, {"mask": Field("|u1", ("h", "w"))})
 
 

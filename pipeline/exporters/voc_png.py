@@ -11,16 +11,7 @@ from PIL import Image
 
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import file_stem
-
-
-def palette() -> np.ndarray:
-    """u8[256,3]: VOC's colours, which spread the bits of the class number over R, G and B."""
-    numbers = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((numbers >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+from pipeline.imaging.palette import voc_palette
 
 
 def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path) -> None:
@@ -28,7 +19,7 @@ def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path
     folder, lists = out / "SegmentationClass", out / "ImageSets" / "Segmentation"
     folder.mkdir(parents=True, exist_ok=True)
     lists.mkdir(parents=True, exist_ok=True)
-    colours = palette().tobytes()
+    colours = voc_palette().tobytes()
     with (out / "ids.csv").open("w", encoding="utf-8", newline="") as table, (lists / "train.txt").open("w", encoding="utf-8") as names:
         rows = csv.writer(table, lineterminator="\n")
         rows.writerow(["id", "file"])

@@ -20,9 +20,8 @@ from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Extract
 from pipeline.imaging import scoremaps, transforms
 from pipeline.training import checkpoint
+from pipeline.training.loop import PRECISIONS
 from pipeline.training.settings import Training
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""metrics/*.json → a table in the terminal. `python -m pipeline.audit.summary metrics`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.audit.page import STAGES, figure, read_metrics
+from pipeline.core import sections
+
+
+@click.command()
+@click.argument("metrics", type=click.Path(path_type=Path, exists=True))
+def main(metrics: Path) -> None:
+    """Prints mIoU per stage of every column of params.yaml, and says where the results lie."""
+    methods = list(sections.read()["methods"])
+    found = read_metrics(metrics, methods)
+    table = Table(title="mIoU per stage (train, train, train, val, val)")
+    table.add_column("method")
+    for stage in STAGES:
+        table.add_column(stage.replace("_", " "), justify="right")
+    for method, facts in found.items():
+        table.add_row(method, *(figure(facts["stages"].get(stage, {}).get("miou")) for stage in STAGES))
+    nothing = found[methods[0]].get("everything_background", {})
+    splits = ["train", "train", "train", "val", "val"]
+    table.add_row("everything background", *(figure(nothing.get(split)) for split in splits), style="dim")
+    console = Console(width=110)
+    console.print(table)
+    for method, facts in found.items():
+        told = facts["threshold"]
+        if "regret" in told:
+            console.print(f"{method}: background level {told['chosen']} without masks; the best would cost or gain {told['regret']}")
+        console.print(f"masks:   artifacts/{method}/pseudo_masks (HDF5; docs/pseudo_masks.md says how to read it)")
+        console.print(f"metrics: {metrics}/{method}.json")
+    console.print("report:  report/index.html")
+
+
+if __name__ == "__main__":
+    main()

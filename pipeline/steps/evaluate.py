@@ -1,0 +1,331 @@
+"""Every stage's result + truth → figures, curves and picture strips. The only place that opens truth after prepare."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+
+from pipeline import metrics
+from pipeline.core import store
+from pipeline.core.labels import IGNORE, LabelSpace
+from pipeline.core.records import ImageRecord, Records, read_image
+from pipeline.core.sections import Evaluate
+from pipeline.imaging import palette, planes
+
+PER_ITEM = 32  # images that one process scores at a time
+STRIP_HEIGHT = 128
+JPEG_QUALITY = 85
+DIGITS = 5
+PANELS = ("photograph", "score map", "refined", "pseudo-mask", "truth")
+# stage → (store it reads, split); in the order of the pipeline
+STAGES = {
+    "score_maps": "train", "refined": "train", "pseudo_masks": "train", "score_maps_val": "val", "predictions": "val",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the results lie, picklable."""
+
+    truth: Path
+    scoremaps: Path
+    refined: Path
+    pseudo_masks: Path
+    predictions: Path
+    level: float
+    settings: Evaluate
+    labels: LabelSpace
+    root: Path
+
+
+@dataclass
+class Tally:
+    """Sums over images, all integers, so that their order does not matter."""
+
+    confusion: dict[str, np.ndarray]
+    histogram: np.ndarray  # i64[bins, truth, winner]
+    pixels: dict[str, np.ndarray]  # stage → i64[4]: all, foreground, ignored, summed confidence (of 255)
+    tags: dict[str, np.ndarray]  # stage → i64[2]: tagged classes, those without a pixel
+    images: dict[str, int]
+    scored: dict[str, int]
+    quality: list[tuple[str, float]] = field(default_factory=list)  # (id, IoU of its pseudo-mask, or its mean confidence)
+
+    @staticmethod
+    def empty(classes: int, bins: int) -> Tally:
+        return Tally(
+            confusion={stage: np.zeros((classes, classes + 1), np.int64) for stage in STAGES},
+            histogram=np.zeros((bins, classes, classes), np.int64),
+            pixels={stage: np.zeros(4, np.int64) for stage in STAGES},
+            tags={stage: np.zeros(2, np.int64) for stage in STAGES},
+            images=dict.fromkeys(STAGES, 0),
+            scored=dict.fromkeys(STAGES, 0),
+        )
+
+    def add(self, other: Tally) -> None:
+        for stage in STAGES:
+            self.confusion[stage] += other.confusion[stage]
+            self.pixels[stage] += other.pixels[stage]
+            self.tags[stage] += other.tags[stage]
+            self.images[stage] += other.images[stage]
+            self.scored[stage] += other.scored[stage]
+        self.histogram += other.histogram
+        self.quality += other.quality
+
+
+@dataclass(frozen=True)
+class Stores:
+    scoremaps: store.Store
+    refined: store.Store
+    pseudo_masks: store.Store
+    predictions: store.Store
+    truth: store.Store
+
+
+def open_stores(inputs: Inputs) -> Stores:
+    return Stores(
+        scoremaps=store.Store(inputs.scoremaps, store.SCORE_MAPS),
+        refined=store.Store(inputs.refined, store.REFINED),
+        pseudo_masks=store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS),
+        predictions=store.Store(inputs.predictions, store.PREDICTIONS),
+        truth=store.Store(inputs.truth, store.TRUTH),
+    )
+
+
+def chosen_level(refiner: Path) -> float:
+    """The background level that fit_refiner found."""
+    return float(load_file(refiner)["background"][0])
+
+
+_OPENED: dict[str, Stores] = {}  # one per process
+
+
+def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
+    """Scores some images at every stage of their split, each read once."""
+    key = json.dumps([str(path.resolve()) for path in (inputs.truth, inputs.scoremaps, inputs.pseudo_masks)])
+    if key not in _OPENED:
+        _OPENED[key] = open_stores(inputs)
+    stores = _OPENED[key]
+    tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
+    for record in records:
+        truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
+        winner, best = winner_of(stores.scoremaps, record)
+        thresholded = np.where(best > inputs.level, winner, 0).astype(np.uint8)
+        if record.split == "val":
+            predicted = stores.predictions[record.id]
+            _count(tally, "score_maps_val", record, truth, thresholded, best)
+            _count(tally, "predictions", record, truth, predicted["label"], predicted["confidence"] / store.CONFIDENCE_STEPS)
+            continue
+        refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
+        sure = refined["confidence"] / store.CONFIDENCE_STEPS
+        _count(tally, "score_maps", record, truth, thresholded, best)
+        _count(tally, "refined", record, truth, refined["label"], sure)
+        counts = _count(tally, "pseudo_masks", record, truth, mask, sure)
+        if truth is not None:
+            tally.histogram += _histogram(truth, winner, best, len(inputs.labels) + 1, inputs.settings.threshold_bins)
+        protocol = inputs.settings.ignored_prediction
+        tally.quality.append((record.id, float(sure.mean()) if counts is None else metrics.miou(counts, protocol=protocol)))
+    return tally
+
+
+def winner_of(scoremaps: store.Store, record: ImageRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Mask value u8[h,w] and score f32[h,w] of the best class at full size; zeros where no class is kept."""
+    found = scoremaps[record.id]
+    if not len(found["classes"]):
+        return np.zeros(record.size, np.uint8), np.zeros(record.size, np.float32)
+    full = planes.upsample(found["scores"], record.size)
+    at = full.argmax(axis=0)
+    return (found["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0]
+
+
+def _count(
+    tally: Tally, stage: str, record: ImageRecord, truth: np.ndarray | None, label: np.ndarray, confidence: np.ndarray
+) -> np.ndarray | None:
+    present = np.bincount(label.ravel(), minlength=256)
+    foreground = int(label.size - present[0] - present[IGNORE])
+    summed = int(np.round(confidence.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))
+    tally.pixels[stage] += (label.size, foreground, int(present[IGNORE]), summed)
+    tally.images[stage] += 1
+    tags = record.tags or ()
+    tally.tags[stage] += (len(tags), sum(1 for tag in tags if not present[tag + 1]))
+    if truth is None:
+        return None
+    counts = metrics.confusion(truth, label, len(tally.confusion[stage]))
+    tally.confusion[stage] += counts
+    tally.scored[stage] += 1
+    return counts
+
+
+def _histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, classes: int, bins: int) -> np.ndarray:
+    """i64[bins, truth, winner]: all that every threshold needs, from one pass."""
+    kept = truth != IGNORE
+    at = np.clip((best[kept] * bins).astype(np.int64), 0, bins - 1)
+    index = (at * classes + truth[kept]) * classes + winner[kept]
+    return np.bincount(index, minlength=bins * classes * classes).reshape(bins, classes, classes)
+
+
+def threshold_curve(histogram: np.ndarray) -> np.ndarray:
+    """i64[bins,truth,winner] → mIoU f64[bins] when scores below k / bins are background, for every k at once."""
+    foreground = histogram[::-1].cumsum(axis=0)[::-1]  # [k]: pixels whose score reaches k / bins
+    total = histogram.sum(axis=(0, 2))
+    values = []
+    for counts in foreground:
+        full = np.concatenate([counts, np.zeros((len(counts), 1), np.int64)], axis=1)
+        full[:, 0] += total - counts.sum(axis=1)
+        values.append(metrics.miou(full, protocol="background"))
+    return np.array(values)
+
+
+def summary(tally: Tally, inputs: Inputs, records: Records) -> dict[str, Any]:
+    """metrics/<m>.json as plain values, rounded: no time, host or path."""
+    names = ["background", *inputs.labels.names]
+    scored = tally.scored["pseudo_masks"] + tally.scored["predictions"] > 0
+    found: dict[str, Any] = {
+        "truth": scored,
+        "protocol": {
+            "truth_255": "excluded",
+            "predicted_255": inputs.settings.ignored_prediction,
+            "mean": "over classes in truth or prediction, background included",
+            "score_maps": "classes of the tags on train, classes the network finds on val; no CRF",
+        },
+        "images": {"train": len(records.split("train")), "val": len(records.split("val")), "skipped": len(records.skipped)},
+        "threshold": {"chosen": inputs.level},
+        "stages": {stage: _stage(tally, stage, names, inputs) for stage in STAGES if tally.images[stage]},
+    }
+    if not scored:
+        found["note"] = "There is no ground truth: only figures that need none are given."
+    for split, stage in (("train", "pseudo_masks"), ("val", "predictions")):
+        if tally.scored[stage]:
+            found.setdefault("everything_background", {})[split] = _everything_background(tally.confusion[stage])
+    if tally.scored["score_maps"]:
+        curve = threshold_curve(tally.histogram)
+        best = int(np.argmax(curve))
+        chosen = metrics.miou(tally.confusion["score_maps"], protocol="background")
+        found["threshold"] |= {
+            "oracle": best / len(curve), "miou_at_chosen": chosen, "miou_at_oracle": curve[best], "regret": max(0.0, curve[best] - chosen),
+        }  # fmt: skip
+    return _rounded(found)
+
+
+def _everything_background(counts: np.ndarray) -> float:
+    """mIoU of a prediction without any foreground: what a figure must beat to mean anything."""
+    nothing = np.zeros_like(counts)
+    nothing[:, 0] = counts.sum(axis=1)
+    return metrics.miou(nothing, protocol="background")
+
+
+def _stage(tally: Tally, stage: str, names: Sequence[str], inputs: Inputs) -> dict[str, Any]:
+    size, foreground, ignored, confidence = (int(value) for value in tally.pixels[stage])
+    tagged, empty = (int(value) for value in tally.tags[stage])
+    found: dict[str, Any] = {
+        "split": STAGES[stage],
+        "images": tally.images[stage],
+        "images_with_truth": tally.scored[stage],
+        "coverage": foreground / size,
+        "ignored": ignored / size,
+        "confidence": confidence / store.CONFIDENCE_STEPS / size,
+        "tagged_classes_without_pixels": empty / tagged if tagged else None,
+    }
+    if tally.scored[stage]:
+        counts, protocol = tally.confusion[stage], inputs.settings.ignored_prediction
+        rates = metrics.rates(counts, protocol=protocol)
+        found |= {name: float(np.nanmean(values)) for name, values in rates.items() if name != "iou"}
+        found["miou"] = metrics.miou(counts, protocol=protocol)
+        found["pixel_accuracy"] = metrics.pixel_accuracy(counts, protocol=protocol)
+        found["classes"] = {name: {rate: values[at] for rate, values in rates.items()} for at, name in enumerate(names)}
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (float, np.floating)):
+        return round(float(value), DIGITS) if math.isfinite(value) else None
+    return value
+
+
+def write_plots(tally: Tally, found: dict[str, Any], labels: LabelSpace, out: Path) -> None:
+    """Tables for `dvc plots`: threshold.csv, per_class.csv and confusion.csv; with headers alone where there is no truth."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = ["background", *labels.names]
+    curve = threshold_curve(tally.histogram) if tally.scored["score_maps"] else []
+    _table(out / "threshold.csv", ["threshold", "miou"], ((k / len(curve), round(v, DIGITS)) for k, v in enumerate(curve)))
+    rows = (
+        (stage, name, rates["iou"])
+        for stage, facts in found["stages"].items()
+        for name, rates in facts.get("classes", {}).items()
+        if rates["iou"] is not None
+    )
+    _table(out / "per_class.csv", ["stage", "class", "iou"], rows)
+    counts = tally.confusion["pseudo_masks"]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    cells = (
+        (actual, predicted, round(float(shares[row, column]), DIGITS))
+        for row, actual in enumerate(names)
+        for column, predicted in enumerate([*names, "ignored"])
+        if tally.scored["pseudo_masks"]
+    )
+    _table(out / "confusion.csv", ["actual", "predicted", "share"], cells)
+
+
+def _table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def picked(quality: Sequence[tuple[str, float]], count: int) -> dict[str, int]:
+    """id → kind for the strips: the `count` worst (0), and `count` others at random, fixed by their ids (1)."""
+    by_quality = sorted(quality, key=lambda pair: (math.isnan(pair[1]), pair[1], pair[0]))
+    worst = [image_id for image_id, _ in by_quality[:count]]
+    others = sorted((i for i, _ in by_quality[count:]), key=lambda i: hashlib.sha256(i.encode("utf-8")).digest())
+    return {**dict.fromkeys(worst, 0), **dict.fromkeys(others[:count], 1)}
+
+
+def strips(tally: Tally, inputs: Inputs, records: Records) -> Iterable[store.Item]:
+    """STRIPS items in id order: the panels of PANELS side by side."""
+    stores, by_id, values = open_stores(inputs), records.by_id(), dict(tally.quality)
+    for image_id, kind in sorted(picked(tally.quality, inputs.settings.strips).items()):
+        has_truth = image_id in stores.truth
+        jpeg = _strip(by_id[image_id], stores, inputs)
+        yield image_id, {
+            "jpeg": np.frombuffer(jpeg, np.uint8),
+            "kind": np.array([kind], np.uint8),
+            "miou": np.array([values[image_id] if has_truth else np.nan], np.float32),
+        }
+
+
+def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
+    photograph = read_image(record, inputs.root)
+    _, best = winner_of(stores.scoremaps, record)
+    colours = palette.voc_palette()
+    grey = np.repeat(photograph.mean(axis=2, keepdims=True), 3, axis=2)
+    hot = np.clip(0.45 * grey + 0.75 * palette.heat(best), 0, 255).astype(np.uint8)
+    truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else np.zeros(record.size, np.uint8)
+    panels = [
+        photograph,
+        hot,
+        colours[stores.refined.read(record.id, "label")],
+        colours[stores.pseudo_masks.read(record.id, "mask")],
+        colours[truth],
+    ]
+    h, w = record.size
+    width = max(1, min(4 * STRIP_HEIGHT, round(w * STRIP_HEIGHT / h)))
+    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, STRIP_HEIGHT), (128, 128, 128))
+    for at, panel in enumerate(panels):
+        resample = Image.Resampling.BILINEAR if at < 2 else Image.Resampling.NEAREST
+        sheet.paste(Image.fromarray(np.ascontiguousarray(panel)).resize((width, STRIP_HEIGHT), resample), (at * (width + 4), 0))
+    out = io.BytesIO()
+    sheet.save(out, "JPEG", quality=JPEG_QUALITY)
+    return out.getvalue()

@@ -1,0 +1,70 @@
+"""All results of one column + truth → metrics, plots, picture strips."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import click
+
+from pipeline import runtime
+from pipeline.core import config, sections, store
+from pipeline.core import records as records_file
+from pipeline.steps import evaluate
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("method")
+@click.option("--records", type=FILE, required=True, help="Read: records.h5 of prepare.")
+@click.option("--truth", type=FILE, required=True, help="Read: masks of prepare; no earlier stage opens them.")
+@click.option("--scoremaps", type=FILE, required=True, help="Read: HDF5 store of extract.")
+@click.option("--refiner", type=FILE, required=True, help="Read: state of fit_refiner, for its background level.")
+@click.option("--refined", type=FILE, required=True, help="Read: HDF5 store of refine.")
+@click.option("--pseudo-masks", type=FILE, required=True, help="Read: HDF5 store of export.")
+@click.option("--predictions", type=FILE, required=True, help="Read: HDF5 store of segment.")
+@click.option("--metrics", type=FILE, required=True, help="Written: figures per stage, JSON.")
+@click.option("--plots", type=FILE, required=True, help="Written: tables for dvc plots.")
+@click.option("--strips", type=FILE, required=True, help="Written: pictures of the worst and of random images, HDF5.")
+def main(
+    method: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
+    metrics: Path, plots: Path, strips: Path,
+) -> None:  # fmt: skip
+    """Scores every stage of METHOD's column, on the images that have truth; without any, gives the figures that need none.
+
+    Reads section evaluate of params.yaml, and the images under dataset.root for the strips.
+    """
+    with runtime.stage():
+        values = sections.read()
+        settings = config.parse(sections.Evaluate, values["evaluate"], "evaluate")
+        read = records_file.read(records)
+        inputs = evaluate.Inputs(
+            truth=truth,
+            scoremaps=scoremaps,
+            refined=refined,
+            pseudo_masks=pseudo_masks,
+            predictions=predictions,
+            level=evaluate.chosen_level(refiner),
+            settings=settings,
+            labels=read.labels,
+            root=Path(sections.dataset(values).root),
+        )
+        chunks = [read.images[at : at + evaluate.PER_ITEM] for at in range(0, len(read), evaluate.PER_ITEM)]
+        tally = evaluate.Tally.empty(len(read.labels) + 1, settings.threshold_bins)
+        function = partial(evaluate.tally_some, inputs=inputs)
+        for some in runtime.each(function, chunks, processes=runtime.workers(), what=f"evaluate {method}"):
+            tally.add(some)
+        found = evaluate.summary(tally, inputs, read)
+        evaluate.write_plots(tally, found, read.labels, plots)
+        pictures = evaluate.strips(tally, inputs, read)
+        store.write_part(
+            strips, store.STRIPS, pictures, labels=read.labels, part=0, parts=1, params_digest="", compression="none"
+        )
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
