@@ -226,8 +226,10 @@ def imported_files() -> list[str]:
     files = set()
     for module in list(sys.modules.values()):
         origin = getattr(module, "__file__", None)
-        path = Path(origin).resolve() if origin else None
-        if path and path.is_relative_to(PROJECT) and ".venv" not in path.parts and path.name != "__init__.py":
+        if not isinstance(origin, str) or not Path(origin).is_absolute():  # torch names some modules by bare file names
+            continue
+        path = Path(origin).resolve()
+        if path.is_relative_to(PROJECT) and ".venv" not in path.parts and path.name != "__init__.py":
             files.add(path.relative_to(PROJECT).as_posix())
     return sorted(files)
 

@@ -26,11 +26,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--pseudo-masks", type=FILE, required=True, help="Read: HDF5 store of export.")
 @click.option("--predictions", type=FILE, required=True, help="Read: HDF5 store of segment.")
 @click.option("--metrics", type=FILE, required=True, help="Written: figures per stage, JSON.")
-@click.option("--plots", type=FILE, required=True, help="Written: tables for dvc plots.")
+@click.option("--thresholds", type=FILE, required=True, help="Written: mIoU over the background level, CSV for dvc plots.")
+@click.option("--per-class", type=FILE, required=True, help="Written: IoU per class, CSV for dvc plots.")
+@click.option("--confusion", type=FILE, required=True, help="Written: percent of each true class, CSV for dvc plots.")
 @click.option("--strips", type=FILE, required=True, help="Written: pictures of the worst and of random images, HDF5.")
 def main(
     method: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
-    metrics: Path, plots: Path, strips: Path,
+    metrics: Path, strips: Path, thresholds: Path, per_class: Path, confusion: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of METHOD's column, on the images that have truth; without any, gives the figures that need none.
 
@@ -57,7 +59,9 @@ def main(
         for some in runtime.each(function, chunks, processes=runtime.workers(), what=f"evaluate {method}"):
             tally.add(some)
         found = evaluate.summary(tally, inputs, read)
-        evaluate.write_plots(tally, found, read.labels, plots)
+        evaluate.write_thresholds(tally, thresholds)
+        evaluate.write_per_class(found, per_class)
+        evaluate.write_confusion(tally, read.labels, confusion)
         pictures = evaluate.strips(tally, inputs, read)
         store.write_part(
             strips, store.STRIPS, pictures, labels=read.labels, part=0, parts=1, params_digest="", compression="none"

@@ -11,7 +11,6 @@ import click
 from pipeline import runtime
 from pipeline.core import config, sections, store
 from pipeline.core import records as records_file
-from pipeline.crf import CrfSettings
 from pipeline.steps import segment
 
 
@@ -19,7 +18,9 @@ from pipeline.steps import segment
 @click.argument("method")
 @click.option("--records", type=click.Path(path_type=Path), required=True, help="Read: records.h5 of prepare.")
 @click.option("--segmenter", type=click.Path(path_type=Path), required=True, help="Read: the trained segmenter.")
-@click.option("--predictions", type=click.Path(path_type=Path), required=True, help="Written: HDF5 store of labels and confidences.")
+@click.option(
+    "--predictions", type=click.Path(path_type=Path), required=True, help="Written: HDF5 store of labels and confidences."
+)
 def main(method: str, records: Path, segmenter: Path, predictions: Path) -> None:
     """Segments split val with the segmenter of METHOD's column; tags are not used.
 
@@ -28,15 +29,16 @@ def main(method: str, records: Path, segmenter: Path, predictions: Path) -> None
     with runtime.stage():
         values = sections.read()
         settings = config.parse(sections.Segment, config.section(values, "segment", method), f"segment.{method}")
-        crf = None if settings.crf is None else config.parse(CrfSettings, settings.crf, f"segment.{method}.crf")
+        crf, name = segment.crf_of(settings, method), sections.column(values, method).segmenter
         read, device = records_file.read(records), runtime.device()
+        segment.training_of(name, segmenter, read.labels)
         by_id = {record.id: record for record in read.split("val")}
         parts = store.parts_of(by_id, settings.images_per_part)
         digest = store.digest(dataclasses.asdict(settings))
         key = store.digest([digest, runtime.code_digest(), store.file_digest(records), store.file_digest(segmenter)])
         with store.Workspace(predictions, key) as work:
             job = segment.Job(
-                segmenter=sections.column(values, method).segmenter,
+                segmenter=name,
                 weights=segmenter,
                 settings=settings,
                 crf=crf,

@@ -53,7 +53,7 @@ def render(
         groups["worst"].sort(key=lambda one: (math.isnan(one["miou"]), one["miou"], one["id"]))
         pictures[method] = groups
     return environment.get_template(TEMPLATE).render(
-        title=title, records=records, found=found, pictures=pictures, stages=STAGES, kinds=KINDS, height=strip_height
+        title=title, records=records, found=found, first=next(iter(found.values())), pictures=pictures, stages=STAGES, kinds=KINDS, height=strip_height
     )
 
 

@@ -100,7 +100,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Segment:
-    """segment.<m>: sliding windows of `window` px every `window_stride` px on the image scaled by each of `scales`."""
+    """segment.<m>: sliding windows of `window` px every `window_stride` px on the image scaled by each of `scales`.
+
+    short_side  px of the short side at scale 1, or null: the image's own size
+    crf         null, or the keys of crf.CrfSettings
+    """
 
     scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
     flip: bool
@@ -111,6 +115,14 @@ class Segment:
     crf: Any
     images_per_part: Positive
     compression: Compression
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise ValueError("scales: got [], allowed is at least one scale")
+        if self.window_stride > self.window:
+            raise ValueError(
+                f"window_stride: got {self.window_stride}, allowed is at most window ({self.window}), or pixels are missed"
+            )
 
 
 @dataclass(frozen=True)

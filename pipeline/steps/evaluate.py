@@ -254,31 +254,34 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def write_plots(tally: Tally, found: dict[str, Any], labels: LabelSpace, out: Path) -> None:
-    """Tables for `dvc plots`: threshold.csv, per_class.csv and confusion.csv; with headers alone where there is no truth."""
-    out.mkdir(parents=True, exist_ok=True)
-    names = ["background", *labels.names]
+def write_thresholds(tally: Tally, path: Path) -> None:
+    """threshold.csv for `dvc plots`: mIoU of the score maps over the background level. Without truth, the header alone."""
     curve = threshold_curve(tally.histogram) if tally.scored["score_maps"] else []
-    _table(out / "threshold.csv", ["threshold", "miou"], ((k / len(curve), round(v, DIGITS)) for k, v in enumerate(curve)))
-    rows = (
-        (stage, name, rates["iou"])
-        for stage, facts in found["stages"].items()
-        for name, rates in facts.get("classes", {}).items()
-        if rates["iou"] is not None
-    )
-    _table(out / "per_class.csv", ["stage", "class", "iou"], rows)
+    _table(path, ["threshold", "miou"], ((k / len(curve), round(value, DIGITS)) for k, value in enumerate(curve)))
+
+
+def write_per_class(found: dict[str, Any], path: Path) -> None:
+    """per_class.csv for `dvc plots`: IoU of the pseudo-masks."""
+    classes = found["stages"].get("pseudo_masks", {}).get("classes", {})
+    _table(path, ["class", "iou"], ((name, rates["iou"]) for name, rates in classes.items() if rates["iou"] is not None))
+
+
+def write_confusion(tally: Tally, labels: LabelSpace, path: Path) -> None:
+    """confusion.csv for `dvc plots`, whose template counts rows: one row per percent of each true class."""
+    names = ["background", *labels.names]
     counts = tally.confusion["pseudo_masks"]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    percent = np.round(100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(int)
     cells = (
-        (actual, predicted, round(float(shares[row, column]), DIGITS))
+        (actual, predicted)
         for row, actual in enumerate(names)
         for column, predicted in enumerate([*names, "ignored"])
-        if tally.scored["pseudo_masks"]
+        for _ in range(percent[row, column])
     )
-    _table(out / "confusion.csv", ["actual", "predicted", "share"], cells)
+    _table(path, ["actual", "predicted"], cells)
 
 
 def _table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

@@ -1,8 +1,12 @@
-"""Images + segmenter → predictions: sliding windows over several scales and mirror images, then perhaps a CRF."""
+"""Images + segmenter → predictions: sliding windows over several scales and mirror images, then perhaps a CRF.
+
+Shape letters: p planes (background and c classes), h w pixels of the image or view at hand, v views.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pipeline.core import config, plugins, store
@@ -19,17 +24,21 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
-from pipeline.imaging import planes, transforms
+from pipeline.imaging import planes
 from pipeline.training import checkpoint
 from pipeline.training.loop import PRECISIONS
 from pipeline.training.settings import Training
 
-WINDOWS_PER_BATCH = 8
+WINDOWS_PER_BATCH = 4
+# Floats in one stack of planes, 512 MiB. A view or result that would need more is computed on a smaller canvas, and its
+# planes are enlarged one by one: with 20 classes this begins at 6.4 megapixels, with 80 at 1.7 (640 × 480 at scale 1.75
+# still fits). At most three stacks are alive, so memory is bounded whatever the photographs.
+MOST_VALUES = 2**27
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that one process needs, picklable."""
+    """All that one process needs, picklable. segmenter: name of the plug-in and of its family; weights: what retrain wrote."""
 
     segmenter: str
     weights: Path
@@ -43,17 +52,35 @@ class Job:
     device: str
 
 
-@lru_cache(maxsize=1)
-def load(name: str, weights: Path, device: str, run: str) -> Any:
-    """The trained segmenter, in eval mode on device; kept for as long as `run`, the work space, is the same."""
-    del run
+def crf_of(settings: Segment, key: str) -> CrfSettings | None:
+    """segment.<m>.crf, strictly parsed."""
+    return None if settings.crf is None else config.parse(CrfSettings, settings.crf, f"segment.{key}.crf")
+
+
+def training_of(name: str, weights: Path, labels: LabelSpace) -> tuple[Training, Any]:
+    """How `weights` were trained: section retrain.<m> and the segmenter's Params, from the file's metadata.
+
+    ValueError if the file belongs to another segmenter or to other classes than `labels`.
+    """
     told = checkpoint.read_metadata(weights)
     if told["plugin"] != name:
-        raise ValueError(f"{weights} was trained as segmenter {told['plugin']!r}, not {name!r}")
-    module = plugins.load("segmenters", name)
+        raise ValueError(f"{weights} was trained as segmenter {told['plugin']!r}, not {name!r}; run retrain again")
+    classes = tuple(json.loads(told["labels"]))
+    if classes != labels.names:
+        raise ValueError(
+            f"{weights} knows {', '.join(classes)}, records.h5 has {', '.join(labels.names)}; run retrain again"
+        )
+    plugins.load("nn", name)  # imported here, so that the stage's digest of code has the family in it
     training = config.parse(Training, json.loads(told["section"]), "retrain", weights)
-    params = config.parse(module.Params, training.model, "retrain.model", weights)
-    built = module.Segmenter(LabelSpace(tuple(json.loads(told["labels"]))), params, training.schedule, plugins.load("nn", name))
+    return training, config.parse(plugins.load("segmenters", name).Params, training.model, "retrain.model", weights)
+
+
+@lru_cache(maxsize=1)
+def load(name: str, weights: Path, labels: LabelSpace, device: str, run: str) -> Any:
+    """The trained segmenter, in eval mode on device; kept for as long as `run`, the work space, is the same."""
+    del run
+    training, params = training_of(name, weights, labels)
+    built = plugins.load("segmenters", name).Segmenter(labels, params, training.schedule, plugins.load("nn", name))
     checkpoint.load_into(built, weights)
     return built.to(device).eval()
 
@@ -63,7 +90,7 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     part, records = item
     if job.device == "cpu":
         torch.set_num_threads(1)
-    model = load(job.segmenter, job.weights.resolve(), job.device, str(job.out.resolve()))
+    model = load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
     items = ((record.id, segment_one(read_image(record, job.root), model, job)) for record in records)
     store.write_part(
         store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
@@ -73,47 +100,79 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
 
 
 def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray]:
-    """PREDICTIONS fields of one image u8[h,w,3]."""
-    found = probabilities(image, model, job.settings, job.device)
+    """PREDICTIONS fields of one image u8[h,w,3]: label u8[h,w] of mask values, confidence u8[h,w]."""
+    found = probabilities(image, model, job.settings, planes_count=len(job.labels) + 1, device=job.device)
     if job.crf is not None:
-        found = _refined(image, found, job.crf)
-    confidence = np.clip(planes.confidence_of(found), 0, 1)
-    return {
-        "label": found.argmax(axis=0).astype(np.uint8),
-        "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8),
-    }
+        found = _refined(resize(image, found.shape[1:]), found, job.crf)
+    label, confidence = winners(found, image.shape[:2])
+    return {"label": label, "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)}
+
+
+def winners(found: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """f32[p,gh,gw] ≥ 0 → label u8[h,w] and confidence f32[h,w], the winner's share of the sum. Ties go to the earlier plane.
+
+    Enlarges (bilinear) one plane at a time: p planes of a whole photograph never exist at once.
+    """
+    label, best, total = np.zeros(size, np.uint8), np.zeros(size, np.float32), np.zeros(size, np.float32)
+    for value, plane in enumerate(found):
+        full = plane if plane.shape == size else planes.upsample(plane[None], size)[0]
+        higher = full > best
+        label[higher], best[higher] = value, full[higher]
+        total += full
+    return label, np.clip(np.divide(best, total, out=np.ones_like(total), where=total > 0), 0, 1)
 
 
 def _refined(image: np.ndarray, found: np.ndarray, settings: CrfSettings) -> np.ndarray:
-    """CRF over the planes that win somewhere (WeakTr section 2.4); the others become 0."""
-    winners = np.unique(found.argmax(axis=0))
+    """u8[h,w,3], f32[p,h,w] → f32[p,h,w]: CRF over the planes that win somewhere (WeakTr section 2.4), 0 for the others."""
+    some = np.unique(found.argmax(axis=0))
     out = np.zeros_like(found)
-    out[winners] = dense_crf(image, unary_from_probabilities(found[winners]), settings)
+    out[some] = dense_crf(image, unary_from_probabilities(found[some]), settings)
     return out
 
 
+def bounded(size: tuple[int, int], planes_count: int) -> tuple[int, int]:
+    """size (h, w) px, or the largest of the same shape whose stack of planes has at most MOST_VALUES values."""
+    h, w = size
+    factor = min(1.0, math.sqrt(MOST_VALUES / (planes_count * h * w)))
+    return max(1, int(h * factor)), max(1, int(w * factor))
+
+
+def resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """u8[h,w,3] → u8[size], bilinear with antialiasing as training crops are. size is (h, w) px."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
 @torch.inference_mode()
-def probabilities(image: np.ndarray, model: Any, settings: Segment, device: str) -> np.ndarray:
-    """u8[h,w,3] → f32[c+1,h,w], the mean of the softmax over all scales and mirror images."""
+def probabilities(image: np.ndarray, model: Any, settings: Segment, *, planes_count: int, device: str) -> np.ndarray:
+    """u8[h,w,3] → f32[p,h,w], the mean of the softmax over all scales and mirror images.
+
+    Huge images come back on a smaller canvas (bounded). A logit is averaged before the softmax only where windows overlap.
+    """
     h, w = image.shape[:2]
+    canvas = bounded((h, w), planes_count)
     base = 1.0 if settings.short_side is None else settings.short_side / min(h, w)
     total: Tensor | None = None
     for scale in settings.scales:
-        size = max(1, round(h * base * scale)), max(1, round(w * base * scale))
-        view = torch.from_numpy(transforms.resize(image, size).copy()).to(device).permute(2, 0, 1).float() / 255
+        size = bounded((max(1, round(h * base * scale)), max(1, round(w * base * scale))), planes_count)
+        view = torch.tensor(resize(image, size), device=device).permute(2, 0, 1).float() / 255
         for mirrored in (False, True) if settings.flip else (False,):
             logits = windowed(view.flip(-1) if mirrored else view, model, settings, device)
             logits = logits.flip(-1) if mirrored else logits
-            if logits.shape[-2:] != (h, w):
-                logits = F.interpolate(logits[None], (h, w), mode="bilinear", align_corners=False)[0]
+            if logits.shape[-2:] != canvas:
+                logits = F.interpolate(logits[None], canvas, mode="bilinear", align_corners=False)[0]
             share = logits.softmax(dim=0)
             total = share if total is None else total.add_(share)
-    assert total is not None  # scales are not empty
-    return (total / (len(settings.scales) * (2 if settings.flip else 1))).cpu().numpy()
+    assert total is not None  # Segment has at least one scale
+    return total.div_(len(settings.scales) * (2 if settings.flip else 1)).cpu().numpy()
 
 
 def windowed(view: Tensor, model: Any, settings: Segment, device: str) -> Tensor:
-    """f32[3,h,w] → logits f32[c+1,h,w], averaged where windows overlap. Views smaller than a window are one window."""
+    """f32[3,h,w] → logits f32[p,h,w], averaged where windows overlap; one batch of windows is alive at a time.
+
+    A view smaller than a window is not enlarged: it is one window of its own size, which the segmenter pads to its stride.
+    """
     h, w = view.shape[-2:]
     high, wide = min(settings.window, h), min(settings.window, w)
     corners = [
@@ -132,9 +191,9 @@ def windowed(view: Tensor, model: Any, settings: Segment, device: str) -> Tensor
             total[:, top : top + high, left : left + wide] += window
             count[top : top + high, left : left + wide] += 1
     assert total is not None  # there is at least one window
-    return total / count
+    return total.div_(count)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side: every stride px, the last one aligned to the border."""
+    """Where windows begin along one side: every stride px, the last one aligned to the border. stride ≤ window ≤ length."""
     return sorted({*range(0, length - window + 1, stride), length - window})

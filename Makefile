@@ -1,0 +1,34 @@
+# Every target is a line or two; the work is in .ci/setup, dvc.yaml and the modules named here.
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: setup data demo test lint bench doctor clean
+
+setup: ## venv, pinned packages, the pydensecrf build, a self-check
+	@.ci/setup
+	@$(PY) -m stages.doctor --quiet
+
+data: setup ## draws the embedded data set
+	@$(PY) -m pipeline.datasets.scenes data/raw/scenes
+
+demo: data ## the whole pipeline on drawn scenes, and a table of its figures
+	dvc repro
+	@$(PY) -m pipeline.audit.summary metrics
+
+test: setup lint ## everything that CI runs
+	$(PY) -m pytest -q
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	lint-imports
+	pyright
+
+bench: setup ## speed and memory, as ratios against a reference in the same run
+	$(PY) -m benchmarks.run
+
+doctor: setup ## what is there, and what to do where something is missing
+	@$(PY) -m stages.doctor
+
+clean: ## unfinished work and caches of tools; results and .venv stay
+	rm -rf .work .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,41 @@
+"""The encoder that Segmenter and WeakTr's step 2 published weights for: timm's ViT with two differences."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn.torchvision_guard import mend
+
+mend()
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+NORM_EPS = 1e-5  # timm's ViTs have 1e-6
+HEAD_WIDTH = 64  # channels per attention head, in every ViT that they used
+
+
+class BilinearVit(VisionTransformer):
+    """Position embeddings are resized bilinearly, without antialiasing; LayerNorm's eps is 1e-5 (WeakTr section 2.1)."""
+
+    def __init__(self, *, grid: int, patch_size: int, dim: int, depth: int) -> None:
+        super().__init__(
+            img_size=grid * patch_size,
+            patch_size=patch_size,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=max(1, dim // HEAD_WIDTH),
+            num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+            dynamic_img_size=True,
+        )
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Patches f32[b,gh,gw,dim] → tokens f32[b,1+gh*gw,dim] with the class token in front. Called by timm."""
+        b, gh, gw, dim = x.shape
+        own = self.pos_embed[:, 1:].reshape(1, *self.patch_embed.grid_size, dim).permute(0, 3, 1, 2)
+        resized = F.interpolate(own, (gh, gw), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(b, -1, -1), x.flatten(1, 2)], dim=1)
+        return tokens + torch.cat([self.pos_embed[:, :1], resized], dim=1)
