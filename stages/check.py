@@ -10,7 +10,7 @@ import click
 
 from pipeline.core import config, plugins, sections
 from pipeline.core.config import PARAMS_FILE, ParamsError
-from pipeline.steps import extract, train
+from pipeline.steps import extract, segment, train
 
 
 def problems(path: Path = PARAMS_FILE) -> list[str]:
@@ -70,7 +70,9 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
     export = parsed(sections.Export, "export")
     for name in export.formats if export is not None else ():
         tried(lambda name=name: plugins.load("exporters", name))
-    parsed(sections.Segment, "segment")
+    segmentation = parsed(sections.Segment, "segment")
+    if segmentation is not None:
+        tried(lambda: segment.crf_of(segmentation, key))
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main(raw: Path, records: Path, truth: Path) -> None:
     with runtime.stage():
         values = sections.read()
         rules = config.parse(sections.Prepare, values["prepare"], "prepare")
-        settings = sections.dataset({"dataset": {**values["dataset"], "root": str(raw)}})
+        settings = replace(sections.dataset(values), root=str(raw))
         mapper = partial(runtime.each, processes=runtime.workers(), what="prepare", unit=prepare.PER_ITEM)
         digest = store.digest([settings.name, settings.options])
         found = prepare.prepare(settings, rules, digest=digest, records_out=records, truth_out=truth, mapper=mapper)

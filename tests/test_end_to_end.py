@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -66,8 +65,10 @@ class Copy:
         path = self.folder / file
         path.write_text(path.read_text(encoding="utf-8") + "\n# touched\n", encoding="utf-8")
 
-    def lock(self) -> dict[str, Any]:
-        return yaml.safe_load((self.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    def results(self) -> dict[str, str]:
+        """Path of every out → its hash, as DVC has locked them."""
+        stages = yaml.safe_load((self.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
 
 
 @pytest.fixture(scope="module")
@@ -148,4 +149,4 @@ def test_the_same_run_with_other_workers_and_ranks_gives_the_same_bytes(done: Co
     other.ran("evaluate@cam", TAG2MASK_WORKERS="3", TAG2MASK_RANKS="1")
     again = Copy(tmp_path / "again")
     again.ran("evaluate@cam", TAG2MASK_WORKERS="1", TAG2MASK_RANKS="2")
-    assert other.lock() == again.lock()
+    assert other.results() == again.results()

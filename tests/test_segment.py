@@ -1,4 +1,4 @@
-"""Stage segment: windows, scales and mirror images of a made-up segmenter, and the same bytes for any number of processes."""
+"""Stage segment: windows, scales and mirror images of made-up segmenters, and the same bytes for any number of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings
-from pipeline.nn.vit import backbone
 from pipeline.segmenters.vit import Segmenter
 from pipeline.steps import segment
 from pipeline.training import checkpoint

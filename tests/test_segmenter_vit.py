@@ -60,7 +60,7 @@ def golden_weights(keys: Sequence[str], shapes: Sequence[str], seed: int) -> dic
 @pytest.fixture(scope="module")
 def official() -> tuple[dict[str, Any], dict[str, Tensor]]:
     case = golden("weaktr_segmenter")
-    return case, golden_weights(case["keys"], case["shapes"], int(case["seed"]))
+    return case, golden_weights(case["keys"].tolist(), case["shapes"].tolist(), int(case["seed"]))
 
 
 @pytest.mark.parametrize("name", ["aligned", "padded"])

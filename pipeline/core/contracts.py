@@ -173,7 +173,8 @@ class Dataset(Protocol):
     labels: LabelSpace
 
     def listings(self) -> list[Listing]:
-        """Every image, in any order. Raises DatasetError listing all that is wrong with lists and tags."""
+        """Every image, in any order. Raises DatasetError listing all that is wrong with lists and tags; the error's own
+        `listings`, each id once, are what could be listed all the same."""
         ...
 
     def truth(self, listing: Listing) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.contracts import Listing
-from pipeline.core.labels import IGNORE, MOST_CLASSES, LabelSpace
+from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.listing import DatasetError, id_problem, twice
 
 FOLDERS = {"train": "train2014", "val": "val2014"}
@@ -19,78 +20,97 @@ FOLDERS = {"train": "train2014", "val": "val2014"}
 
 @dataclass(frozen=True)
 class Params:
-    """dataset.options. keep_untagged: whether photographs without any object stay (as images whose tags are empty)."""
+    """dataset.options. keep_untagged: whether photographs without any object stay (as images that hold no class)."""
 
     keep_untagged: bool
 
 
+@dataclass(frozen=True)
+class Instance:
+    """One annotated object. shape is a list of polygons f64[2n] or an RLE mapping; position counts classes from 0."""
+
+    position: int
+    shape: Any
+    area: float
+    crowd: bool
+
+
 class Dataset:
-    """Classes are the JSON's categories in the order of their ids, without gaps."""
+    """Classes are the JSON's categories in the order of their ids, without gaps. Each JSON is parsed once, here."""
 
     def __init__(self, root: Path, params: Params) -> None:
         self.root, self.params = root, params
-        self._shapes: dict[str, tuple[int, int]] = {}
-        self._instances: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self._listings: list[Listing] = []
-        problems: list[str] = []
-        names: tuple[str, ...] | None = None
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._instances: dict[str, list[Instance]] = {}
+        self._listings: dict[str, Listing] = {}
+        self.problems: list[str] = []
+        names: list[str] = []
         for split, folder in FOLDERS.items():
             path = root / "annotations" / f"instances_{folder}.json"
             if not path.is_file():
-                problems.append(f"{path} is missing")
+                self.problems.append(f"{path} is missing")
                 continue
-            told = json.loads(path.read_text(encoding="utf-8"))
-            categories = sorted(told["categories"], key=lambda category: category["id"])
-            if names is not None and names != tuple(category["name"] for category in categories):
-                problems.append(f"{path}: its categories differ from those of the other file")
-                continue
-            names = tuple(category["name"] for category in categories)
-            self._read(told, split, folder, {category["id"]: at for at, category in enumerate(categories)}, names, problems)
-        problems += [f"{image_id!r}: two images have this id" for image_id in twice(one.id for one in self._listings)]
-        if names is not None and len(names) > MOST_CLASSES:
-            problems.append(f"{len(names)} categories are more than uint8 masks can hold")
-        if problems or names is None:
-            raise DatasetError(problems)
-        self.labels = LabelSpace(names)
+            try:
+                told = json.loads(path.read_bytes())
+                categories = {one["id"]: one["name"] for one in sorted(told["categories"], key=lambda one: one["id"])}
+                if names and names != list(categories.values()):
+                    self.problems.append(f"{path}: its categories differ from those of the other file")
+                    continue
+                names = list(categories.values())
+                self._read(told, split, folder, categories)
+            except (ValueError, KeyError, TypeError) as error:
+                self.problems.append(f"{path} is no instances file of COCO: {type(error).__name__} {error}")
+        if not names:
+            raise DatasetError(self.problems or ["the annotation files name no categories"])
+        self.labels = LabelSpace(tuple(names))
 
-    def _read(
-        self, told: dict[str, Any], split: str, folder: str, position: dict[int, int], names: tuple[str, ...], problems: list[str]
-    ) -> None:
-        ids = {image["id"]: Path(image["file_name"]).stem for image in told["images"]}
-        for instance in told["annotations"]:
-            if instance["image_id"] not in ids:
-                problems.append(f"annotation {instance.get('id')}: no image {instance['image_id']}")
+    def _read(self, told: Mapping[str, Any], split: str, folder: str, categories: dict[int, str]) -> None:
+        names, position = list(categories.values()), {number: at for at, number in enumerate(categories)}
+        of_image: dict[int, list[Instance]] = defaultdict(list)
+        for one in told["annotations"]:
+            if one["category_id"] in position:
+                shape = one["segmentation"]
+                if isinstance(shape, list):  # as arrays they take a tenth of the memory
+                    shape = [np.array(polygon, np.float64) for polygon in shape]
+                of_image[one["image_id"]].append(
+                    Instance(position[one["category_id"]], shape, one["area"], bool(one["iscrowd"]))
+                )
+            else:
+                self.problems.append(f"{folder}: annotation {one.get('id')} has the unknown category {one['category_id']}")
+        ids = [Path(image["file_name"]).stem for image in told["images"]]
+        self.problems += [f"{image_id!r}: two images have this id" for image_id in twice([*self._sizes, *ids])]
+        strange = sorted(set(of_image) - {image["id"] for image in told["images"]})
+        self.problems += [f"{folder}: annotations of image {number}, which the file does not list" for number in strange]
+        for image_id, image in zip(ids, told["images"], strict=True):
+            path = Path(folder) / image["file_name"]
+            wrong = id_problem(image["file_name"])
+            if wrong or not (self.root / path).is_file():
+                self.problems.append(wrong or f"{image_id!r}: in the annotations, but {path} is missing")
                 continue
-            kept = {key: instance[key] for key in ("segmentation", "area", "iscrowd")}
-            self._instances[ids[instance["image_id"]]].append({**kept, "position": position[instance["category_id"]]})
-        for image in told["images"]:
-            image_id = ids[image["id"]]
-            problem = id_problem(image_id)
-            if problem:
-                problems.append(problem)
-            if not (self.root / folder / image["file_name"]).is_file():
-                problems.append(f"{image_id!r}: {folder}/{image['file_name']} is missing")
-            self._shapes[image_id] = (image["height"], image["width"])
-            found = sorted({one["position"] for one in self._instances[image_id] if not one["iscrowd"]})
-            if found or self.params.keep_untagged:
-                tags = tuple(names[at] for at in found)
-                self._listings.append(Listing(image_id, Path(folder) / image["file_name"], split, tags, True))
+            instances = of_image.get(image["id"], [])
+            tags = tuple(names[at] for at in sorted({one.position for one in instances}))
+            if tags or self.params.keep_untagged:
+                self._sizes[image_id] = (image["height"], image["width"])
+                self._instances[image_id] = instances
+                self._listings[image_id] = Listing(image_id, path, split, tags, True)
 
     def listings(self) -> list[Listing]:
-        return list(self._listings)
+        """Tags are the categories of all annotations: a class that is only there as a crowd is there."""
+        found = list(self._listings.values())
+        if self.problems:
+            raise DatasetError(self.problems, listings=found)
+        return found
 
     def truth(self, listing: Listing) -> np.ndarray:
-        """u8[h,w]: larger instances first, so that smaller ones lie on top; crowd regions are 255 where nothing else is."""
+        """u8[h,w]: larger instances first, so that smaller ones lie on top; crowd regions are 255 where no object is."""
         from pycocotools import mask as rle  # its import costs time, and only COCO needs it
 
-        h, w = self._shapes[listing.id]
+        h, w = self._sizes[listing.id]
         mask = np.zeros((h, w), np.uint8)
-        order = sorted(self._instances[listing.id], key=lambda one: (not one["iscrowd"], -one["area"]))
-        for instance in order:
-            shape = instance["segmentation"]
-            if isinstance(shape, list):
-                encoded = rle.merge(rle.frPyObjects(shape, h, w))
+        for one in sorted(self._instances[listing.id], key=lambda one: (not one.crowd, -one.area)):
+            if isinstance(one.shape, list):
+                encoded = rle.merge(rle.frPyObjects(one.shape, h, w))
             else:
-                encoded = rle.frPyObjects(shape, h, w) if isinstance(shape["counts"], list) else shape
-            mask[rle.decode(encoded).astype(bool)] = IGNORE if instance["iscrowd"] else instance["position"] + 1
+                encoded = rle.frPyObjects(one.shape, h, w) if isinstance(one.shape["counts"], list) else one.shape
+            mask[rle.decode(encoded).astype(bool)] = IGNORE if one.crowd else one.position + 1
         return mask

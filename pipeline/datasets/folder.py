@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Params:
     """dataset.options.
 
     classes    names in the order of mask values 1, 2, …; null takes all names seen in the tags, sorted
-    val_share  share of the images that go to val, by a hash of the id; only used where tags.csv has no column split
+    val_share  share of the images that go to val, by a hash of the id; only used where tags.csv gives an image no split
     """
 
     classes: tuple[str, ...] | None
@@ -41,47 +42,55 @@ class Dataset:
     def __init__(self, root: Path, params: Params) -> None:
         self.root, self.params = root, params
         files = images_under(root / "images")
-        problems = [problem for path in files if (problem := id_problem(path.with_suffix("").as_posix()))]
-        ids = [path.with_suffix("").as_posix() for path in files]
-        problems += [f"{image_id!r}: two image files have this id" for image_id in twice(ids)]
+        ids = [_composed(path.with_suffix("").as_posix()) for path in files]
+        self.problems = [problem for image_id in ids if (problem := id_problem(image_id))]
+        self.problems += [f"{image_id!r}: two image files have this id" for image_id in twice(ids)]
         self.files = dict(zip(ids, files, strict=True))
+        self.tags: dict[str, tuple[str, ...]] = {}
+        self.splits: dict[str, str] = {}
         table = root / "tags.csv"
-        tags, splits, more = self._from_table(table) if table.is_file() else (self._from_folders(), {}, [])
-        problems += more
-        seen = sorted({tag for row in tags.values() for tag in row})
+        if table.is_file():
+            self._read(table)
+        else:
+            self.tags = {
+                image_id: (_composed(path.parts[0]),) for image_id, path in self.files.items() if len(path.parts) > 1
+            }
+        self._find_strays()
+        seen = sorted({tag for row in self.tags.values() for tag in row})
         if not seen and params.classes is None:
-            problems.append(f"{root}: no image has a tag; tags.csv or one folder per class under images/ must name some")
-        names = params.classes if params.classes is not None else tuple(seen)
-        for image_id, row in tags.items():
-            problems += [f"{image_id!r}: unknown tag {tag!r}; known are {', '.join(names)}" for tag in row if tag not in names]
-        if problems:
-            raise DatasetError(problems)
-        self.labels = LabelSpace(tuple(names))
-        self.tags, self.splits = tags, splits
+            none = f"{root}: no image has a tag; tags.csv or one folder per class under images/ must name some"
+            raise DatasetError(self.problems or [none])
+        self.labels = LabelSpace(tuple(seen if params.classes is None else map(_composed, params.classes)))
 
-    def _from_table(self, table: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str], list[str]]:
-        rows = read_table(table, ["id", "tags"])
-        ids = [row["id"] if row["id"] in self.files else without_suffix(row["id"]) for row in rows]
-        problems = [f"{image_id!r}: stands twice in tags.csv" for image_id in twice(ids)]
-        problems += [problem for image_id in ids if (problem := id_problem(image_id))]
-        problems += [
-            f"{image_id!r}: in tags.csv, but no file images/{image_id}.*"
-            for image_id in ids
-            if image_id not in self.files and not id_problem(image_id)
-        ]
-        splits = {image_id: row["split"] for image_id, row in zip(ids, rows, strict=True) if row.get("split")}
-        problems += [
-            f"{image_id!r}: split {split!r} in tags.csv; allowed are train, val"
-            for image_id, split in splits.items()
-            if split not in ("train", "val")
-        ]
-        return dict(zip(ids, split_tags(row["tags"] for row in rows), strict=True)), splits, problems
+    def _read(self, table: Path) -> None:
+        try:
+            rows = read_table(table, ["id", "tags"])
+        except DatasetError as error:
+            self.problems += error.problems
+            return
+        ids = [name if (name := _composed(row["id"])) in self.files else without_suffix(name) for row in rows]
+        self.problems += [f"{image_id!r}: stands twice in tags.csv" for image_id in twice(ids)]
+        for image_id, row in zip(ids, rows, strict=True):
+            wrong = id_problem(image_id)
+            if wrong:
+                self.problems.append(wrong)
+            elif image_id not in self.files:
+                self.problems.append(f"{image_id!r}: in tags.csv, but no file images/{image_id}.*")
+            split = row.get("split")
+            if split in ("train", "val"):
+                self.splits[image_id] = split
+            elif split:
+                self.problems.append(f"{image_id!r}: split {split!r} in tags.csv; allowed are train, val")
+        self.tags = dict(zip(ids, split_tags(_composed(row["tags"]) for row in rows), strict=True))
 
-    def _from_folders(self) -> dict[str, tuple[str, ...]]:
-        return {image_id: (path.parts[0],) for image_id, path in self.files.items() if len(path.parts) > 1}
+    def _find_strays(self) -> None:
+        """Masks under other names than their images would leave the audit without truth, and nobody would know."""
+        masks = images_under(self.root / "masks") if (self.root / "masks").is_dir() else []
+        if masks and not any(self._mask(image_id).is_file() for image_id in self.files):
+            self.problems.append(f"masks/ holds {len(masks)} images, but none is called as an image is (masks/<id>.png)")
 
     def listings(self) -> list[Listing]:
-        return [
+        found = [
             Listing(
                 id=image_id,
                 path=Path("images") / path,
@@ -91,10 +100,18 @@ class Dataset:
             )
             for image_id, path in self.files.items()
         ]
+        if self.problems:
+            raise DatasetError(self.problems, listings=found)
+        return found
 
     def _mask(self, image_id: str) -> Path:
-        return self.root / "masks" / f"{image_id}.png"
+        return self.root / "masks" / self.files[image_id].with_suffix(".png")
 
     def truth(self, listing: Listing) -> np.ndarray:
         """masks/<id>.png: palette or greyscale, 0 background, i + 1 = classes[i], 255 ignore."""
         return read_mask(self._mask(listing.id))
+
+
+def _composed(text: str) -> str:
+    """One form of letters with accents: macOS writes file names in another than keyboards do, and the two must meet."""
+    return unicodedata.normalize("NFC", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
@@ -14,14 +13,14 @@ import numpy as np
 
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
-from pipeline.core.listing import DatasetError, id_problem, read_mask, read_table, split_tags, twice
+from pipeline.core.listing import DatasetError, id_problem, read_mask, read_table, split_tags, twice, without_suffix
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 LISTS = Path("ImageSets/Segmentation")
-MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")  # SBD's masks, where there are any, know all of train_aug
+OWN, SBD = "SegmentationClass", "SegmentationClassAug"
 
 
 @dataclass(frozen=True)
@@ -55,33 +54,40 @@ class Dataset:
             self._values[value] = self.labels.index(name) + 1 if name in chosen else BACKGROUND
 
     def listings(self) -> list[Listing]:
-        splits = {"train": self._list(self.params.train_list), "val": self._list(self.params.val_list)}
+        problems: list[str] = []
+        splits = {"train": self._list(self.params.train_list, problems), "val": self._list(self.params.val_list, problems)}
         both = [image_id for ids in splits.values() for image_id in ids]
-        problems = [f"{image_id!r}: stands twice in the lists" for image_id in twice(both)]
+        problems += [f"{image_id!r}: stands twice in the lists" for image_id in twice(both)]
         problems += [problem for image_id in both if (problem := id_problem(image_id))]
-        tags = self._tags(both, problems)
+        split_of = {image_id: split for split, ids in splits.items() for image_id in ids if not id_problem(image_id)}
+        there = {image_id for image_id in split_of if (self.root / _photograph(image_id)).is_file()}
         problems += [
-            f"{image_id!r}: in a list, but JPEGImages/{image_id}.jpg is missing"
-            for image_id in both
-            if not (self.root / "JPEGImages" / f"{image_id}.jpg").is_file()
+            f"{image_id!r}: in a list, but {_photograph(image_id)} is missing"
+            for image_id in split_of
+            if image_id not in there
         ]
-        if problems:
-            raise DatasetError(problems)
-        return [
+        try:
+            tags = self._tags(list(split_of), problems)
+        except DatasetError as error:
+            tags, problems = {}, [*problems, *error.problems]
+        found = [
             Listing(
                 id=image_id,
-                path=Path("JPEGImages") / f"{image_id}.jpg",
+                path=_photograph(image_id),
                 split=split,
                 tags=None if image_id not in tags else tuple(name for name in tags[image_id] if name in self.labels.names),
-                mask=self._mask(image_id) is not None,
+                mask=self._mask(image_id, split) is not None,
             )
-            for split, ids in splits.items()
-            for image_id in ids
+            for image_id, split in split_of.items()
+            if image_id in there
         ]
+        if problems:
+            raise DatasetError(problems, listings=found)
+        return found
 
     def truth(self, listing: Listing) -> np.ndarray:
         """u8[h,w]; VOC's values become ours, the void border stays 255."""
-        path = self._mask(listing.id)
+        path = self._mask(listing.id, listing.split)
         assert path is not None  # listing.mask said so
         mask = read_mask(path)
         strange = np.unique(mask[(mask > len(VOC_CLASSES)) & (mask != IGNORE)])
@@ -89,25 +95,34 @@ class Dataset:
             raise ValueError(f"mask {path.name} holds {strange.tolist()}, which are no VOC values")
         return self._values[mask]
 
-    def _mask(self, image_id: str) -> Path | None:
-        candidates = (self.root / folder / f"{image_id}.png" for folder in MASK_FOLDERS)
+    def _mask(self, image_id: str, split: str) -> Path | None:
+        """SBD's mask for train_aug, where it is there; for VOC's own lists VOC's, as its protocol asks."""
+        augmented = split == "train" and "aug" in self.params.train_list
+        candidates = (self.root / folder / f"{image_id}.png" for folder in ((SBD, OWN) if augmented else (OWN, SBD)))
         return next((path for path in candidates if path.is_file()), None)
 
-    def _list(self, name: str) -> list[str]:
+    def _list(self, name: str, problems: list[str]) -> list[str]:
         """Ids of a list; lines of SBD's form `/JPEGImages/x.jpg /SegmentationClassAug/x.png` are understood too."""
         path = self.root / LISTS / f"{name}.txt"
         if not path.is_file():
             there = ", ".join(sorted(found.stem for found in (self.root / LISTS).glob("*.txt"))) or "none"
-            hint = " (train_aug is SBD's list: put it there, or set dataset.options.train_list to train)" if "aug" in name else ""
-            raise DatasetError([f"{path} is missing; lists there: {there}{hint}"])
+            hint = (
+                " (train_aug is SBD's list: put it there, or set dataset.options.train_list to train)"
+                if "aug" in name
+                else ""
+            )
+            problems.append(f"{path} is missing; lists there: {there}{hint}")
+            return []
         lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [Path(line).stem if line.endswith((".jpg", ".png")) else line for line in lines]
 
     def _tags(self, ids: list[str], problems: list[str]) -> dict[str, tuple[str, ...]]:
         if self.params.tags == "csv":
             rows = read_table(self.root / "tags.csv", ["id", "tags"])
-            tags = dict(zip((row["id"] for row in rows), split_tags(row["tags"] for row in rows), strict=True))
+            named = [without_suffix(row["id"]) for row in rows]
+            tags = dict(zip(named, split_tags(row["tags"] for row in rows), strict=True))
             wanted = set(ids)
+            problems += [f"{image_id!r}: stands twice in tags.csv" for image_id in twice(named) if image_id in wanted]
             problems += [
                 f"{image_id!r}: unknown tag {tag!r} in tags.csv"
                 for image_id, names in tags.items()
@@ -122,6 +137,10 @@ class Dataset:
                 for image_id in ids
                 if image_id in table
             }
+        if not (self.root / "Annotations").is_dir():  # one line, not one for each image
+            hint = "set dataset.options.tags to csv or npy, or put VOC's Annotations there"
+            problems.append(f"{self.root / 'Annotations'} is missing; {hint}")
+            return {}
         return {image_id: names for image_id in ids if (names := self._tags_of_annotation(image_id, problems)) is not None}
 
     def _tags_of_annotation(self, image_id: str, problems: list[str]) -> tuple[str, ...] | None:
@@ -129,9 +148,17 @@ class Dataset:
         if not path.is_file():
             problems.append(f"{image_id!r}: {path} is missing; tags come from it (dataset.options.tags)")
             return None
-        names = [(found.text or "").strip() for found in ElementTree.parse(path).getroot().findall("object/name")]
+        try:
+            names = [(found.text or "").strip() for found in ElementTree.parse(path).getroot().findall("object/name")]
+        except ElementTree.ParseError as error:
+            problems.append(f"{image_id!r}: {path.name} is no valid XML: {error}")
+            return None
         problems += [f"{image_id!r}: unknown object {name!r} in {path.name}" for name in names if name not in VOC_CLASSES]
         return tuple(dict.fromkeys(names))
+
+
+def _photograph(image_id: str) -> Path:
+    return Path("JPEGImages") / f"{image_id}.jpg"
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -150,7 +177,9 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise DatasetError([f"cls_labels.npy asks for {module}.{name}; only NumPy arrays are allowed. Do not trust this file"])
+            raise DatasetError(
+                [f"cls_labels.npy asks for {module}.{name}; only NumPy arrays are allowed. Do not trust this file"]
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -158,18 +187,27 @@ def read_cls_labels(path: Path) -> Mapping[str, np.ndarray]:
     """The field's cls_labels.npy: id → f32[20]. Integer ids (IRN's form 2007000032) become 2007_000032."""
     if not path.is_file():
         raise DatasetError([f"{path} is missing; set dataset.options.tags to xml or csv, or put the file there"])
-    with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        if dtype != object or shape != ():
-            raise DatasetError([f"{path} holds {dtype}{shape}, not the dict of the field's file"])
-        found = _ArraysOnly(io.BytesIO(file.read())).load()
-    table = found.item() if isinstance(found, np.ndarray) else found
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+            if not dtype.hasobject or shape != ():
+                raise DatasetError([f"{path} holds {dtype}{shape}, not the dict of the field's file"])
+            found = _ArraysOnly(file, encoding="latin1").load()  # latin1: arrays that Python 2 has written
+    except DatasetError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise DatasetError([f"{path} cannot be read: {error}"]) from error
+    table = found.item() if isinstance(found, np.ndarray) and found.shape == () else found
     if not isinstance(table, dict):
         raise DatasetError([f"{path} holds a {type(table).__name__}, not a dict"])
-    named = {f"{key // 10**6}_{key % 10**6:06d}" if isinstance(key, int) else str(key): value for key, value in table.items()}
+    named = {_official_id(key): value for key, value in table.items()}
     wrong = [key for key, value in named.items() if np.shape(value) != (len(VOC_CLASSES),)]
     if wrong:
         raise DatasetError([f"{path}: {key!r} has no {len(VOC_CLASSES)} values" for key in wrong])
     return named
+
+
+def _official_id(key: Any) -> str:
+    return f"{int(key) // 10**6}_{int(key) % 10**6:06d}" if isinstance(key, (int, np.integer)) else str(key)

@@ -91,7 +91,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor]) -> Segmenter:
-        """WeakTr's step-2 weights in the authors' key names (encoder.*, decoder.*) → a segmenter with the published settings.
+        """WeakTr's step-2 weights in its authors' names (encoder.*, decoder.*) → a segmenter with the published settings.
 
         Width, depth, patch size, position grid and the number of classes are read off the tensors; classes are named
         "class 1", "class 2", … since the file has no names. ValueError lists the keys that miss, are unknown, or do not fit.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,130 +15,165 @@ from pipeline.core import config, plugins, records, store
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.listing import DatasetError, id_problem, twice
-from pipeline.core.records import ImageRecord, Records
+from pipeline.core.records import SPLITS, ImageRecord, Records
 from pipeline.core.sections import Dataset, Prepare
 
-PER_ITEM = 32  # images that one process checks at a time
+PER_ITEM = 32  # images that one process opens at a time
+EMPTY_TRAIN = "no usable image of split train has a tag; there is nothing to learn from"
 
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What opening one image and its mask has shown. problem is None where both are usable."""
+class Opened:
+    """What opening one image file has shown: size (h, w) px upright. problem is None where it can be read whole."""
 
     size: tuple[int, int]
     sha256: bytes
     problem: str | None
 
 
+@dataclass
+class Found:
+    """What has been seen so far: records that are usable, (id, reason) of what is not."""
+
+    usable: list[ImageRecord] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
 def open_dataset(settings: Dataset) -> Any:
-    """The data set that params.yaml names. DatasetError or ParamsError, with everything that is wrong with lists and tags."""
+    """The data set that params.yaml names. DatasetError or ParamsError where nothing could be listed."""
     module = plugins.load("datasets", settings.name)
     params = config.parse(module.Params, settings.options, "dataset.options")
     root = Path(settings.root)
     if not root.is_dir():
-        hint = "; `make data` draws it" if settings.name == "scenes" else "; set dataset.root in params.yaml"
-        raise DatasetError([f"dataset.root {root} is no folder{hint}"])
+        hint = "set dataset.root in params.yaml; the scenes of the demo are drawn by `make data`"
+        raise DatasetError([f"dataset.root {root} is no folder"], hint=hint)
     return module.Dataset(root, params)
 
 
-_OPENED: dict[str, Any] = {}  # one per process; a COCO annotation file takes seconds to parse
+def open_images(paths: Sequence[Path], root: Path) -> list[Opened]:
+    """Reads and decodes image files, `paths` relative to root; runs in worker processes and keeps no pixels."""
+    return [_open_image(path, root) for path in paths]
 
 
-def check_some(listings: Sequence[Listing], settings: Dataset) -> list[Checked]:
-    """Opens images and masks; runs in worker processes, each of which opens the data set once."""
-    key = store.digest([settings.name, settings.root, settings.options])
-    if key not in _OPENED:
-        _OPENED[key] = open_dataset(settings)
-    return [_check(listing, _OPENED[key]) for listing in listings]
-
-
-def _check(listing: Listing, dataset: Any) -> Checked:
+def _open_image(path: Path, root: Path) -> Opened:
     try:
-        data = (dataset.root / listing.path).read_bytes()
+        data = (root / path).read_bytes()
         h, w = records.decode(data).shape[:2]
     except Exception as error:  # whatever a decoder throws at a broken file is that file's problem, not the run's
-        return Checked((0, 0), b"\0" * 32, f"{listing.path} cannot be read: {error}")
-    problem = None
-    if listing.mask:
-        try:
-            mask = dataset.truth(listing)
-            problem = _mask_problem(mask, (h, w), len(dataset.labels))
-        except Exception as error:
-            problem = f"its mask cannot be read: {error}"
-    return Checked((h, w), hashlib.sha256(data).digest(), problem)
+        return Opened((0, 0), b"\0" * 32, f"{path.as_posix()!r} cannot be read: {_in_words(error)}")
+    return Opened((h, w), hashlib.sha256(data).digest(), None)
 
 
-def _mask_problem(mask: np.ndarray, size: tuple[int, int], classes: int) -> str | None:
-    if mask.shape != size:
-        shape = "×".join(map(str, mask.shape))
-        return f"its mask is {shape} px (h×w), the upright image {size[0]}×{size[1]}; masks are not rotated by EXIF"
-    strange = np.unique(mask[(mask > classes) & (mask != IGNORE)])
-    if strange.size:
-        return f"its mask holds the values {strange[:10].tolist()}; allowed are 0..{classes} and {IGNORE}"
-    return None
+def _in_words(error: Exception) -> str:
+    """Pillow names its in-memory buffer, whose address would make each run's records differ."""
+    return "not a known image format" if "cannot identify" in str(error) else f"{error or type(error).__name__}"
 
 
-def prepare(settings: Dataset, rules: Prepare, *, digest: str, records_out: Path, truth_out: Path, mapper: Mapper) -> Records:
-    """Checks everything, then writes both files. mapper(function, items) applies in order, perhaps in processes.
+def prepare(
+    settings: Dataset, rules: Prepare, *, digest: str, records_out: Path, truth_out: Path, mapper: Mapper
+) -> Records:
+    """Checks everything, then writes both files; nothing is written where something is wrong.
 
-    Structural mistakes (lists, tags, duplicate ids) always fail. Images that cannot be used fail together, or are skipped
-    and named in the records where rules.on_bad_image is `skip`.
+    mapper(function, items) applies in order, perhaps in processes. Structural mistakes (lists, tags, duplicate ids) always
+    fail; images and masks that cannot be used fail with them, or are skipped and named in the records where
+    rules.on_bad_image is `skip`. One DatasetError lists it all.
     """
     dataset = open_dataset(settings)
-    listings = sorted(dataset.listings(), key=lambda listing: listing.id)
-    problems = [problem for listing in listings if (problem := id_problem(listing.id))]
-    problems += [f"{image_id!r}: two images have this id" for image_id in twice(listing.id for listing in listings)]
-    problems += [
-        f"{listing.id!r}: unknown tag {tag!r}; known are {', '.join(dataset.labels.names)}"
-        for listing in listings
-        for tag in dataset.labels.unknown(listing.tags or ())
-    ]
-    if not listings:
-        problems.append(f"dataset.root {settings.root} holds no image")
-    if problems:
+    listings, problems = _listed(dataset)
+    skip = rules.on_bad_image == "skip"
+    if problems and skip:  # no need to open images: these mistakes are never skipped
         raise DatasetError(problems)
-    usable, skipped, masks = _check_all(listings, dataset.labels, settings, mapper)
-    if skipped and rules.on_bad_image == "fail":
-        hint = "(repair or remove them, or set prepare.on_bad_image to skip in params.yaml)"
-        raise DatasetError([*(f"{image_id!r}: {reason}" for image_id, reason in skipped), hint])
-    if not any(record.split == "train" and record.tags for record in usable):
-        raise DatasetError(["no usable image of split train has a tag; there is nothing to learn from"])
-    result = Records(dataset.labels, tuple(usable), tuple(skipped))
-    by_id = {listing.id: listing for listing in listings}
-    store.write_part(
-        truth_out, store.TRUTH, ((image_id, {"mask": dataset.truth(by_id[image_id])}) for image_id in masks),
-        labels=dataset.labels, part=0, parts=1, params_digest=digest, compression=rules.compression,
-    )  # fmt: skip
-    records.write(records_out, result)
+    found = Found()
+    masks = _checked(listings, dataset, Path(settings.root), mapper, found)
+    draft = truth_out.with_name(truth_out.name + ".draft")
+    try:
+        store.write_part(
+            draft, store.TRUTH, (mask for mask in masks if skip or not (problems or found.bad)), labels=dataset.labels,
+            part=0, parts=1, params_digest=digest, compression=rules.compression,
+        )  # fmt: skip
+        if found.bad and not skip:
+            hint = "repair or remove what cannot be used, or set prepare.on_bad_image to skip in params.yaml"
+            raise DatasetError([*problems, *(f"{image_id!r}: {reason}" for image_id, reason in found.bad)], hint=hint)
+        if not any(record.split == "train" and record.tags for record in found.usable) and EMPTY_TRAIN not in problems:
+            problems.append(EMPTY_TRAIN)
+        if problems:
+            raise DatasetError(problems)
+        result = Records(dataset.labels, tuple(found.usable), tuple(found.bad))
+        records.write(records_out, result)
+        draft.replace(truth_out)
+    finally:
+        draft.unlink(missing_ok=True)
     return result
 
 
-def _check_all(
-    listings: Sequence[Listing], labels: LabelSpace, settings: Dataset, mapper: Mapper
-) -> tuple[list[ImageRecord], list[tuple[str, str]], list[str]]:
-    chunks = [listings[at : at + PER_ITEM] for at in range(0, len(listings), PER_ITEM)]
-    usable: list[ImageRecord] = []
-    skipped: list[tuple[str, str]] = []
-    masks: list[str] = []
-    checked: Iterator[Checked] = (one for chunk in mapper(_CheckSome(settings), chunks) for one in chunk)
-    for listing, one in zip(listings, checked, strict=True):
-        if one.problem:
-            skipped.append((listing.id, one.problem))
+def _listed(dataset: Any) -> tuple[list[Listing], list[str]]:
+    """The images in id order, each id once, and what is wrong with lists, ids and tags."""
+    try:
+        listings, problems = dataset.listings(), []
+    except DatasetError as error:
+        listings, problems = error.listings, error.problems
+    told = set(problems)
+    ids = [listing.id for listing in listings]
+    problems += [problem for image_id in ids if (problem := id_problem(image_id)) and problem not in told]
+    problems += [f"{image_id!r}: two images have this id" for image_id in twice(ids)]
+    for listing in listings:
+        unknown = dataset.labels.unknown(listing.tags or ())
+        if unknown:
+            known = ", ".join(dataset.labels.names)
+            problems.append(f"{listing.id!r}: unknown tag {', '.join(map(repr, unknown))}; known are {known}")
+        if listing.split not in SPLITS:
+            problems.append(f"{listing.id!r}: split {listing.split!r}; allowed are {', '.join(SPLITS)}")
+    if not listings and not problems:
+        problems.append(f"dataset.root {dataset.root} holds no image")
+    if listings and not any(listing.split == "train" and listing.tags for listing in listings):
+        problems.append(EMPTY_TRAIN)
+    once = {listing.id: listing for listing in listings}
+    return [once[image_id] for image_id in sorted(once)], problems
+
+
+def _checked(
+    listings: Sequence[Listing], dataset: Any, root: Path, mapper: Mapper, found: Found
+) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+    """Fills `found` in id order and yields the masks of usable images, one at a time.
+
+    Workers open the images; masks are read here, since COCO's lie in one large file that is best parsed once.
+    """
+    paths = [listing.path for listing in listings]
+    chunks = [paths[at : at + PER_ITEM] for at in range(0, len(paths), PER_ITEM)]
+    opened: Iterator[Opened] = (one for chunk in mapper(partial(open_images, root=root), chunks) for one in chunk)
+    for listing, image in zip(listings, opened, strict=True):
+        mask, problem = None, image.problem
+        if listing.mask and problem is None:
+            mask, problem = _mask(listing, dataset, image.size)
+        if problem is not None:
+            found.bad.append((listing.id, problem))
             continue
-        tags = None if listing.tags is None else tuple(sorted(labels.index(tag) for tag in listing.tags))
-        usable.append(ImageRecord(listing.id, listing.path.as_posix(), one.size, listing.split, tags, one.sha256))
-        if listing.mask:
-            masks.append(listing.id)
-    return usable, skipped, masks
+        known = _positions(listing, dataset.labels)
+        found.usable.append(ImageRecord(listing.id, listing.path.as_posix(), image.size, listing.split, known, image.sha256))
+        if mask is not None:
+            yield listing.id, {"mask": mask}
 
 
-@dataclass(frozen=True)
-class _CheckSome:
-    """check_some with its data set bound: picklable, as worker processes need it."""
+def _positions(listing: Listing, labels: LabelSpace) -> tuple[int, ...] | None:
+    """Sorted class positions; unknown tags have been reported by now and are passed over."""
+    if listing.tags is None:
+        return None
+    return tuple(sorted(labels.index(tag) for tag in set(listing.tags) if tag in labels.names))
 
-    settings: Dataset
 
-    def __call__(self, listings: Sequence[Listing]) -> list[Checked]:
-        return check_some(listings, self.settings)
+def _mask(listing: Listing, dataset: Any, size: tuple[int, int]) -> tuple[np.ndarray | None, str | None]:
+    """The mask and None, or None and what is wrong with it."""
+    try:
+        mask = dataset.truth(listing)
+    except Exception as error:  # as with images: a broken mask is that image's problem
+        return None, f"its mask cannot be read: {_in_words(error)}"
+    if mask.shape != size:
+        shape = "×".join(map(str, mask.shape))
+        return None, f"its mask is {shape} px (h×w), the upright image {size[0]}×{size[1]}; masks are not rotated by EXIF"
+    classes = len(dataset.labels)
+    strange = np.unique(mask[(mask > classes) & (mask != IGNORE)])
+    if strange.size:
+        return None, f"its mask holds the values {strange[:10].tolist()}; allowed are 0..{classes} and {IGNORE}"
+    return mask, None

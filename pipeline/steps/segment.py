@@ -38,7 +38,7 @@ MOST_VALUES = 2**27
 
 @dataclass(frozen=True)
 class Job:
-    """All that one process needs, picklable. segmenter: name of the plug-in and of its family; weights: what retrain wrote."""
+    """All that one process needs, picklable. segmenter: the plug-in's and its family's name; weights: what retrain wrote."""
 
     segmenter: str
     weights: Path
@@ -158,14 +158,20 @@ def probabilities(image: np.ndarray, model: Any, settings: Segment, *, planes_co
         size = bounded((max(1, round(h * base * scale)), max(1, round(w * base * scale))), planes_count)
         view = torch.tensor(resize(image, size), device=device).permute(2, 0, 1).float() / 255
         for mirrored in (False, True) if settings.flip else (False,):
-            logits = windowed(view.flip(-1) if mirrored else view, model, settings, device)
-            logits = logits.flip(-1) if mirrored else logits
-            if logits.shape[-2:] != canvas:
-                logits = F.interpolate(logits[None], canvas, mode="bilinear", align_corners=False)[0]
-            share = logits.softmax(dim=0)
+            share = _share(view, mirrored, model, settings, canvas, device)
             total = share if total is None else total.add_(share)
+            del share  # a stack of planes that the next view would find still there
     assert total is not None  # Segment has at least one scale
     return total.div_(len(settings.scales) * (2 if settings.flip else 1)).cpu().numpy()
+
+
+def _share(view: Tensor, mirrored: bool, model: Any, settings: Segment, canvas: tuple[int, int], device: str) -> Tensor:
+    """f32[3,h,w] → softmax f32[p,*canvas] of the view, or of its mirror image turned back."""
+    logits = windowed(view.flip(-1) if mirrored else view, model, settings, device)
+    logits = logits.flip(-1) if mirrored else logits
+    if logits.shape[-2:] != canvas:
+        logits = F.interpolate(logits[None], canvas, mode="bilinear", align_corners=False)[0]
+    return logits.softmax(dim=0)
 
 
 def windowed(view: Tensor, model: Any, settings: Segment, device: str) -> Tensor:

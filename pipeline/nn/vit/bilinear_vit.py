@@ -34,6 +34,7 @@ class BilinearVit(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches f32[b,gh,gw,dim] → tokens f32[b,1+gh*gw,dim] with the class token in front. Called by timm."""
+        assert self.pos_embed is not None and self.cls_token is not None  # timm's types allow ViTs without
         b, gh, gw, dim = x.shape
         own = self.pos_embed[:, 1:].reshape(1, *self.patch_embed.grid_size, dim).permute(0, 3, 1, 2)
         resized = F.interpolate(own, (gh, gw), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
