@@ -59,7 +59,7 @@ class Dataset:
         seen = sorted({tag for row in self.tags.values() for tag in row})
         if not seen and params.classes is None:
             none = f"{root}: no image has a tag; tags.csv or one folder per class under images/ must name some"
-            raise DatasetError(self.problems or [none])
+            raise DatasetError([*self.problems, none])
         self.labels = LabelSpace(tuple(seen if params.classes is None else map(_composed, params.classes)))
 
     def _read(self, table: Path) -> None:

@@ -1,0 +1,464 @@
+"""Data sets list what lies on disk: layouts, tags, masks, and every mistake in lists."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.core.labels import IGNORE
+from pipeline.core.listing import DatasetError, id_problem, read_mask, split_tags, val_by_hash, without_suffix
+from pipeline.datasets import coco2014, folder, voc2012
+from tests.shared_data import shared
+
+
+def photograph(path: Path, size: tuple[int, int] = (6, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (9, 9, 9)).save(path)
+
+
+def problems_of(make: Callable[[], object]) -> list[str]:
+    with pytest.raises(DatasetError) as caught:
+        make()
+    return caught.value.problems
+
+
+# -- what they share ---------------------------------------------------------------------------------------------------
+
+
+def test_semicolons_anywhere_in_the_column_let_tags_hold_spaces() -> None:
+    assert split_tags(["dining table; cat", "dog", ""]) == [("dining table", "cat"), ("dog",), ()]
+    assert split_tags(["cat dog cat", " sheep "]) == [("cat", "dog"), ("sheep",)]
+
+
+def test_only_an_image_suffix_is_cut_from_an_id() -> None:
+    assert [without_suffix(name) for name in ("a/b.jpg", "scan.v2", "c.JPEG", "d")] == ["a/b", "scan.v2", "c", "d"]
+
+
+@pytest.mark.parametrize("image_id", ["../a", "a/../../b", "/etc/passwd", "", "a\\b", "a\0b", "caf\udce9"])
+def test_an_id_that_could_leave_its_folder_is_refused(image_id: str) -> None:
+    assert id_problem(image_id)
+
+
+@pytest.mark.parametrize("image_id", ["a", "summer 2023/été über 海.v2", "..a", "a..b/c"])
+def test_an_ordinary_id_is_fine(image_id: str) -> None:
+    assert id_problem(image_id) is None
+
+
+@given(st.text(min_size=1), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_val_share_only_moves_images_to_val(image_id: str, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert (val_by_hash(image_id, low), val_by_hash(image_id, high)) != ("val", "train")
+    assert val_by_hash(image_id, 0) == "train" and val_by_hash(image_id, 1) == "val"
+
+
+def test_the_val_share_is_met_on_many_ids() -> None:
+    chosen = [val_by_hash(f"image {number}", 0.25) for number in range(4000)]
+    assert abs(chosen.count("val") / 4000 - 0.25) < 0.03
+
+
+def test_the_error_shows_twenty_problems_and_the_count_and_survives_pickling() -> None:
+    error = DatasetError([f"problem {number:02d}" for number in range(33)], hint="mend them")
+    for one in (error, pickle.loads(pickle.dumps(error))):
+        text = str(one)
+        assert "33 problems" in text and "problem 19" in text and "problem 20" not in text
+        assert "and 13 more" in text and text.endswith("mend them") and len(one.problems) == 33
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_masks_keep_their_values_whatever_the_palette(tmp_path: Path, mode: str) -> None:
+    values = np.array([[0, 1, 2], [255, 3, 20]], np.uint8)
+    image = Image.fromarray(values)
+    if mode == "P":
+        image.putpalette([number * 3 % 256 for number in range(768)])
+    image.save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png"), values)
+
+
+def test_a_mask_in_colours_is_refused_with_its_mode(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 3)).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="RGB image; it must be palette or 8-bit greyscale"):
+        read_mask(tmp_path / "m.png")
+
+
+# -- folder ------------------------------------------------------------------------------------------------------------
+
+
+def own_photographs(root: Path, table: str | None, *names: str) -> Path:
+    for name in names:
+        photograph(root / "images" / name)
+    if table is not None:
+        (root / "tags.csv").write_text(table, encoding="utf-8")
+    return root
+
+
+def opened(root: Path, classes: tuple[str, ...] | None = None, val_share: float = 0.0) -> folder.Dataset:
+    return folder.Dataset(root, folder.Params(classes, val_share))
+
+
+def test_nested_unicode_and_spaced_names_become_ids(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\nsommer 23/größe,cat\n海.v2.png,\n", "sommer 23/größe.jpg", "海.v2.png")
+    found = {one.id: one for one in opened(root).listings()}
+    assert found["sommer 23/größe"].tags == ("cat",) and found["sommer 23/größe"].path == Path("images/sommer 23/größe.jpg")
+    assert found["海.v2"].tags == ()
+
+
+def test_letters_with_accents_meet_whichever_way_they_are_written(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\n" + unicodedata.normalize("NFC", "café,crème") + "\n")
+    photograph(root / "images" / unicodedata.normalize("NFD", "café.jpg"))
+    (found,) = opened(root, (unicodedata.normalize("NFD", "crème"),)).listings()
+    assert found.id == unicodedata.normalize("NFC", "café") and (root / found.path).is_file()
+    assert found.tags == opened(root, (unicodedata.normalize("NFD", "crème"),)).labels.names
+
+
+def test_an_image_without_a_row_is_untagged_and_one_with_an_empty_cell_holds_no_class(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\na,cat\nb,\n", "a.jpg", "b.jpg", "c.jpg")
+    assert [one.tags for one in opened(root).listings()] == [("cat",), (), None]
+
+
+def test_classes_are_the_names_seen_in_order_unless_params_give_them(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\na,dog cat\n", "a.jpg")
+    assert opened(root).labels.names == ("cat", "dog")
+    assert opened(root, ("dog", "cat", "cow")).labels.names == ("dog", "cat", "cow")
+
+
+def test_one_folder_per_class_needs_no_table(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/1.jpg", "dining table/1.jpg", "cat/old/2.jpg", "loose.jpg")
+    found = {one.id: one.tags for one in opened(root).listings()}
+    assert found == {"cat/1": ("cat",), "cat/old/2": ("cat",), "dining table/1": ("dining table",), "loose": None}
+
+
+def test_the_split_column_wins_over_the_share(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags,split\na,cat,val\nb,cat,train\nc,cat\n", "a.jpg", "b.jpg", "c.jpg")
+    assert [one.split for one in opened(root, val_share=0).listings()] == ["val", "train", "train"]
+    assert [one.split for one in opened(root, val_share=1).listings()] == ["val", "train", "val"]
+
+
+def test_the_split_does_not_depend_on_other_images(tmp_path: Path) -> None:
+    few = own_photographs(tmp_path / "few", None, *(f"cat/{number}.png" for number in range(10)))
+    many = own_photographs(tmp_path / "many", None, *(f"cat/{number}.png" for number in range(30)))
+    chosen = {one.id: one.split for one in opened(many, val_share=0.4).listings()}
+    assert all(chosen[one.id] == one.split for one in opened(few, val_share=0.4).listings())
+
+
+def test_every_mistake_of_a_folder_is_listed_at_once(tmp_path: Path) -> None:
+    table = "id,tags,split\na,cat,train\na.jpg,cat,train\n../x,cat,train\nghost,cat,train\nb,dog,test\n"
+    root = own_photographs(tmp_path, table, "a.jpg", "b.jpg", "c.jpg", "c.png")
+    found = "\n".join(problems_of(lambda: opened(root).listings()))
+    for words in ("'a': stands twice", "'../x': an id must", "'ghost': in tags.csv", "split 'test'", "'c': two image files"):
+        assert words in found
+
+
+def test_listings_that_are_sound_come_with_the_error(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\na,cat\nghost,cat\n", "a.jpg")
+    with pytest.raises(DatasetError) as caught:
+        opened(root).listings()
+    assert [one.id for one in caught.value.listings] == ["a"]
+
+
+def test_tags_parted_by_commas_are_an_error_and_not_lost(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\na,cat,dog\nb\n", "a.jpg", "b.jpg")
+    found = problems_of(lambda: opened(root, ("cat", "dog")).listings())
+    assert "line 2: 3 columns" in found[0] and "line 3: 1 columns" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (b"name,tags\na,cat\n", "column 'id' is missing"),
+        (b"id,tags\na,caf\xe9\n", "not UTF-8"),
+        (b"id,tags,tags\n", "stands twice"),
+        (b"", "missing"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_why(tmp_path: Path, table: bytes, words: str) -> None:
+    root = own_photographs(tmp_path, None, "a.jpg")
+    (root / "tags.csv").write_bytes(table)
+    assert any(words in problem for problem in problems_of(lambda: opened(root)))
+
+
+def test_a_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "a.jpg")
+    (root / "tags.csv").write_bytes(b"\xef\xbb\xbfid , tags\r\n a , cat \r\n")
+    assert [one.tags for one in opened(root).listings()] == [("cat",)]
+
+
+def test_no_images_folder_and_no_tags_are_errors(tmp_path: Path) -> None:
+    assert "is missing" in problems_of(lambda: opened(tmp_path))[0]
+    own_photographs(tmp_path, "id,tags\na,\n", "a.jpg")
+    assert "no image has a tag" in problems_of(lambda: opened(tmp_path))[0]
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/a.jpg", "cat/._a.jpg")
+    assert [one.id for one in opened(root).listings()] == ["cat/a"]
+
+
+def test_masks_under_strange_names_do_not_pass_unseen(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/a.jpg", "cat/b.jpg")
+    (root / "masks/cat").mkdir(parents=True)
+    Image.new("L", (6, 4), 1).save(root / "masks/cat/a_mask.png")
+    assert "none is called" in problems_of(lambda: opened(root).listings())[0]
+    (root / "masks/cat/a_mask.png").rename(root / "masks/cat/a.png")
+    first, second = opened(root).listings()
+    assert (first.mask, second.mask) == (True, False)
+    assert opened(root).truth(first).tolist() == [[1] * 6] * 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are bytes only there")
+def test_a_file_name_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/a.jpg")
+    try:
+        (root / "images/cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    assert "no valid UTF-8" in problems_of(lambda: opened(root).listings())[0]
+
+
+# -- voc2012 -----------------------------------------------------------------------------------------------------------
+
+
+def voc_layout(root: Path, train: str = "one\ntwo\n", val: str = "three\n", name: str = "train_aug") -> Path:
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / f"{name}.txt").write_text(train)
+    (lists / "val.txt").write_text(val)
+    for image_id in ("one", "two", "three"):
+        photograph(root / "JPEGImages" / f"{image_id}.jpg")
+    (root / "tags.csv").write_text("id,tags\none,cat person\ntwo,dog\nthree,person\n")
+    return root
+
+
+def voc(
+    root: Path, tags: str = "csv", classes: tuple[str, ...] | None = None, train_list: str = "train_aug"
+) -> voc2012.Dataset:
+    return voc2012.Dataset(root, voc2012.Params(train_list, "val", tags, classes))  # type: ignore[arg-type]
+
+
+def test_voc_masks_become_contiguous_and_other_classes_background(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path)
+    (root / "SegmentationClass").mkdir()
+    Image.fromarray(np.array([[0, 8, 12, 15, 255, 1]] * 4, np.uint8)).save(root / "SegmentationClass/one.png")
+    dataset = voc(root, classes=("person", "cat"))
+    assert dataset.labels.names == ("cat", "person")
+    found = {one.id: one for one in dataset.listings()}
+    assert dataset.truth(found["one"]).tolist()[0] == [0, 1, 0, 2, 255, 0]
+    assert (found["one"].tags, found["two"].tags, found["two"].mask, found["three"].split) == (
+        ("cat", "person"), (), False, "val",
+    )  # fmt: skip
+
+
+def test_sbd_masks_serve_train_aug_and_voc_s_own_serve_its_own_lists(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path)
+    (root / "ImageSets/Segmentation/train.txt").write_text("one\n")
+    for place, value in (("SegmentationClass", 8), ("SegmentationClassAug", 12)):
+        (root / place).mkdir()
+        for image_id in ("one", "three"):
+            Image.new("L", (6, 4), value).save(root / place / f"{image_id}.png")
+
+    def first_value(train_list: str, image_id: str) -> int:
+        dataset = voc(root, train_list=train_list)
+        return int(dataset.truth(next(one for one in dataset.listings() if one.id == image_id))[0, 0])
+
+    assert (first_value("train_aug", "one"), first_value("train_aug", "three"), first_value("train", "one")) == (12, 8, 8)
+
+
+def test_lists_of_sbd_s_two_column_form_are_understood(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path, "/JPEGImages/one.jpg /SegmentationClassAug/one.png\n")
+    assert [one.id for one in voc(root).listings()] == ["one", "three"]
+
+
+def test_voc_tags_from_annotations_csv_and_npy_agree(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path)
+    table = {}
+    (root / "Annotations").mkdir()
+    for image_id, names in (("one", ("person", "cat", "cat")), ("two", ("dog",)), ("three", ("person",))):
+        objects = "".join(f"<object><name>{name}</name></object>" for name in names)
+        (root / "Annotations" / f"{image_id}.xml").write_text(f"<annotation>{objects}</annotation>")
+        table[image_id] = np.isin(voc2012.VOC_CLASSES, names).astype(np.float32)
+    np.save(root / "cls_labels.npy", np.array(table, object))
+    answers = [{one.id: sorted(one.tags or ()) for one in voc(root, source).listings()} for source in ("xml", "csv", "npy")]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_integer_ids_of_cls_labels_become_official_ones(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array({2007000032: np.ones(20, np.float32), np.int64(2011003276): np.ones(20)}, object))
+    assert list(voc2012.read_cls_labels(tmp_path / "x.npy")) == ["2007_000032", "2011_003276"]
+
+
+class _Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_cls_labels_that_would_run_a_program_are_refused_and_do_not_run(tmp_path: Path) -> None:
+    harm = tmp_path / "harm"
+    np.save(tmp_path / "cls_labels.npy", np.array({"a": _Malicious(harm)}, object))
+    found = problems_of(lambda: voc2012.read_cls_labels(tmp_path / "cls_labels.npy"))
+    assert "mkdir" in found[0] and "Do not trust" in found[0] and not harm.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array"])
+def test_a_damaged_cls_labels_says_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cls_labels.npy").write_bytes(content)
+    assert "cannot be read" in problems_of(lambda: voc2012.read_cls_labels(tmp_path / "cls_labels.npy"))[0]
+
+
+def test_cls_labels_of_another_shape_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "list.npy", np.ones(3))
+    np.save(tmp_path / "short.npy", np.array({"a": np.ones(3)}, object))
+    assert "not the dict" in problems_of(lambda: voc2012.read_cls_labels(tmp_path / "list.npy"))[0]
+    assert "no 20 values" in problems_of(lambda: voc2012.read_cls_labels(tmp_path / "short.npy"))[0]
+
+
+def test_every_mistake_of_voc_lists_is_told_at_once(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path, "one\nghost\n../up\nthree\n")
+    (root / "tags.csv").write_text("id,tags\none,cat unicorn\nthree,cat\nthree,dog\n")
+    found = "\n".join(problems_of(lambda: voc(root).listings()))
+    for words in (
+        "'three': stands twice in the lists",
+        "'ghost': in a list",
+        "'../up'",
+        "unknown tag 'unicorn'",
+        "twice in tags.csv",
+    ):
+        assert words in found
+
+
+def test_missing_lists_annotations_and_broken_xml_are_named(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path)
+    assert any(
+        "lists there: train_aug, val" in one for one in problems_of(lambda: voc(root, train_list="trainaug").listings())
+    )
+    assert any("Annotations is missing" in one for one in problems_of(lambda: voc(root, "xml").listings()))
+    (root / "Annotations").mkdir()
+    (root / "Annotations/one.xml").write_text("<annotation>")
+    found = "\n".join(problems_of(lambda: voc(root, "xml").listings()))
+    assert "one.xml is no valid XML" in found and "two.xml is missing" in found
+
+
+def test_a_class_that_voc_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="unicorn are no VOC names"):
+        voc2012.Params("train", "val", "csv", ("cat", "unicorn"))
+
+
+def test_the_real_tiny_set_is_read_whole() -> None:
+    root = shared("data", "voc6-tiny")
+    classes = ("cat", "cow", "dog", "horse", "person", "sheep")
+    by_table, by_array = (voc(root, source, classes).listings() for source in ("csv", "npy"))
+    assert [one.split for one in by_table].count("train") == 48 and len(by_table) == 72
+    assert all(one.mask and one.tags for one in by_table)
+    assert [set(one.tags or ()) for one in by_table] == [set(one.tags or ()) for one in by_array]
+    dataset = voc(root, "csv", classes)
+    values = np.unique(np.concatenate([np.unique(dataset.truth(one)) for one in by_table[:12]]))
+    assert set(values) <= {*range(7), IGNORE}
+
+
+# -- coco2014 ----------------------------------------------------------------------------------------------------------
+
+SQUARE = [0, 0, 4, 0, 4, 4, 0, 4]
+
+
+def coco_layout(root: Path) -> Path:
+    """Categories with gaps, out of order. Image 1: a dog upon a cat, and a crowd of cats; 2: nothing; 3: in val."""
+    categories = [{"id": 17, "name": "dog"}, {"id": 3, "name": "cat"}]
+    crowd = {"size": [6, 8], "counts": [24, 24]}  # column-major: the right half
+    annotations = [
+        {"id": 1, "image_id": 1, "category_id": 17, "area": 4, "iscrowd": 0, "segmentation": [[1, 1, 3, 1, 3, 3, 1, 3]]},
+        {"id": 2, "image_id": 1, "category_id": 3, "area": 16, "iscrowd": 0, "segmentation": [SQUARE]},
+        {"id": 3, "image_id": 1, "category_id": 3, "area": 99, "iscrowd": 1, "segmentation": crowd},
+    ]
+    for split, numbers, told in (("train", (1, 2), annotations), ("val", (3,), [{**annotations[1], "image_id": 3}])):
+        images = [{"id": n, "file_name": f"COCO_{n:03d}.jpg", "height": 6, "width": 8} for n in numbers]
+        for image in images:
+            photograph(root / f"{split}2014" / image["file_name"], (8, 6))
+        (root / "annotations").mkdir(exist_ok=True)
+        values = {"images": images, "annotations": told, "categories": categories}
+        (root / f"annotations/instances_{split}2014.json").write_text(json.dumps(values))
+    return root
+
+
+def coco(root: Path, keep_untagged: bool = False) -> coco2014.Dataset:
+    return coco2014.Dataset(root, coco2014.Params(keep_untagged))
+
+
+def changed(root: Path, change: Callable[[dict], object]) -> None:
+    path = root / "annotations/instances_train2014.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_coco_classes_are_contiguous_in_category_order_and_small_objects_lie_on_top(tmp_path: Path) -> None:
+    dataset = coco(coco_layout(tmp_path))
+    assert dataset.labels.names == ("cat", "dog")
+    first, third = dataset.listings()
+    assert (first.id, first.split, first.tags, third.split) == ("COCO_001", "train", ("cat", "dog"), "val")
+    expected = np.zeros((6, 8), np.uint8)
+    expected[:, 4:] = IGNORE
+    expected[:4, :4] = 1
+    expected[1:3, 1:3] = 2
+    assert np.array_equal(dataset.truth(first), expected)
+
+
+def test_a_crowd_of_compressed_form_reads_the_same(tmp_path: Path) -> None:
+    from pycocotools import mask as rle
+
+    root = coco_layout(tmp_path)
+    before = coco(root).truth(coco(root).listings()[0])
+    packed = rle.frPyObjects({"size": [6, 8], "counts": [24, 24]}, 6, 8)
+    packed = {"size": [6, 8], "counts": packed["counts"].decode()}
+    changed(root, lambda values: values["annotations"][2].update(segmentation=packed))
+    assert np.array_equal(coco(root).truth(coco(root).listings()[0]), before)
+
+
+def test_images_without_labels_stay_only_if_asked(tmp_path: Path) -> None:
+    root = coco_layout(tmp_path)
+    assert len(coco(root).listings()) == 2
+    kept = {one.id: one.tags for one in coco(root, True).listings()}
+    assert kept["COCO_002"] == ()
+    assert not coco(root, True).truth(coco(root, True).listings()[1]).any()
+
+
+def test_a_class_that_is_only_there_as_a_crowd_is_a_tag(tmp_path: Path) -> None:
+    root = coco_layout(tmp_path)
+    changed(root, lambda values: values["annotations"].pop(1))
+    dataset = coco(root)
+    assert dataset.listings()[0].tags == ("cat", "dog") and 1 not in dataset.truth(dataset.listings()[0])
+
+
+def test_every_mistake_of_coco_is_told_at_once(tmp_path: Path) -> None:
+    root = coco_layout(tmp_path)
+
+    def spoil(values: dict) -> None:
+        values["annotations"][0]["category_id"] = 44
+        values["annotations"][1]["image_id"] = 77
+        values["images"] += [
+            {**values["images"][0], "file_name": "../up.jpg"},
+            {**values["images"][0], "file_name": "ghost.jpg"},
+        ]
+
+    changed(root, spoil)
+    found = "\n".join(problems_of(lambda: coco(root).listings()))
+    for words in ("unknown category 44", "annotations of image 77", "'../up.jpg'", "ghost.jpg is missing"):
+        assert words in found
+
+
+def test_missing_and_broken_annotation_files_are_named(tmp_path: Path) -> None:
+    found = problems_of(lambda: coco(tmp_path))
+    assert len(found) == 2 and all("instances_" in one for one in found)
+    root = coco_layout(tmp_path)
+    (root / "annotations/instances_train2014.json").write_text("{")
+    assert "no instances file" in problems_of(lambda: coco(root).listings())[0]

@@ -1,0 +1,314 @@
+"""Prepare opens every image once, says all that is wrong at once, and writes the same bytes however many processes help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline import runtime
+from pipeline.core import records, store
+from pipeline.core.labels import IGNORE
+from pipeline.core.listing import DatasetError
+from pipeline.core.sections import Dataset, Prepare
+from pipeline.steps.prepare import prepare
+from stages.prepare import main
+from tests.shared_data import shared
+from tests.toys import PROJECT, toy_folder, toy_params
+
+FOLDER = {"classes": None, "val_share": 0.0}
+
+
+def save(image: Image.Image, path: Path, **how: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **how)
+
+
+def run(
+    root: Path, out: Path, *, on_bad_image: str = "fail", processes: int = 1, options: dict | None = None
+) -> records.Records:
+    settings = Dataset("folder", str(root), options or FOLDER)
+    mapper = partial(runtime.each, processes=processes, what="prepare")
+    rules = Prepare(on_bad_image, "gzip")  # type: ignore[arg-type]
+    places = {"records_out": out / "records.h5", "truth_out": out / "truth.h5"}
+    return prepare(settings, rules, digest="d", mapper=mapper, **places)
+
+
+def failure(root: Path, out: Path, **how: Any) -> DatasetError:
+    with pytest.raises(DatasetError) as caught:
+        run(root, out, **how)
+    assert not list(out.glob("records.h5*")) and not list(out.glob("truth.h5*")), (
+        "nothing may be left where something is wrong"
+    )
+    return caught.value
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """One good photograph of a cat; tests add to it."""
+    save(Image.new("RGB", (8, 6), (10, 20, 30)), tmp_path / "raw/images/cat/good.png")
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def pixels(found: records.Records, root: Path, image_id: str) -> np.ndarray:
+    return records.read_image(found.by_id()[image_id], root)
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+def test_records_hold_size_split_tags_and_hash_and_truth_holds_the_masks(tmp_path: Path, out: Path) -> None:
+    root = toy_folder(tmp_path / "raw")
+    found = run(root, out)
+    assert records.read(out / "records.h5") == found
+    assert (len(found.split("train")), len(found.split("val")), found.labels.names) == (9, 3, ("disc", "square"))
+    truth = store.Store(out / "truth.h5", store.TRUTH)
+    truth.require([record.id for record in found])
+    for record in found:
+        mask = truth.read(record.id, "mask")
+        assert mask.shape == record.size and set(np.unique(mask)) - {0} == {tag + 1 for tag in record.tags or ()}
+        assert store.file_digest(root / record.path) == record.sha256.hex()
+
+
+def test_without_masks_truth_is_empty_and_readable(root: Path, out: Path) -> None:
+    run(root, out)
+    assert len(store.Store(out / "truth.h5", store.TRUTH)) == 0
+
+
+def test_every_kind_of_pixel_becomes_rgb(root: Path, out: Path) -> None:
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    save(Image.fromarray(grey), root / "images/cat/grey.png")
+    save(Image.fromarray(grey.astype(np.uint16) * 257), root / "images/cat/sixteen.png")
+    save(Image.fromarray(grey.astype(np.uint16) * 257), root / "images/cat/sixteen.tif")
+    (root / "images/cat/sixteen.tif").rename(root / "images/cat/tiff16.tif")
+    save(Image.new("CMYK", (8, 6), (0, 255, 255, 0)), root / "images/cat/cmyk.jpg", quality=100)
+    save(Image.new("RGBA", (8, 6), (0, 0, 0, 0)), root / "images/cat/clear.png")
+    save(Image.new("RGB", (8, 6), (200, 0, 0)).quantize(2), root / "images/cat/palette.png")
+    found = run(root, out)
+    for name in ("grey", "sixteen", "tiff16"):
+        assert np.array_equal(pixels(found, root, f"cat/{name}"), np.repeat(grey[..., None], 3, axis=2)), name
+    red = pixels(found, root, "cat/cmyk")[0, 0].astype(int)
+    assert red[0] > 200 and red[1:].max() < 60
+    assert (pixels(found, root, "cat/clear") == 255).all()
+    assert pixels(found, root, "cat/palette")[0, 0].tolist() == [200, 0, 0]
+
+
+def test_exif_orientation_is_applied_and_masks_are_taken_as_upright(root: Path, out: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: stored lying, shown upright
+    save(Image.new("RGB", (8, 6)), root / "images/cat/turned.jpg", exif=exif)
+    save(Image.new("L", (6, 8), 1), root / "masks/cat/turned.png")
+    found = run(root, out)
+    assert found.by_id()["cat/turned"].size == (8, 6) == pixels(found, root, "cat/turned").shape[:2]
+    save(Image.new("L", (8, 6), 1), root / "masks/cat/turned.png")
+    assert "masks are not rotated by EXIF" in str(failure(root, out.with_name("again")))
+
+
+def test_one_pixel_and_forty_eight_million_are_both_fine(root: Path, out: Path) -> None:
+    save(Image.new("RGB", (1, 1)), root / "images/cat/dot.png")
+    save(Image.new("L", (1, 1), 1), root / "masks/cat/dot.png")
+    save(Image.new("L", (8000, 6000), 90), root / "images/cat/huge.png", compress_level=1)
+    found = run(root, out)
+    assert (found.by_id()["cat/dot"].size, found.by_id()["cat/huge"].size) == ((1, 1), (6000, 8000))
+    assert store.Store(out / "truth.h5", store.TRUTH).read("cat/dot", "mask").tolist() == [[1]]
+
+
+def test_names_with_spaces_and_unicode_survive_the_file(root: Path, out: Path) -> None:
+    for name in ("summer 2023/größe", "海", "a.b.c"):
+        save(Image.new("RGB", (3, 3)), root / f"images/cat/{name}.png")
+    run(root, out)
+    assert {"cat/summer 2023/größe", "cat/海", "cat/a.b.c"} < set(records.read(out / "records.h5").by_id())
+
+
+def test_untagged_images_and_images_without_a_class_stay_apart(root: Path, out: Path) -> None:
+    (root / "tags.csv").write_text("id,tags\ncat/good,cat\nnone,\n")
+    for name in ("none", "unknown"):
+        save(Image.new("RGB", (3, 3)), root / f"images/{name}.png")
+    run(root, out)
+    assert {one.id: one.tags for one in records.read(out / "records.h5")} == {"cat/good": (0,), "none": (), "unknown": None}
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def spoil_images(root: Path) -> dict[str, str]:
+    """Adds one image per way of being unusable; id → words that the reason must hold."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    save(noise, root / "images/cat/cut.jpg")
+    (root / "images/cat/cut.jpg").write_bytes((root / "images/cat/cut.jpg").read_bytes()[:-600])
+    save(noise, root / "images/cat/cutpng.png")
+    (root / "images/cat/cutpng.png").write_bytes((root / "images/cat/cutpng.png").read_bytes()[:-900])
+    (root / "images/cat/empty.jpg").write_bytes(b"")
+    (root / "images/cat/text.jpg").write_text("this is no picture")
+    for name, size, value in (("small", (4, 4), 1), ("strange", (8, 6), 7), ("broken", (8, 6), 1)):
+        save(Image.new("RGB", (8, 6)), root / f"images/cat/{name}.png")
+        save(Image.new("L", size, value), root / f"masks/cat/{name}.png")
+    (root / "masks/cat/broken.png").write_bytes(b"no picture either")
+    save(Image.new("RGB", (8, 6)), root / "images/cat/colours.png")
+    save(Image.new("RGB", (8, 6)), root / "masks/cat/colours.png")
+    return {
+        "cat/cut": "truncated",
+        "cat/cutpng": "truncated",
+        "cat/empty": "not a known image format",
+        "cat/text": "not a known image format",
+        "cat/small": "its mask is 4×4 px (h×w), the upright image 6×8",
+        "cat/strange": "its mask holds the values [7]; allowed are 0..1 and 255",
+        "cat/broken": "its mask cannot be read",
+        "cat/colours": "palette or 8-bit greyscale",
+    }
+
+
+def test_every_unusable_image_is_listed_with_its_reason(root: Path, out: Path) -> None:
+    expected = spoil_images(root)
+    error = failure(root, out)
+    assert len(error.problems) == len(expected) and f"{len(expected)} problems" in str(error)
+    for image_id, words in expected.items():
+        assert any(repr(image_id) in problem and words in problem for problem in error.problems), image_id
+    assert "on_bad_image" in str(error)
+
+
+def test_skip_leaves_them_out_and_records_why(root: Path, out: Path) -> None:
+    expected = spoil_images(root)
+    run(root, out, on_bad_image="skip")
+    found = records.read(out / "records.h5")
+    assert [one.id for one in found] == ["cat/good"] and {image_id for image_id, _ in found.skipped} == set(expected)
+    assert all(expected[image_id] in reason for image_id, reason in found.skipped)
+
+
+def test_mistakes_in_lists_and_broken_images_come_in_one_error(root: Path, out: Path) -> None:
+    (root / "tags.csv").write_text("id,tags\ncat/good,cat dragon\nghost,cat\n../up,cat\ncat/cut,cat\n")
+    spoil_images(root)
+    save(Image.new("RGB", (8, 6)), root / "images/cat/good.jpg")
+    found = "\n".join(failure(root, out, options={"classes": ["cat"], "val_share": 0.0}).problems)
+    for words in (
+        "unknown tag 'dragon'; known are cat",
+        "'ghost'",
+        "'../up'",
+        "'cat/good': two image files",
+        "truncated",
+        "mask is 4×4",
+    ):
+        assert words in found
+
+
+def test_mistakes_in_lists_are_never_skipped(root: Path, out: Path) -> None:
+    save(Image.new("RGB", (8, 6)), root / "images/cat/good.jpg")
+    assert "two image files have this id" in str(failure(root, out, on_bad_image="skip"))
+
+
+def test_twenty_offenders_are_shown_and_all_are_counted(root: Path, out: Path) -> None:
+    for number in range(30):
+        (root / f"images/cat/{number:02d}.jpg").write_bytes(b"")
+    text = str(failure(root, out))
+    assert "30 problems" in text and "'cat/19'" in text and "'cat/20'" not in text and "and 10 more" in text
+
+
+@pytest.mark.parametrize("how", ["fail", "skip"])
+def test_an_empty_train_split_is_an_error(root: Path, out: Path, how: str) -> None:
+    assert "split train" in str(failure(root, out, on_bad_image=how, options={"classes": None, "val_share": 1.0}))
+    (root / "images/cat/good.png").write_bytes(b"")
+    assert failure(root, out, on_bad_image=how)
+
+
+def test_a_crash_leaves_what_was_there_before(root: Path, out: Path) -> None:
+    run(root, out)
+    before = [(out / name).read_bytes() for name in ("records.h5", "truth.h5")]
+    (root / "images/cat/bad.png").write_bytes(b"")
+    with pytest.raises(DatasetError):
+        run(root, out)
+    assert [(out / name).read_bytes() for name in ("records.h5", "truth.h5")] == before
+
+
+# -- how it runs -------------------------------------------------------------------------------------------------------
+
+
+def test_one_and_three_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    root = toy_folder(tmp_path / "raw", train=60, val=10, side=16)
+    (root / "images/train 003.png").write_bytes(b"broken")
+    for processes in (1, 3):
+        run(root, tmp_path / str(processes), on_bad_image="skip", processes=processes)
+    for name in ("records.h5", "truth.h5"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+
+
+def test_memory_does_not_grow_with_the_pixels_that_pass_through(root: Path, out: Path) -> None:
+    for number in range(2):
+        save(Image.new("RGB", (1500, 1000)), root / f"images/cat/{number}.png", compress_level=1)
+        save(Image.new("L", (1500, 1000), 1), root / f"masks/cat/{number}.png")
+    for number in range(2, 40):
+        for kind in ("images", "masks"):
+            (root / f"{kind}/cat/{number}.png").hardlink_to(root / f"{kind}/cat/1.png")
+    tracemalloc.start()
+    run(root, out)  # 180 MB of pixels and 60 MB of masks, 6 MB of them at a time
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
+
+
+def test_the_stage_writes_both_files_and_says_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TAG2MASK_LAUNCHER", "inline")
+    Path("params.yaml").write_text(yaml.safe_dump(toy_params(toy_folder(tmp_path / "raw"))))
+    arguments = ["--raw", "raw", "--records", "data/records.h5", "--truth", "data/truth.h5"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in Path("data").iterdir()) == ["records.h5", "truth.h5"]
+    Path("raw/images/val 009.png").unlink()
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "'val 009': in tags.csv, but no file" in done.output and "Traceback" not in done.output
+
+
+def test_the_stage_names_wrong_params_and_a_missing_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = toy_params(tmp_path / "raw")
+    values["dataset"]["options"] = {"classes": None, "val_share": 2, "extra": 1}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    arguments = ["--raw", "raw", "--records", "r.h5", "--truth", "t.h5"]
+    (tmp_path / "raw").mkdir()
+    told = CliRunner().invoke(main, arguments).output
+    assert "dataset.options.val_share" in told and "dataset.options.extra: unknown key" in told
+    values["dataset"]["options"] = FOLDER
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "raw").rmdir()
+    assert "is no folder" in CliRunner().invoke(main, arguments).output
+
+
+def test_help_says_what_is_read_and_written() -> None:
+    told = CliRunner().invoke(main, ["--help"]).output
+    assert told.count("Read:") == 1 and told.count("Written:") == 2
+
+
+def test_prepare_imports_no_torch() -> None:
+    code = (
+        "import sys, stages.prepare, pipeline.datasets.folder, pipeline.datasets.voc2012, pipeline.datasets.coco2014, "
+        "pipeline.datasets.scenes; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=False).returncode == 0
+
+
+def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
+    classes = ["cat", "cow", "dog", "horse", "person", "sheep"]
+    options = {"train_list": "train_aug", "val_list": "val", "tags": "csv", "classes": classes}
+    settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
+    mapper = partial(runtime.each, processes=1, what="prepare")
+    places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
+    found = prepare(settings, Prepare("fail", "gzip"), digest="d", mapper=mapper, **places)
+    truth = store.Store(tmp_path / "t.h5", store.TRUTH)
+    assert (len(found.split("train")), len(found.split("val")), len(truth)) == (48, 24, 72)
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert set(np.unique(file["mask"]["data"][()])) <= {*range(7), IGNORE}
