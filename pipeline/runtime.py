@@ -61,7 +61,10 @@ def cores() -> int:
 def device() -> str:
     """Torch device name. Asks torch only where the variable leaves it open."""
     value = _choice(
-        "TAG2MASK_DEVICE", "auto", lambda text: text in ("auto", "cpu") or text.startswith("cuda"), "auto, cpu, cuda or cuda:N"
+        "TAG2MASK_DEVICE",
+        "auto",
+        lambda text: text in ("auto", "cpu") or text.startswith("cuda"),
+        "auto, cpu, cuda or cuda:N",
     )
     if value == "cpu":
         return value
@@ -117,9 +120,7 @@ def stage_name() -> str | None:
     return os.environ.get("DVC_STAGE")
 
 
-def each(
-    function: Callable[[In], Out], items: Sequence[In], *, processes: int, what: str, unit: int = 1
-) -> Iterator[Out]:
+def each(function: Callable[[In], Out], items: Sequence[In], *, processes: int, what: str, unit: int = 1) -> Iterator[Out]:
     """function(item) for every item, results in the order of `items`, with a progress bar.
 
     With more than one process, `function` must be picklable; at most two items per process are in flight, so memory does not

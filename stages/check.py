@@ -76,7 +76,9 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
 
 
 @click.command()
-@click.option("--params", type=click.Path(path_type=Path), default=PARAMS_FILE, show_default=True, help="Read: the file to check.")
+@click.option(
+    "--params", type=click.Path(path_type=Path), default=PARAMS_FILE, show_default=True, help="Read: the file to check."
+)
 def main(params: Path) -> None:
     """Checks every section of params.yaml for every column, strictly, and lists all mistakes."""
     found = problems(params)

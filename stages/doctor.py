@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-
 import shutil
 import sys
 import tempfile
@@ -34,7 +33,9 @@ class Finding:
 
 def python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", version, None if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then `make setup`")
+    return Finding(
+        "Python", version, None if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then `make setup`"
+    )
 
 
 def tool(name: str, advice: str) -> Callable[[], Finding]:
@@ -69,7 +70,9 @@ def cuda() -> Finding:
 
 def disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding("disk", f"{free:.0f} GiB free", None if free > FREE_GIB else f"free at least {FREE_GIB} GiB: DVC keeps every result")
+    return Finding(
+        "disk", f"{free:.0f} GiB free", None if free > FREE_GIB else f"free at least {FREE_GIB} GiB: DVC keeps every result"
+    )
 
 
 def links() -> Finding:
@@ -86,7 +89,9 @@ def links() -> Finding:
 
 def params() -> Finding:
     problems = check.problems()
-    return Finding("params.yaml", "well" if not problems else "\n".join(problems), None if not problems else "edit params.yaml")
+    return Finding(
+        "params.yaml", "well" if not problems else "\n".join(problems), None if not problems else "edit params.yaml"
+    )
 
 
 def inputs() -> Finding:
@@ -99,9 +104,15 @@ def inputs() -> Finding:
         return Finding("inputs", "params.yaml must be mended first", "edit params.yaml")
     missing = sorted({path for one in columns for path in (one.init, one.segmenter_init) if not Path(path).is_file()})
     if missing:
-        return Finding("inputs", f"missing: {', '.join(missing)}", "put the weights there (data/weights/README.md), or name others")
+        return Finding(
+            "inputs", f"missing: {', '.join(missing)}", "put the weights there (data/weights/README.md), or name others"
+        )
     if not root.is_dir():
-        return Finding("inputs", f"dataset.root {root} is no folder", "`make data` draws the scenes; else set dataset.root in params.yaml")
+        return Finding(
+            "inputs",
+            f"dataset.root {root} is no folder",
+            "`make data` draws the scenes; else set dataset.root in params.yaml",
+        )
     return Finding("inputs", f"weights and {root} are there", None)
 
 

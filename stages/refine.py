@@ -19,7 +19,9 @@ from pipeline.steps import refine
 @click.option("--records", type=click.Path(path_type=Path), required=True, help="Read: records.h5 of prepare.")
 @click.option("--scoremaps", type=click.Path(path_type=Path), required=True, help="Read: HDF5 store of extract.")
 @click.option("--refiner", type=click.Path(path_type=Path), required=True, help="Read: state of fit_refiner.")
-@click.option("--refined", type=click.Path(path_type=Path), required=True, help="Written: HDF5 store of labels and confidences.")
+@click.option(
+    "--refined", type=click.Path(path_type=Path), required=True, help="Written: HDF5 store of labels and confidences."
+)
 def main(method: str, records: Path, scoremaps: Path, refiner: Path, refined: Path) -> None:
     """Refines METHOD's score maps on split train into a label and a confidence per pixel.
 
@@ -36,7 +38,9 @@ def main(method: str, records: Path, scoremaps: Path, refiner: Path, refined: Pa
         digest = store.digest([name, dataclasses.asdict(settings)])
         maps = store.Store(scoremaps, store.SCORE_MAPS)
         maps.require(record.id for record in read)
-        key = store.digest([digest, runtime.code_digest(), store.file_digest(records), maps.logical_digest, store.file_digest(refiner)])
+        key = store.digest(
+            [digest, runtime.code_digest(), store.file_digest(records), maps.logical_digest, store.file_digest(refiner)]
+        )
         with store.Workspace(refined, key) as work:
             job = refine.Job(
                 refiner=name,

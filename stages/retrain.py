@@ -16,7 +16,9 @@ from pipeline.steps import train
 @click.option("--records", type=click.Path(path_type=Path), required=True, help="Read: records.h5 of prepare.")
 @click.option("--pseudo-masks", type=click.Path(path_type=Path), required=True, help="Read: HDF5 store of export.")
 @click.option("--init", type=click.Path(path_type=Path), required=True, help="Read: initial weights of the encoder.")
-@click.option("--segmenter", type=click.Path(path_type=Path), required=True, help="Written: the trained segmenter, safetensors.")
+@click.option(
+    "--segmenter", type=click.Path(path_type=Path), required=True, help="Written: the trained segmenter, safetensors."
+)
 @click.option("--log", type=click.Path(path_type=Path), required=True, help="Written: losses by step, CSV.")
 def main(method: str, records: Path, pseudo_masks: Path, init: Path, segmenter: Path, log: Path) -> None:
     """Trains the segmenter of METHOD's column on its pseudo-masks.
@@ -41,7 +43,13 @@ def main(method: str, records: Path, pseudo_masks: Path, init: Path, segmenter: 
             loaders=runtime.loaders(device),
             ranks=runtime.ranks,
         )
-        train.run(job, metadata, model=segmenter, log=log, progress=lambda notes, steps: runtime.progress(notes, steps, f"retrain {method}"))
+        train.run(
+            job,
+            metadata,
+            model=segmenter,
+            log=log,
+            progress=lambda notes, steps: runtime.progress(notes, steps, f"retrain {method}"),
+        )
 
 
 if __name__ == "__main__":

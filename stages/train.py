@@ -41,7 +41,13 @@ def main(method: str, records: Path, init: Path, model: Path, log: Path) -> None
             loaders=runtime.loaders(device),
             ranks=runtime.ranks,
         )
-        train.run(job, metadata, model=model, log=log, progress=lambda notes, steps: runtime.progress(notes, steps, f"train {method}"))
+        train.run(
+            job,
+            metadata,
+            model=model,
+            log=log,
+            progress=lambda notes, steps: runtime.progress(notes, steps, f"train {method}"),
+        )
 
 
 if __name__ == "__main__":

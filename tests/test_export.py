@@ -14,7 +14,6 @@ from PIL import Image
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Export
-from pipeline.exporters import voc_png
 from pipeline.exporters.hdf5 import PseudoMasks
 from pipeline.imaging.palette import voc_palette
 from pipeline.steps import export
@@ -63,7 +62,9 @@ def test_a_class_outside_the_tags_is_an_error_that_names_the_image() -> None:
 
 
 def test_an_image_that_nobody_tagged_may_hold_what_the_network_found() -> None:
-    assert export.mask_of(fields([0, 1, 2, 0]), record(None), LABELS, Export(0.0, False, (), 2, "gzip")).tolist() == [[0, 1, 2, 0]]
+    assert export.mask_of(fields([0, 1, 2, 0]), record(None), LABELS, Export(0.0, False, (), 2, "gzip")).tolist() == [
+        [0, 1, 2, 0]
+    ]
 
 
 def test_the_reader_gives_every_train_image_at_its_size(exported: Path) -> None:

@@ -62,9 +62,7 @@ def records_of(root: Path) -> list[ImageRecord]:
 
 def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
     images = TrainingImages(records_of(root), root, 2, AUGMENT, 0, None)
-    made = loop.Job(
-        build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0
-    )
+    made = loop.Job(build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0)
     return dataclasses.replace(made, **changes)
 
 
@@ -158,7 +156,16 @@ def test_the_learning_rate_rises_in_warm_up_and_falls_to_its_end() -> None:
 
 
 def test_shards_that_do_not_divide_the_batch_are_refused() -> None:
-    values = {"epochs": 1, "batch_size": 5, "shards": 2, "lr": 0.1, "weight_decay": 0, "optimiser": "sgd", "schedule": "poly", "warmup": 0}
+    values = {
+        "epochs": 1,
+        "batch_size": 5,
+        "shards": 2,
+        "lr": 0.1,
+        "weight_decay": 0,
+        "optimiser": "sgd",
+        "schedule": "poly",
+        "warmup": 0,
+    }
     with pytest.raises(ParamsError, match="no multiple of shards"):
         parse(Schedule, values, "train.cam.schedule")
 
@@ -181,7 +188,9 @@ def test_an_unflipped_crop_without_scaling_keeps_the_pixels() -> None:
     np.testing.assert_allclose(pixels.transpose(1, 2, 0) * 255, image, atol=0.01)
 
 
-@pytest.mark.parametrize(("size", "scale", "expected"), [((375, 500), 1.0, (368, 496)), ((1, 1), 1.0, (16, 16)), ((61, 83), 1.5, (96, 128))])
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"), [((375, 500), 1.0, (368, 496)), ((1, 1), 1.0, (16, 16)), ((61, 83), 1.5, (96, 128))]
+)
 def test_views_have_sides_that_the_backbone_can_cut_into_patches(
     size: tuple[int, int], scale: float, expected: tuple[int, int]
 ) -> None:

@@ -65,5 +65,11 @@ def toy_params(root: Path) -> dict[str, Any]:
         part["model"]["image_size"] = 64
     values["extract"]["cam"] |= {"images_per_part": 4, "scales": [1.0]}
     values["refine"]["cam"]["images_per_part"] = 4
-    values["segment"]["cam"] |= {"images_per_part": 2, "scales": [1.0], "window": 64, "window_stride": 64, "short_side": None}
+    values["segment"]["cam"] |= {
+        "images_per_part": 2,
+        "scales": [1.0],
+        "window": 64,
+        "window_stride": 64,
+        "short_side": None,
+    }
     return values

@@ -75,7 +75,11 @@ def single_object(number: int, rng: np.random.Generator) -> list[Part]:
     for _ in range(int(own.integers(1, 4))):
         x, y, size = own.uniform(-0.7, 0.7), own.uniform(-0.7, 0.7), own.uniform(0.16, 0.36)
         shape, patch = own.integers(3), textures[own.integers(len(textures))]
-        tone = [np.array([46.0, 43, 50]), np.array([243.0, 240, 232]), drawing.colour(rng, (own.random(), 1), (0.5, 0.9), (0.5, 0.95))]
+        tone = [
+            np.array([46.0, 43, 50]),
+            np.array([243.0, 240, 232]),
+            drawing.colour(rng, (own.random(), 1), (0.5, 0.9), (0.5, 0.95)),
+        ]
         base_of_part = tone[own.integers(3)]
         x, y = x + rng.normal() * 0.04, y + rng.normal() * 0.04
         for side in (1, -1) if own.random() < 0.5 else (1,):
@@ -141,7 +145,9 @@ def cell_loss(logits: Tensor, labels: Tensor) -> Tensor:
     b, channels, side, _ = logits.shape
     n = labels.shape[1]
     each = side // n
-    tokens = logits.softmax(1).reshape(b, channels, n, each, n, each).permute(0, 2, 4, 3, 5, 1).reshape(-1, each * each, channels)
+    tokens = (
+        logits.softmax(1).reshape(b, channels, n, each, n, each).permute(0, 2, 4, 3, 5, 1).reshape(-1, each * each, channels)
+    )
     wanted = labels.reshape(-1)
     of_class = tokens.gather(2, wanted[:, None, None].expand(-1, each * each, 1))[..., 0]
     empty = tokens[..., EMPTY]
@@ -193,7 +199,12 @@ def main(out: Path, steps: int, batch: int, lr: float, threads: int) -> None:
             total = 0.0
         if (step + 1) % 500 == 0 or step + 1 == steps:
             path = out if step + 1 == steps else out.with_name(f"{out.stem}.{step + 1}.safetensors")
-            told = {"made_by": "data/weights/pretrain.py", "steps": str(step + 1), "batch": str(batch), "labels": "image-level"}
+            told = {
+                "made_by": "data/weights/pretrain.py",
+                "steps": str(step + 1),
+                "batch": str(batch),
+                "labels": "image-level",
+            }
             save_tensors(path, {name: value.half() for name, value in net.state_dict().items()}, told)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.core import store
@@ -33,7 +32,11 @@ def render(
 ) -> str:
     """The page as text. Everything that comes from data (ids, class names, reasons) is escaped by the template."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"figure": figure, "percent": percent}
     by_id = records.by_id()
@@ -45,15 +48,24 @@ def render(
             groups[KINDS[int(strip["kind"][0])]].append(
                 {
                     "id": image_id,
-                    "tags": "untagged" if tags is None else ", ".join(records.labels.names[tag] for tag in tags) or "no class",
+                    "tags": "untagged"
+                    if tags is None
+                    else ", ".join(records.labels.names[tag] for tag in tags) or "no class",
                     "miou": float(strip["miou"][0]),
-                    "source": "data:image/jpeg;base64," + base64.b64encode(np.ascontiguousarray(strip["jpeg"])).decode("ascii"),
+                    "source": "data:image/jpeg;base64," + base64.b64encode(strip["jpeg"].tobytes()).decode("ascii"),
                 }
             )
         groups["worst"].sort(key=lambda one: (math.isnan(one["miou"]), one["miou"], one["id"]))
         pictures[method] = groups
     return environment.get_template(TEMPLATE).render(
-        title=title, records=records, found=found, first=next(iter(found.values())), pictures=pictures, stages=STAGES, kinds=KINDS, height=strip_height
+        title=title,
+        records=records,
+        found=found,
+        first=next(iter(found.values())),
+        pictures=pictures,
+        stages=STAGES,
+        kinds=KINDS,
+        height=strip_height,
     )
 
 

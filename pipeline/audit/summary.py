@@ -32,7 +32,9 @@ def main(metrics: Path) -> None:
     for method, facts in found.items():
         told = facts["threshold"]
         if "regret" in told:
-            console.print(f"{method}: background level {told['chosen']} without masks; the best would cost or gain {told['regret']}")
+            console.print(
+                f"{method}: background level {told['chosen']} without masks; the best would cost or gain {told['regret']}"
+            )
         console.print(f"masks:   artifacts/{method}/pseudo_masks (HDF5; docs/pseudo_masks.md says how to read it)")
         console.print(f"metrics: {metrics}/{method}.json")
     console.print("report:  report/index.html")

@@ -21,9 +21,7 @@ class LabelSpace:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= MOST_CLASSES:
-            raise ValueError(
-                f"{len(self.names)} classes: between 1 and {MOST_CLASSES} are allowed (masks are uint8)"
-            )
+            raise ValueError(f"{len(self.names)} classes: between 1 and {MOST_CLASSES} are allowed (masks are uint8)")
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise ValueError(f"class names stand twice: {', '.join(twice)}")

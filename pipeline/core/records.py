@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -124,7 +125,8 @@ def write(path: Path, records: Records) -> None:
 
 def read(path: Path) -> Records:
     """One HDF5 file → Records. ValueError if it is no records file of this version."""
-    with h5py.File(path, "r") as file:
+    opened: Any = h5py.File(path, "r")  # h5py's types know neither groups nor data sets by name
+    with opened as file:
         if file.attrs.get("schema") != SCHEMA or file.attrs.get("version") != VERSION:
             raise ValueError(f"{path} is no {SCHEMA} file of version {VERSION}; run `dvc repro prepare`")
         offset, tags = file["tags_offset"][()].astype(int), file["tags"][()]
@@ -152,5 +154,5 @@ def _texts(values: Sequence[str]) -> np.ndarray:
     return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
 
 
-def _strings(dataset: h5py.Dataset) -> list[str]:
+def _strings(dataset: Any) -> list[str]:
     return [value.decode("utf-8") for value in dataset[()]]

@@ -179,7 +179,7 @@ def _filter(compression: str) -> dict[str, Any]:
         return {"compression": "gzip", "compression_opts": 4, "shuffle": False}
     if compression == "zstd":
         try:
-            import hdf5plugin
+            import hdf5plugin  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise StoreError("compression zstd needs `pip install hdf5plugin`, or set it to gzip in params.yaml") from None
         return dict(hdf5plugin.Zstd(clevel=6))
@@ -217,7 +217,8 @@ class Store:
         digests = []
         names: tuple[str, ...] | None = None
         for part, path in enumerate(found):
-            with h5py.File(path, "r") as file:
+            opened: Any = h5py.File(path, "r")
+            with opened as file:
                 self._check_part(path, file, part, len(found))
                 names = tuple(name.decode("utf-8") for name in file["class_names"][()])
                 self._tables.append(
@@ -231,7 +232,7 @@ class Store:
         self.ids: list[str] = sorted(self._index)
         self.logical_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    def _check_part(self, path: Path, file: h5py.File, part: int, count: int) -> None:
+    def _check_part(self, path: Path, file: Any, part: int, count: int) -> None:
         wanted = (self.schema.name, self.schema.version)
         got = (file.attrs.get("schema"), file.attrs.get("version"))
         if got != wanted:
@@ -273,7 +274,7 @@ class Store:
                 f"{self.folder}: {len(missing)} ids are missing {missing[:5]}, {len(extra)} are not expected {extra[:5]}"
             )
 
-    def _file(self, part: int) -> h5py.File:
+    def _file(self, part: int) -> Any:
         if os.getpid() != self._process:  # HDF5 handles do not survive a fork
             self._open, self._process = {}, os.getpid()
         if part not in self._open:

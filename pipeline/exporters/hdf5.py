@@ -33,5 +33,12 @@ def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path
     """A second copy of the store, as one part; export itself has written pseudo_masks/ already."""
     items = ((image_id, {"mask": mask}) for image_id, mask in masks)
     store.write_part(
-        store.part_path(out, 0), store.PSEUDO_MASKS, items, labels=labels, part=0, parts=1, params_digest="", compression="gzip"
+        store.part_path(out, 0),
+        store.PSEUDO_MASKS,
+        items,
+        labels=labels,
+        part=0,
+        parts=1,
+        params_digest="",
+        compression="gzip",
     )

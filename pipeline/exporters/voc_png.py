@@ -20,7 +20,10 @@ def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path
     folder.mkdir(parents=True, exist_ok=True)
     lists.mkdir(parents=True, exist_ok=True)
     colours = voc_palette().tobytes()
-    with (out / "ids.csv").open("w", encoding="utf-8", newline="") as table, (lists / "train.txt").open("w", encoding="utf-8") as names:
+    with (
+        (out / "ids.csv").open("w", encoding="utf-8", newline="") as table,
+        (lists / "train.txt").open("w", encoding="utf-8") as names,
+    ):
         rows = csv.writer(table, lineterminator="\n")
         rows.writerow(["id", "file"])
         for image_id, mask in masks:

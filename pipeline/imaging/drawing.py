@@ -52,7 +52,9 @@ def dome(cx: float, base: float, rx: float, height: float) -> Points:
     return np.stack([cx + rx * np.cos(angle), base + height * np.sin(angle)], axis=1)
 
 
-def cloud(rng: np.random.Generator, cx: float, cy: float, rx: float, ry: float, bumps: int = 8, depth: float = 0.14) -> Points:
+def cloud(
+    rng: np.random.Generator, cx: float, cy: float, rx: float, ry: float, bumps: int = 8, depth: float = 0.14
+) -> Points:
     """An ellipse with `bumps` round bumps."""
     angle = np.linspace(0, 2 * math.pi, 6 * bumps, endpoint=False)
     radius = 1 + depth * np.abs(np.sin(bumps * angle / 2 + rng.uniform(0, math.pi)))
@@ -193,7 +195,9 @@ class Canvas:
     def __init__(self, size: int, ground: np.ndarray) -> None:
         self.size = size
         side = size * SUPERSAMPLING
-        self.image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
+        self.image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8)).resize(
+            (side, side), Image.Resampling.BILINEAR
+        )
         self.mask = Image.new("L", (side, side))
 
     def paint(

@@ -51,7 +51,9 @@ def winner_histogram(maps: Iterable[ImageMaps]) -> np.ndarray:
 def otsu(histogram: np.ndarray) -> float:
     """The level in 0..1 that maximises the variance between the two sides. ValueError for an empty histogram."""
     if not histogram.sum():
-        raise ValueError("no training image has a score map with a class, so no background level can be fitted; set rule to fixed")
+        raise ValueError(
+            "no training image has a score map with a class, so no background level can be fitted; set rule to fixed"
+        )
     centres = (np.arange(len(histogram)) + 0.5) / len(histogram)
     weight = histogram / histogram.sum()
     below, mass = np.cumsum(weight), np.cumsum(weight * centres)

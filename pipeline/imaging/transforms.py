@@ -30,7 +30,14 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def crop(
-    image: np.ndarray, mask: np.ndarray | None, *, size: int, scale: float, flip: bool, jitter: np.ndarray, at: tuple[float, float]
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    size: int,
+    scale: float,
+    flip: bool,
+    jitter: np.ndarray,
+    at: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """One square crop for training.
 

@@ -18,6 +18,9 @@ HUB = ".hub"  # an `init` that ends so holds the name of a timm model to fetch f
 class Normalise(nn.Module):
     """f32[b,3,h,w] RGB in 0..1 → the range that the backbone was trained on."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

@@ -302,11 +302,14 @@ def strips(tally: Tally, inputs: Inputs, records: Records) -> Iterable[store.Ite
     for image_id, kind in sorted(picked(tally.quality, inputs.settings.strips).items()):
         has_truth = image_id in stores.truth
         jpeg = _strip(by_id[image_id], stores, inputs)
-        yield image_id, {
-            "jpeg": np.frombuffer(jpeg, np.uint8),
-            "kind": np.array([kind], np.uint8),
-            "miou": np.array([values[image_id] if has_truth else np.nan], np.float32),
-        }
+        yield (
+            image_id,
+            {
+                "jpeg": np.frombuffer(jpeg, np.uint8),
+                "kind": np.array([kind], np.uint8),
+                "miou": np.array([values[image_id] if has_truth else np.nan], np.float32),
+            },
+        )
 
 
 def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
@@ -328,7 +331,9 @@ def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
     sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, STRIP_HEIGHT), (128, 128, 128))
     for at, panel in enumerate(panels):
         resample = Image.Resampling.BILINEAR if at < 2 else Image.Resampling.NEAREST
-        sheet.paste(Image.fromarray(np.ascontiguousarray(panel)).resize((width, STRIP_HEIGHT), resample), (at * (width + 4), 0))
+        sheet.paste(
+            Image.fromarray(np.ascontiguousarray(panel)).resize((width, STRIP_HEIGHT), resample), (at * (width + 4), 0)
+        )
     out = io.BytesIO()
     sheet.save(out, "JPEG", quality=JPEG_QUALITY)
     return out.getvalue()

@@ -58,7 +58,9 @@ def load(method: str, backbone: str, model: Path, device: str, run: str) -> Any:
     module = plugins.load("methods", method)
     training = config.parse(Training, json.loads(told["section"]), f"train.{method}", model)
     params = config.parse(module.Params, training.model, f"train.{method}.model", model)
-    built = module.Method(LabelSpace(tuple(json.loads(told["labels"]))), params, training.schedule, plugins.load("nn", backbone))
+    built = module.Method(
+        LabelSpace(tuple(json.loads(told["labels"]))), params, training.schedule, plugins.load("nn", backbone)
+    )
     checkpoint.load_into(built, model)
     return built.to(device).eval()
 
@@ -132,7 +134,13 @@ def _views(values: Tensor, images: int) -> Tensor:
 
 
 def _one(
-    row: int, record: ImageRecord, maps: Sequence[ScoreMaps], logits: Tensor, grid: tuple[int, int], settings: Extract, images: int
+    row: int,
+    record: ImageRecord,
+    maps: Sequence[ScoreMaps],
+    logits: Tensor,
+    grid: tuple[int, int],
+    settings: Extract,
+    images: int,
 ) -> dict[str, np.ndarray]:
     if record.split == "train" and record.tags is not None:
         classes = torch.tensor(record.tags, dtype=torch.long)
@@ -142,7 +150,9 @@ def _one(
     merged = scoremaps.merge_views(views, rule=settings.merge, size=grid).cpu()
     affinity = maps[-1].affinity if settings.keep_affinity else None
     if settings.keep_affinity and affinity is None:
-        raise ValueError("extract.<m>.keep_affinity is true, but this method has no affinity; set it to false in params.yaml")
+        raise ValueError(
+            "extract.<m>.keep_affinity is true, but this method has no affinity; set it to false in params.yaml"
+        )
     return {
         "classes": classes.numpy().astype(np.uint16),
         "scores": merged.numpy().astype(np.float16),

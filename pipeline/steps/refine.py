@@ -56,7 +56,9 @@ def write_state(path: Path, name: str, state: Mapping[str, np.ndarray]) -> None:
     """safetensors with the refiner's name; one metadata key, since several would come in random order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({key: np.ascontiguousarray(state[key]) for key in sorted(state)}, partial, metadata={METADATA_KEY: json.dumps(name)})
+    save_file(
+        {key: np.ascontiguousarray(state[key]) for key in sorted(state)}, partial, metadata={METADATA_KEY: json.dumps(name)}
+    )
     partial.replace(path)
 
 
@@ -102,7 +104,9 @@ def refine_one(refiner: Any, maps: ImageMaps, record: ImageRecord, job: Job, lev
     probabilities = refiner(image, maps, level)
     disagree = np.zeros((h, w), np.uint8)
     if job.settings.disagree_at is not None:
-        low, high = (planes.labels_of(refiner(image, maps, level * factor), maps.classes) for factor in job.settings.disagree_at)
+        low, high = (
+            planes.labels_of(refiner(image, maps, level * factor), maps.classes) for factor in job.settings.disagree_at
+        )
         disagree = (planes.trinary_labels(low, high) == IGNORE).astype(np.uint8)
     confidence = np.clip(planes.confidence_of(probabilities), 0, 1)
     return {

@@ -93,7 +93,12 @@ def job(
 
 
 def run(
-    made: loop.Job, metadata: Mapping[str, str], *, model: Path, log: Path, progress: Callable[[Iterator[str], int], Iterable[str]]
+    made: loop.Job,
+    metadata: Mapping[str, str],
+    *,
+    model: Path,
+    log: Path,
+    progress: Callable[[Iterator[str], int], Iterable[str]],
 ) -> None:
     """Trains or resumes, then puts model and log into place and empties the work space."""
     with store.Workspace(model, made.work.name) as work:
@@ -104,4 +109,3 @@ def run(
         checkpoint.save_tensors(work.result / model.name, checkpoint.read_tensors(trained), metadata)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes((made.work / "log.csv").read_bytes())
-

@@ -93,7 +93,8 @@ class _Shared:
         size = sum(p.numel() for p in trainable.parameters()) + sum(b.numel() for b in _buffers(trainable))
         flat, losses = torch.zeros(2, shards, size), torch.zeros(2, shards, 16, dtype=torch.float64)
         if job.ranks > 1:
-            flat.share_memory_(), losses.share_memory_()
+            flat.share_memory_()
+            losses.share_memory_()
         return _Shared(flat, losses, None)
 
     def meet(self) -> None:
@@ -156,7 +157,9 @@ def _run_phase(
             total = torch.stack(list(losses.values())).sum()
             (total * (state.scale / phase.shards)).backward()
             _pack(shared.flat[parity, shard], trained, buffers)
-            shared.losses[parity, shard, : len(names)] = torch.stack([value.detach().double() for value in losses.values()]).cpu()
+            shared.losses[parity, shard, : len(names)] = torch.stack(
+                [value.detach().double() for value in losses.values()]
+            ).cpu()
         shared.meet()
         optim.set_lr(optimiser, phase.lr * optim.lr_factor(phase, step, steps))
         finite = _unpack(shared.flat[parity, : phase.shards], trained, buffers, state.scale)
@@ -286,7 +289,9 @@ class _State:
     def save(self, optimiser: torch.optim.Optimizer) -> None:
         tensors = {f"model.{name}": value for name, value in self.trainable.state_dict().items()}
         for index, moments in optimiser.state_dict()["state"].items():
-            tensors |= {f"optim.{index}.{key}": torch.as_tensor(value) for key, value in moments.items() if value is not None}
+            tensors |= {
+                f"optim.{index}.{key}": torch.as_tensor(value) for key, value in moments.items() if value is not None
+            }
         facts = {
             "phase": self.phase, "step": self.step, "scale": self.scale, "good": self.good, "rows": self.rows,
             "recent": self.recent, "before": self.before,
@@ -307,9 +312,7 @@ class _State:
         self.recent.append({"loss": math.fsum(losses.values()), **losses})
         if (step + 1) % LOG_STEPS == 0 or step + 1 == steps:
             names = sorted({name for row in self.recent for name in row} - {"loss"})
-            mean = {
-                name: sum(row.get(name, 0.0) for row in self.recent) / len(self.recent) for name in ["loss", *names]
-            }
+            mean = {name: sum(row.get(name, 0.0) for row in self.recent) / len(self.recent) for name in ["loss", *names]}
             lr = max(group["lr"] for group in optimiser.param_groups)
             self.rows.append({"step": self.before + step + 1, "phase": phase.name, "lr": lr, **mean})
             self.recent = []

@@ -12,7 +12,7 @@ from pipeline.nn.torchvision_guard import mend
 
 mend()
 import timm  # noqa: E402
-from timm.layers import resample_abs_pos_embed  # noqa: E402
+from timm.layers.pos_embed import resample_abs_pos_embed  # noqa: E402
 
 from pipeline.nn.vit.scenes_vit import scenes_vit  # noqa: E402
 
@@ -58,7 +58,7 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
     )
     if not hasattr(net, "forward_features") or not hasattr(net, "num_prefix_tokens"):
         raise ValueError(f"{architecture} is no plain ViT; for a ResNet set methods.<m>.backbone to resnet")
-    settings = net.pretrained_cfg
+    settings: Any = net.pretrained_cfg
     return Backbone(net, tuple(settings["mean"]), tuple(settings["std"]))
 
 
