@@ -1,0 +1,150 @@
+"""evaluate and report on toy stores: figures, missing truth, hostile names, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import metrics
+from pipeline.audit import page
+from pipeline.core import records, store
+from pipeline.core.labels import LabelSpace
+from pipeline.core.records import ImageRecord, Records
+from pipeline.core.sections import Evaluate
+from pipeline.steps import evaluate
+from tests.toys import PROJECT, toy_image
+
+LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
+SETTINGS = Evaluate("background", 20, 3)
+
+
+def build(root: Path, *, with_truth: int = 8) -> tuple[evaluate.Inputs, Records]:
+    """Eight images (five train) and stores in which every stage has made some mistakes of its own."""
+    found, items = [], {name: [] for name in ("truth", "scoremaps", "refined", "pseudo_masks", "predictions")}
+    (root / "raw").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        image, mask, tags = toy_image(index)
+        image_id = f"{index} <b>&\"' ü"
+        Image.fromarray(image).save(root / "raw" / f"{index}.png")
+        digest = hashlib.sha256((root / "raw" / f"{index}.png").read_bytes()).digest()
+        classes = tuple({"disc": 0, "square": 1}[tag] for tag in tags)
+        split = "train" if index < 5 else "val"
+        found.append(ImageRecord(image_id, f"{index}.png", (64, 64), split, classes, digest))
+        scores = rng.random((len(classes), 16, 16)).astype(np.float16)
+        items["scoremaps"].append(
+            (image_id, {"classes": np.array(classes, np.uint16), "scores": scores, "tag_logits": np.zeros(2, np.float32),
+                        "affinity": np.zeros((0, 0), np.float16)})
+        )  # fmt: skip
+        label = np.where(rng.random((64, 64)) < 0.8, mask, 0).astype(np.uint8)
+        sure = np.full((64, 64), 200, np.uint8)
+        if split == "train":
+            items["refined"].append((image_id, {"label": label, "confidence": sure, "disagree": np.zeros_like(label)}))
+            items["pseudo_masks"].append((image_id, {"mask": np.where(rng.random((64, 64)) < 0.9, label, 255).astype(np.uint8)}))
+        else:
+            items["predictions"].append((image_id, {"label": label, "confidence": sure}))
+        if index < with_truth:
+            items["truth"].append((image_id, {"mask": mask}))
+    schemas = {
+        "truth": store.TRUTH, "scoremaps": store.SCORE_MAPS, "refined": store.REFINED, "pseudo_masks": store.PSEUDO_MASKS,
+        "predictions": store.PREDICTIONS,
+    }  # fmt: skip
+    for name, schema in schemas.items():
+        store.write_part(
+            store.part_path(root / name, 0), schema, items[name], labels=LABELS, part=0, parts=1, params_digest="", compression="gzip"
+        )
+    inputs = evaluate.Inputs(
+        root / "truth", root / "scoremaps", root / "refined", root / "pseudo_masks", root / "predictions", 0.4, SETTINGS, LABELS, root / "raw"
+    )
+    return inputs, Records(LABELS, tuple(found), (("gone <i>", "broken & bent"),))
+
+
+def tallied(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> evaluate.Tally:
+    tally = evaluate.Tally.empty(3, SETTINGS.threshold_bins)
+    for at in range(0, len(read), chunk):
+        tally.add(evaluate.tally_some(read.images[at : at + chunk], inputs))
+    return tally
+
+
+def test_figures_are_those_of_counting_all_pixels_at_once(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    found = evaluate.summary(tallied(inputs, read), inputs, read)
+    truth, masks = store.Store(inputs.truth, store.TRUTH), store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS)
+    counts = sum(metrics.confusion(truth.read(i, "mask"), masks.read(i, "mask"), 3) for i in masks.ids)
+    assert found["stages"]["pseudo_masks"]["miou"] == round(metrics.miou(np.asarray(counts), protocol="background"), 5)
+    assert found["threshold"]["regret"] >= 0 and found["stages"]["pseudo_masks"]["ignored"] > 0.05
+    assert 0 < found["everything_background"]["train"] < 0.5
+
+
+def test_the_order_in_which_images_are_scored_does_not_matter(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    assert evaluate.summary(tallied(inputs, read, 1), inputs, read) == evaluate.summary(tallied(inputs, read, 8), inputs, read)
+
+
+def test_the_chosen_level_is_scored_exactly_and_the_oracle_is_never_much_worse(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    told = evaluate.summary(tallied(inputs, read), inputs, read)["threshold"]
+    assert told["miou_at_oracle"] >= told["miou_at_chosen"] - 0.02
+
+
+def test_without_truth_the_figures_that_need_none_are_given_and_said_to_be_such(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, with_truth=0)
+    found = evaluate.summary(tallied(inputs, read), inputs, read)
+    assert found["truth"] is False and "no ground truth" in found["note"]
+    assert "miou" not in found["stages"]["pseudo_masks"] and found["stages"]["pseudo_masks"]["coverage"] > 0
+
+
+def test_partial_truth_is_counted(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, with_truth=2)
+    stage = evaluate.summary(tallied(inputs, read), inputs, read)["stages"]["pseudo_masks"]
+    assert (stage["images"], stage["images_with_truth"]) == (5, 2)
+
+
+def test_the_worst_images_are_picked_and_the_random_ones_are_always_the_same() -> None:
+    quality = [(f"i{number}", number / 10) for number in range(10)]
+    kinds = evaluate.picked(quality, 3)
+    assert {i for i, kind in kinds.items() if kind == 0} == {"i0", "i1", "i2"}
+    assert kinds == evaluate.picked(quality[::-1], 3) and len(kinds) == 6
+
+
+@pytest.mark.parametrize("with_truth", [8, 0])
+def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
+    inputs, read = build(tmp_path, with_truth=with_truth)
+    tally = tallied(inputs, read)
+    store.write_part(
+        tmp_path / "strips" / "cam.h5", store.STRIPS, evaluate.strips(tally, inputs, read), labels=LABELS, part=0, parts=1,
+        params_digest="", compression="none",
+    )  # fmt: skip
+    text = page.render("A & B", read, {"cam": evaluate.summary(tally, inputs, read)}, tmp_path / "strips", 128)
+    assert "<script" not in text and "&lt;script&gt;" in text and "<b>" not in text and "<i>" not in text
+    assert "A &amp; B" in text and "größe" in text and "broken &amp; bent" in text
+    assert "http" not in text.replace("https://www.w3.org", "") and text.count("data:image/jpeg;base64") == 5
+
+
+def test_metrics_of_a_column_that_has_not_run_are_missed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no metrics of weaktr"):
+        page.read_metrics(tmp_path, ["weaktr"])
+
+
+def test_metrics_are_plain_json_without_nan(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    json.dumps(evaluate.summary(tallied(inputs, read), inputs, read), allow_nan=False)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "export", "evaluate", "report", "refine", "fit_refiner"])
+def test_stages_without_model_work_do_not_import_torch(stage: str) -> None:
+    code = f"import sys, stages.{stage}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=False).returncode == 0
+
+
+def test_records_survive_writing_and_reading(tmp_path: Path) -> None:
+    _, read = build(tmp_path)
+    records.write(tmp_path / "records.h5", read)
+    assert records.read(tmp_path / "records.h5") == read
