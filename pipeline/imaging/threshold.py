@@ -19,12 +19,13 @@ LOWEST, HIGHEST = 0.02, 0.98
 class Background:
     """Where a score stops being background.
 
-    rule   fixed takes `level` as it is (a paper's value); otsu splits the histogram of winning scores over all training images
-           into the two groups that differ most (Otsu 1979), times `level` as a factor
-    level  0..1 for fixed; a factor for otsu
+    rule   fixed takes `level` as it is (a paper's value). The others look at the histogram of winning scores over all training
+           images (Otsu 1979): otsu splits it into the two groups that differ most; otsu3 into three, background, undecided and
+           object, and takes the upper border, since a CAM leaks widely into what surrounds an object at middling scores
+    level  0..1 for fixed; a factor on the border that the other rules find
     """
 
-    rule: Literal["fixed", "otsu"]
+    rule: Literal["fixed", "otsu", "otsu3"]
     level: Annotated[float, Range(above=0, high=2)]
 
     def __post_init__(self) -> None:
@@ -34,7 +35,11 @@ class Background:
 
 def fit(background: Background, maps: Iterable[ImageMaps]) -> dict[str, np.ndarray]:
     """A refiner's state: `background` f32[1] in 0..1. The maps are streamed, and not touched where the rule is fixed."""
-    level = background.level if background.rule == "fixed" else background.level * otsu(winner_histogram(maps))
+    if background.rule == "fixed":
+        level = background.level
+    else:
+        borders = otsu(winner_histogram(maps), groups=2 if background.rule == "otsu" else 3)
+        level = background.level * borders[-1]
     return {"background": np.array([np.clip(level, LOWEST, HIGHEST)], np.float32)}
 
 
@@ -48,15 +53,34 @@ def winner_histogram(maps: Iterable[ImageMaps]) -> np.ndarray:
     return counts
 
 
-def otsu(histogram: np.ndarray) -> float:
-    """The level in 0..1 that maximises the variance between the two sides. ValueError for an empty histogram."""
+def otsu(histogram: np.ndarray, *, groups: int) -> list[float]:
+    """The groups - 1 borders in 0..1 that maximise the variance between 2 or 3 groups. ValueError for an empty histogram.
+
+    Where several borders are equally good (an empty stretch of the histogram), their middle is taken.
+    """
     if not histogram.sum():
-        raise ValueError(
-            "no training image has a score map with a class, so no background level can be fitted; set rule to fixed"
-        )
-    centres = (np.arange(len(histogram)) + 0.5) / len(histogram)
+        raise ValueError("no training image has a score map with a class, so no background level can be fitted; set rule to fixed")
+    bins = len(histogram)
     weight = histogram / histogram.sum()
-    below, mass = np.cumsum(weight), np.cumsum(weight * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (mass[-1] * below - mass) ** 2 / (below * (1 - below))
-    return float((np.nanargmax(np.where(np.isfinite(between), between, -1)) + 1) / len(histogram))
+    count = np.concatenate([[0], np.cumsum(weight)])
+    mass = np.concatenate([[0], np.cumsum(weight * (np.arange(bins) + 0.5) / bins)])
+
+    def spread(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """A group's share of the variance between groups, up to a constant: weight times squared mean."""
+        share = count[end] - count[start]
+        return np.divide((mass[end] - mass[start]) ** 2, share, out=np.zeros(share.shape), where=share > 1e-12)
+
+    inner = np.arange(1, bins)
+    if groups == 2:
+        return [_middle(spread(np.zeros_like(inner), inner) + spread(inner, np.full_like(inner, bins))) / bins]
+    low, high = np.meshgrid(inner, inner, indexing="ij")
+    total = spread(np.zeros_like(low), low) + spread(low, np.maximum(low, high)) + spread(high, np.full_like(high, bins))
+    total[low >= high] = -1
+    best_low = int(total.max(axis=1).argmax()) + 1
+    return [best_low / bins, _middle(total[best_low - 1]) / bins]
+
+
+def _middle(values: np.ndarray) -> int:
+    """Bin border (from 1) of the highest value; of several that are equal, the middle one."""
+    best = np.flatnonzero(values >= values.max() - 1e-12)
+    return int(best[len(best) // 2]) + 1
