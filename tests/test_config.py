@@ -92,7 +92,11 @@ def leaves(values: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 SCENES = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text("utf-8"))
-REPORTED = [leaf for leaf in leaves(SCENES) if leaf[-1] not in ("options", "disagree_at", "crf", "clipping", "long_side", "short_side")]
+REPORTED = [
+    leaf
+    for leaf in leaves(SCENES)
+    if leaf[-1] not in ("options", "disagree_at", "crf", "clipping", "long_side", "short_side")
+]
 
 
 @pytest.mark.parametrize("leaf", REPORTED, ids=".".join)

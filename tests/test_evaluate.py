@@ -47,7 +47,9 @@ def build(root: Path, *, with_truth: int = 8) -> tuple[evaluate.Inputs, Records]
         sure = np.full((64, 64), 200, np.uint8)
         if split == "train":
             items["refined"].append((image_id, {"label": label, "confidence": sure, "disagree": np.zeros_like(label)}))
-            items["pseudo_masks"].append((image_id, {"mask": np.where(rng.random((64, 64)) < 0.9, label, 255).astype(np.uint8)}))
+            items["pseudo_masks"].append(
+                (image_id, {"mask": np.where(rng.random((64, 64)) < 0.9, label, 255).astype(np.uint8)})
+            )
         else:
             items["predictions"].append((image_id, {"label": label, "confidence": sure}))
         if index < with_truth:
@@ -58,10 +60,25 @@ def build(root: Path, *, with_truth: int = 8) -> tuple[evaluate.Inputs, Records]
     }  # fmt: skip
     for name, schema in schemas.items():
         store.write_part(
-            store.part_path(root / name, 0), schema, items[name], labels=LABELS, part=0, parts=1, params_digest="", compression="gzip"
+            store.part_path(root / name, 0),
+            schema,
+            items[name],
+            labels=LABELS,
+            part=0,
+            parts=1,
+            params_digest="",
+            compression="gzip",
         )
     inputs = evaluate.Inputs(
-        root / "truth", root / "scoremaps", root / "refined", root / "pseudo_masks", root / "predictions", 0.4, SETTINGS, LABELS, root / "raw"
+        root / "truth",
+        root / "scoremaps",
+        root / "refined",
+        root / "pseudo_masks",
+        root / "predictions",
+        0.4,
+        SETTINGS,
+        LABELS,
+        root / "raw",
     )
     return inputs, Records(LABELS, tuple(found), (("gone <i>", "broken & bent"),))
 
@@ -85,7 +102,9 @@ def test_figures_are_those_of_counting_all_pixels_at_once(tmp_path: Path) -> Non
 
 def test_the_order_in_which_images_are_scored_does_not_matter(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    assert evaluate.summary(tallied(inputs, read, 1), inputs, read) == evaluate.summary(tallied(inputs, read, 8), inputs, read)
+    assert evaluate.summary(tallied(inputs, read, 1), inputs, read) == evaluate.summary(
+        tallied(inputs, read, 8), inputs, read
+    )
 
 
 def test_the_chosen_level_is_scored_exactly_and_the_oracle_is_never_much_worse(tmp_path: Path) -> None:

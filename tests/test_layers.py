@@ -14,7 +14,11 @@ SOURCES = sorted(path for folder in ("pipeline", "stages", "benchmarks") for pat
 
 def names_used(file: Path) -> set[str]:
     """Dotted names that a file mentions."""
-    return {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, (ast.Attribute, ast.Name))}
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, (ast.Attribute, ast.Name))
+    }
 
 
 def test_every_init_is_empty() -> None:

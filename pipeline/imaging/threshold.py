@@ -59,7 +59,9 @@ def otsu(histogram: np.ndarray, *, groups: int) -> list[float]:
     Where several borders are equally good (an empty stretch of the histogram), their middle is taken.
     """
     if not histogram.sum():
-        raise ValueError("no training image has a score map with a class, so no background level can be fitted; set rule to fixed")
+        raise ValueError(
+            "no training image has a score map with a class, so no background level can be fitted; set rule to fixed"
+        )
     bins = len(histogram)
     weight = histogram / histogram.sum()
     count = np.concatenate([[0], np.cumsum(weight)])

@@ -53,10 +53,18 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
     if not timm.is_model(architecture):
         near = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:8]) or "see timm.list_models('*vit*')"
         raise ValueError(f"timm has no model {architecture!r}; near it: {near} (edit architecture in params.yaml)")
-    net = timm.create_model(
-        architecture, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path
-    )
-    if not hasattr(net, "forward_features") or not hasattr(net, "num_prefix_tokens"):
+    try:
+        net = timm.create_model(
+            architecture,
+            pretrained=False,
+            num_classes=0,
+            img_size=image_size,
+            dynamic_img_size=True,
+            drop_path_rate=drop_path,
+        )
+    except TypeError as error:  # only ViTs take these sizes
+        raise ValueError(f"{architecture} is no plain ViT; for a ResNet set methods.<m>.backbone to resnet") from error
+    if not hasattr(net, "num_prefix_tokens"):
         raise ValueError(f"{architecture} is no plain ViT; for a ResNet set methods.<m>.backbone to resnet")
     settings: Any = net.pretrained_cfg
     return Backbone(net, tuple(settings["mean"]), tuple(settings["std"]))

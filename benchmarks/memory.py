@@ -1,0 +1,93 @@
+"""`python -m benchmarks.memory`: peak memory of the streaming stages for 100 and for 1,000 images. It must not grow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import mask, photograph
+
+PROJECT = Path(__file__).resolve().parents[1]
+SIDE = (96, 128)
+STAGES = {
+    "prepare": "--raw raw --records r.h5 --truth t.h5",
+    "train": "cam --records r.h5 --init {weights}/scratch.txt --model m.safetensors --log log.csv",
+    "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps",
+    "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors",
+    "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
+    "export": "cam --records r.h5 --refined refined --pseudo-masks masks --exports exports",
+    "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors --log log2.csv",
+    "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
+    "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined --pseudo-masks masks "
+    "--predictions predictions --metrics m.json --strips strips.h5 --thresholds a.csv --per-class b.csv --confusion c.csv",
+}
+
+
+def draw(root: Path, count: int) -> None:
+    """A folder data set of `count` images, a tenth of them val."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    rows = ["id,tags,split"]
+    for index in range(count):
+        found = (mask(index, SIDE) > 0).astype(np.uint8)
+        Image.fromarray(photograph(index, SIDE)).save(root / "images" / f"{index:05d}.jpg")
+        Image.fromarray(found).save(root / "masks" / f"{index:05d}.png")
+        rows.append(f"{index:05d},blob,{'val' if index % 10 == 0 else 'train'}")
+    (root / "tags.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def params(folder: Path, count: int) -> None:
+    """The scenes preset on that folder, with just enough training to have something to stream."""
+    values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
+    values["dataset"] = {"name": "folder", "root": "raw", "options": {"classes": ["blob"], "val_share": 0.1}}
+    for section in ("train", "retrain"):
+        values[section]["cam"]["schedule"]["epochs"] = 100 / count
+    for section in ("extract", "refine", "export", "segment"):
+        values[section]["cam"]["images_per_part"] = 32
+    (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def peaks(count: int) -> dict[str, float]:
+    """Stage → peak resident MiB of its only process."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw(folder / "raw", count)
+        params(folder, count)
+        for stage, words in STAGES.items():
+            command = [sys.executable, "-m", f"stages.{stage}", *words.format(weights=PROJECT / "data" / "weights").split()]
+            variables = "PYTHONPATH=" + str(PROJECT), "TAG2MASK_LAUNCHER=inline", "TAG2MASK_RANKS=1", "TAG2MASK_DEVICE=cpu"
+            process = subprocess.Popen(["env", *variables, *command], cwd=folder, stderr=subprocess.PIPE)
+            assert process.stderr is not None
+            told = process.stderr.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise click.ClickException(f"{stage} failed on {count} images:\n{told.decode()[-2000:]}")
+            found[stage] = usage.ru_maxrss / 1024
+    return found
+
+
+@click.command()
+@click.option("--few", default=100, show_default=True)
+@click.option("--many", default=1000, show_default=True)
+def main(few: int, many: int) -> None:
+    """Runs every stage on FEW and on MANY images and compares their peak memory."""
+    first, second = peaks(few), peaks(many)
+    table = Table("stage", f"{few} images, MiB", f"{many} images, MiB", "ratio")
+    for stage in STAGES:
+        table.add_row(stage, f"{first[stage]:.0f}", f"{second[stage]:.0f}", f"{second[stage] / first[stage]:.3f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

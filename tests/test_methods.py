@@ -1,0 +1,196 @@
+"""The matrix: every method on every backbone family and data set fills the contract, on 64 px toys."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.core import config, plugins
+from pipeline.core.contracts import Batch, Clock
+from pipeline.core.labels import LabelSpace
+from pipeline.core.records import ImageRecord
+from pipeline.core.sections import Extract
+from pipeline.nn import family
+from pipeline.steps import extract
+from pipeline.training.checkpoint import save_tensors
+from pipeline.training.settings import Schedule
+from tests.shared_data import shared
+from tests.toys import SCRATCH, toy_params
+
+LABELS = LabelSpace(("disc", "square", "star"))
+ARCHITECTURES = {"vit": ["scenes_vit", "deit_tiny_patch16_224"], "resnet": ["resnet18"]}
+SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0)
+BACKBONES = [(name, architecture) for name, found in ARCHITECTURES.items() for architecture in found]
+SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", {})
+
+
+def built(method: str, backbone: str, architecture: str, **changes: Any) -> Any:
+    module = plugins.load("methods", method)
+    model = toy_params(Path("raw"))["train"][method]["model"] | {"architecture": architecture, "image_size": 64, **changes}
+    params = config.parse(module.Params, model, "model")
+    torch.manual_seed(0)
+    return module.Method(LABELS, params, SCHEDULE, plugins.load("nn", backbone))
+
+
+def batch(padding: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    valid = torch.ones(2, 64, 64, dtype=torch.bool)
+    if padding:
+        valid[:, :, -padding:] = False
+    return Batch(torch.rand(2, 3, 64, 64, generator=generator), torch.tensor([[1.0, 0, 0], [0, 1, 1]]), valid, None)
+
+
+@pytest.mark.parametrize("method", plugins.available("methods"))
+@pytest.mark.parametrize(("backbone", "architecture"), BACKBONES)
+def test_every_method_fills_the_contract_on_every_backbone(method: str, backbone: str, architecture: str) -> None:
+    one = built(method, backbone, architecture)
+    phases = one.phases()
+    losses = one.losses(batch(), Clock(0, 0, 10))
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    trained = [p for group in one.param_groups(phases[0]) for p in group.parameters]
+    assert torch.isfinite(total) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    assert len({id(p) for p in trained}) == len(trained)
+    one.eval()
+    options = plugins.load("methods", method).Options()
+    maps = one.score_maps(torch.rand(2, 3, 64, 96), options)
+    assert maps.scores.shape == (2, 3, 64 // one.stride, 96 // one.stride) and maps.tag_logits.shape == (2, 3)
+    assert (maps.scores >= 0).all()
+    assert all(isinstance(value, torch.Tensor) for value in one.inspect(torch.rand(1, 3, 64, 64)).values())
+
+
+@pytest.mark.parametrize("pool", ["gap", "gmp", "topk"])
+def test_padding_takes_no_part_in_pooling(pool: str) -> None:
+    one = built("cam", "resnet", "resnet18", pool=pool)
+    maps = torch.randn(2, 3, 4, 4)
+    seen = torch.ones(2, 4, 4, dtype=torch.bool)
+    seen[:, :, 2:] = False
+    changed = maps.clone()
+    changed[..., 2:] += 100
+    torch.testing.assert_close(one._pooled(maps, seen), one._pooled(changed, seen))
+    assert not torch.allclose(one._pooled(maps, None), one._pooled(changed, None))
+
+
+def test_a_frozen_backbone_gets_no_gradient() -> None:
+    one = built("cam", "vit", "scenes_vit", backbone_lr_factor=0)
+    sum(one.losses(batch(16), Clock(0, 0, 1)).values()).backward()
+    assert all(p.grad is None for p in one.backbone.parameters()) and one.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (61, 83)])
+def test_images_of_any_size_get_maps_at_stride_4(size: tuple[int, int]) -> None:
+    one = built("cam", "vit", "scenes_vit").eval()
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    record = ImageRecord("x", "x.png", size, "train", (0, 2), b"")
+    found = extract.score([image], [record], one, plugins.load("methods", "cam").Options(), SETTINGS, "cpu")[0]
+    assert found["scores"].shape == (2, -(-size[0] // 4), -(-size[1] // 4)) and found["scores"].dtype == np.float16
+    assert found["classes"].tolist() == [0, 2] and found["scores"].max() <= 1
+
+
+def test_maps_of_a_batch_are_those_of_single_images() -> None:
+    one = built("cam", "vit", "scenes_vit").eval()
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(3)]
+    records = [ImageRecord(str(at), "", (48, 64), "train", (at,), b"") for at in range(3)]
+    options = plugins.load("methods", "cam").Options()
+    together = extract.score(images, records, one, options, SETTINGS, "cpu")
+    for at in range(3):
+        alone = extract.score(images[at : at + 1], records[at : at + 1], one, options, SETTINGS, "cpu")[0]
+        np.testing.assert_allclose(together[at]["scores"], alone["scores"], atol=2e-3)
+
+
+def test_val_images_and_untagged_ones_get_the_classes_that_the_network_finds() -> None:
+    one = built("cam", "vit", "scenes_vit").eval()
+    image = np.zeros((64, 64, 3), np.uint8)
+    records = [ImageRecord("v", "", (64, 64), "val", (0,), b""), ImageRecord("u", "", (64, 64), "train", None, b"")]
+    for found in extract.score([image, image], records, one, plugins.load("methods", "cam").Options(), SETTINGS, "cpu"):
+        expected = np.flatnonzero(1 / (1 + np.exp(-found["tag_logits"])) >= 0.5)
+        np.testing.assert_array_equal(found["classes"], expected)
+
+
+def test_an_image_that_is_tagged_with_nothing_has_no_map() -> None:
+    one = built("cam", "vit", "scenes_vit").eval()
+    record = ImageRecord("n", "", (64, 64), "train", (), b"")
+    options = plugins.load("methods", "cam").Options()
+    found = extract.score([np.zeros((64, 64, 3), np.uint8)], [record], one, options, SETTINGS, "cpu")[0]
+    assert found["scores"].shape == (0, 16, 16)
+
+
+def test_deit_weights_load_strictly_and_at_another_size() -> None:
+    backbone = plugins.load("nn", "vit").create("deit_tiny_patch16_224", 256, drop_path=0.0)
+    plugins.load("nn", "vit").load_initial(backbone, shared("weights", "deit_tiny_patch16_224.fp16.safetensors"))
+    assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, 192, 4, 6)
+
+
+def test_weights_that_are_missing_or_do_not_fit_say_what_to_do(tmp_path: Path) -> None:
+    vit = plugins.load("nn", "vit")
+    backbone = vit.create("scenes_vit", 64, drop_path=0.0)
+    with pytest.raises(FileNotFoundError, match=r"put the file there.*params\.yaml"):
+        vit.load_initial(backbone, tmp_path / "none.safetensors")
+    save_tensors(tmp_path / "other.safetensors", {"conv.weight": torch.zeros(3)}, {})
+    with pytest.raises(ValueError, match=r"keys are missing.*check architecture and init"):
+        vit.load_initial(backbone, tmp_path / "other.safetensors")
+    vit.load_initial(backbone, SCRATCH)
+
+
+def test_a_pth_file_in_a_wrapper_loads_and_a_pickled_program_does_not(tmp_path: Path) -> None:
+    vit = plugins.load("nn", "vit")
+    backbone = vit.create("scenes_vit", 64, drop_path=0.0)
+    torch.save({"model": {f"module.{k}": v for k, v in backbone.net.state_dict().items()}}, tmp_path / "a.pth")
+    vit.load_initial(backbone, tmp_path / "a.pth")
+    torch.save({"model": Path}, tmp_path / "b.pth")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        family.read_weights(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("name", ["vit_huge_of_nobody", "resnet18"])
+def test_an_architecture_that_is_no_vit_is_refused_with_advice(name: str) -> None:
+    with pytest.raises(ValueError, match=r"params\.yaml|backbone to resnet"):
+        plugins.load("nn", "vit").create(name, 64, drop_path=0.0)
+
+
+def test_an_unknown_plug_in_is_refused_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match="there are cam"):
+        plugins.load("methods", "camm")
+
+
+def test_keeping_an_affinity_that_the_method_has_not_is_an_error() -> None:
+    one = built("cam", "vit", "scenes_vit").eval()
+    settings = Extract((1.0,), None, False, "irn", 4, 8, 0.5, True, "fp32", 64, "gzip", {})
+    record = ImageRecord("x", "", (64, 64), "train", (0,), b"")
+    with pytest.raises(ValueError, match="keep_affinity"):
+        extract.score(
+            [np.zeros((64, 64, 3), np.uint8)], [record], one, plugins.load("methods", "cam").Options(), settings, "cpu"
+        )
+
+
+def test_the_shipped_backbone_fits_and_is_small() -> None:
+    path = SCRATCH.with_name("scenes_vit.fp16.safetensors")
+    assert path.stat().st_size < 4 * 2**20
+    backbone = plugins.load("nn", "vit").create("scenes_vit", 128, drop_path=0.0)
+    plugins.load("nn", "vit").load_initial(backbone, path)
+
+
+def test_drawn_scenes_are_fair_and_always_the_same(tmp_path: Path) -> None:
+    from pipeline.datasets import scenes
+
+    drawn = [scenes.draw_scene(scenes.scene_rng(0, "train", index)) for index in range(60)]
+    share = np.mean([(mask > 0).mean() for _, mask, _, _ in drawn])
+    assert 0.25 <= share <= 0.35
+    places = [place for _, _, tags, place in drawn if tags and tags[0] in ("boat", "fish")]
+    assert places.count("sea") > 0.6 * len(places)
+    for _, mask, tags, _ in drawn:
+        counts = np.bincount(mask.ravel(), minlength=7)
+        assert {scenes.CLASSES[value - 1] for value in range(1, 7) if counts[value] >= 40} == set(tags)
+    assert scenes.write(tmp_path / "a", seed=3, train=3, val=1) and not scenes.write(tmp_path / "a", seed=3, train=3, val=1)
+    scenes.write(tmp_path / "b", seed=3, train=2, val=1)
+    for name in ("train_0000.png", "train_0001.png", "val_0000.png"):
+        first, second = ((tmp_path / folder / "images" / name).read_bytes() for folder in ("a", "b"))
+        assert hashlib.sha256(first).digest() == hashlib.sha256(second).digest()
+        assert np.asarray(Image.open(tmp_path / "a" / "masks" / name)).max() <= 6
