@@ -22,6 +22,7 @@ import numpy as np
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 
 CHUNK_BYTES = 256 * 1024
+MOST_OPEN = 3  # parts that one store keeps open
 LIBVER = ("v110", "v110")
 CONFIDENCE_STEPS = 255  # confidences are stored as u8: value / 255
 
@@ -278,9 +279,9 @@ class Store:
         if os.getpid() != self._process:  # HDF5 handles do not survive a fork
             self._open, self._process = {}, os.getpid()
         if part not in self._open:
-            if len(self._open) >= 8:  # memory must not grow with the number of parts
+            if len(self._open) >= MOST_OPEN:  # memory must not grow with the number of parts
                 self._open.pop(next(iter(self._open))).close()
-            self._open[part] = h5py.File(self.paths[part], "r")
+            self._open[part] = h5py.File(self.paths[part], "r", rdcc_nbytes=2 * CHUNK_BYTES)
         return self._open[part]
 
     def __getstate__(self) -> dict[str, Any]:
