@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 
 CHUNK_BYTES = 256 * 1024
-MOST_OPEN = 3  # parts that one store keeps open
+MOST_OPEN = 2  # parts that one store keeps open
 LIBVER = ("v110", "v110")
 CONFIDENCE_STEPS = 255  # confidences are stored as u8: value / 255
 
