@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from pipeline import runtime
-from pipeline.core import config, sections, store
+from pipeline.core import config, plugins, sections, store
 from pipeline.core import records as records_file
 from pipeline.steps import extract
 
@@ -28,6 +28,8 @@ def main(method: str, records: Path, model: Path, scoremaps: Path) -> None:
         values = sections.read()
         settings = config.parse(sections.Extract, config.section(values, "extract", method), f"extract.{method}")
         extract.options_of(method, settings)
+        backbone = sections.column(values, method).backbone
+        plugins.load("nn", backbone)  # imported here, so that digest and guard see the family's code
         read, device = records_file.read(records), runtime.device()
         by_id = read.by_id()
         parts = store.parts_of(by_id, settings.images_per_part)
@@ -36,7 +38,7 @@ def main(method: str, records: Path, model: Path, scoremaps: Path) -> None:
         with store.Workspace(scoremaps, key) as work:
             job = extract.Job(
                 method=method,
-                backbone=sections.column(values, method).backbone,
+                backbone=backbone,
                 model=model,
                 settings=settings,
                 root=Path(sections.dataset(values).root),

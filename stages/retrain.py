@@ -38,7 +38,7 @@ def main(method: str, records: Path, pseudo_masks: Path, init: Path, segmenter: 
             init=init,
             masks=pseudo_masks,
             root=Path(sections.dataset(values).root),
-            code=runtime.code_digest(),
+            code=runtime.code_digest,
             device=device,
             loaders=runtime.loaders(device),
             ranks=runtime.ranks,

@@ -36,7 +36,7 @@ def main(method: str, records: Path, init: Path, model: Path, log: Path) -> None
             init=init,
             masks=None,
             root=Path(sections.dataset(values).root),
-            code=runtime.code_digest(),
+            code=runtime.code_digest,
             device=device,
             loaders=runtime.loaders(device),
             ranks=runtime.ranks,

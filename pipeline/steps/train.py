@@ -49,7 +49,7 @@ def job(
     init: Path,
     masks: Path | None,
     root: Path,
-    code: str,
+    code: Callable[[], str],
     device: str,
     loaders: int,
     ranks: Callable[[int], int],
@@ -59,6 +59,7 @@ def job(
     Tags train on the images that somebody tagged; masks train on exactly the images that have one.
     """
     training, params = settings(values, kind, key, plugin)
+    plugins.load("nn", family)
     read = records_file.read(records)
     pseudo = None if masks is None else store.Store(masks, store.PSEUDO_MASKS)
     if pseudo is None:
@@ -70,7 +71,7 @@ def job(
     section = json.dumps(dataclasses.asdict(training), sort_keys=True)
     work_key = store.digest(
         {
-            "code": code,
+            "code": code(),  # asked now that the plug-ins are imported
             "records": store.file_digest(records),
             "init": store.file_digest(init),
             "masks": pseudo and pseudo.logical_digest,
