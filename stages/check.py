@@ -73,6 +73,7 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
     segmentation = parsed(sections.Segment, "segment")
     if segmentation is not None:
         tried(lambda: segment.crf_of(segmentation, key))
+        tried(lambda: segment.options_of(column.segmenter, segmentation, key))
 
 
 @click.command()

@@ -11,7 +11,7 @@ import click
 from pipeline import runtime
 from pipeline.core import config, plugins, sections, store
 from pipeline.core import records as records_file
-from pipeline.steps import extract
+from pipeline.steps import extract, inspect
 
 
 @click.command()
@@ -19,7 +19,13 @@ from pipeline.steps import extract
 @click.option("--records", type=click.Path(path_type=Path), required=True, help="Read: records.h5 of prepare.")
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="Read: the trained method.")
 @click.option("--scoremaps", type=click.Path(path_type=Path), required=True, help="Written: HDF5 store of score maps.")
-def main(method: str, records: Path, model: Path, scoremaps: Path) -> None:
+@click.option(
+    "--inspection",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Written: pictures of inner maps of some images, HDF5.",
+)
+def main(method: str, records: Path, model: Path, scoremaps: Path, inspection: Path) -> None:
     """Writes METHOD's score maps: on train for the classes of the tags, on val for those that the network finds.
 
     Reads section extract.METHOD of params.yaml, and the images under dataset.root. Finished parts survive a crash.
@@ -52,6 +58,19 @@ def main(method: str, records: Path, model: Path, scoremaps: Path) -> None:
             function = partial(extract.extract_part, job=job)
             for _ in runtime.each(function, todo, processes=runtime.workers(device), what=f"extract {method}"):
                 pass
+            some = inspect.chosen(read.images, settings.inspect)
+            loaded = extract.load(method, backbone, model.resolve(), device, key)
+            pictures = inspect.inspections(some, loaded, len(read.labels), job.root, settings.long_side, device)
+            store.write_part(
+                inspection,
+                store.INSPECTION,
+                pictures,
+                labels=read.labels,
+                part=0,
+                parts=1,
+                params_digest="",
+                compression="none",
+            )
 
 
 if __name__ == "__main__":

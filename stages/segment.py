@@ -30,6 +30,7 @@ def main(method: str, records: Path, segmenter: Path, predictions: Path) -> None
         values = sections.read()
         settings = config.parse(sections.Segment, config.section(values, "segment", method), f"segment.{method}")
         crf, name = segment.crf_of(settings, method), sections.column(values, method).segmenter
+        options = segment.options_of(name, settings, method)
         read, device = records_file.read(records), runtime.device()
         segment.training_of(name, segmenter, read.labels)
         by_id = {record.id: record for record in read.split("val")}
@@ -42,6 +43,7 @@ def main(method: str, records: Path, segmenter: Path, predictions: Path) -> None
                 weights=segmenter,
                 settings=settings,
                 crf=crf,
+                options=options,
                 root=Path(sections.dataset(values).root),
                 labels=read.labels,
                 parts=len(parts),

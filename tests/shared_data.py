@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -21,3 +24,13 @@ def shared(*parts: str) -> Path:
 def golden(name: str) -> dict[str, np.ndarray]:
     with np.load(shared("golden", f"{name}.npz")) as file:
         return {key: file[key] for key in file.files}
+
+
+def golden_weights(keys: Sequence[str], shapes: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
+    """golden/README.md, "Deterministic weights"."""
+    made = {}
+    for position, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
+        size = () if shape == "scalar" else tuple(int(side) for side in shape.split("x"))
+        drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed * 100003 + position))
+        made[str(key)] = (1 if re.search(r"(norm|bn)[^.]*\.weight$", key) else 0) + 0.05 * drawn
+    return made

@@ -141,10 +141,19 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
         tmp_path / "strips" / "cam.h5", store.STRIPS, evaluate.strips(tally, inputs, read), labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
-    text = page.render("A & B", read, {"cam": evaluate.summary(tally, inputs, read)}, tmp_path / "strips", 128)
+    panels = np.frombuffer(b"photograph,<i>fine_map", np.uint8)
+    weights = np.array([[0.25, 1.0]], np.float32)
+    item = {"jpeg": np.zeros(3, np.uint8), "panels": panels, "weights": weights}
+    store.write_part(
+        tmp_path / "inspection" / "cam.h5", store.INSPECTION, [(read.images[0].id, item)], labels=LABELS, part=0, parts=1,
+        params_digest="", compression="none",
+    )  # fmt: skip
+    figures = {"cam": evaluate.summary(tally, inputs, read)}
+    text = page.render("A & B", read, figures, tmp_path / "strips", tmp_path / "inspection", 128)
+    assert "0.25" in text and "1.00" in text and "fine map" in text
     assert "<script" not in text and "&lt;script&gt;" in text and "<b>" not in text and "<i>" not in text
     assert "A &amp; B" in text and "größe" in text and "broken &amp; bent" in text
-    assert "http" not in text.replace("https://www.w3.org", "") and text.count("data:image/jpeg;base64") == 5
+    assert "http" not in text.replace("https://www.w3.org", "") and text.count("data:image/jpeg;base64") == 6
 
 
 def test_metrics_of_a_column_that_has_not_run_are_missed(tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ from tests.toys import PROJECT, SCRATCH, toy_folder, toy_params
 
 PREPARE = ["--raw", "raw", "--records", "records.h5", "--truth", "truth.h5"]
 TRAIN = ["cam", "--records", "records.h5", "--init", str(SCRATCH), "--model", "model.safetensors", "--log", "log.csv"]
-EXTRACT = ["cam", "--records", "records.h5", "--model", "model.safetensors", "--scoremaps", "scoremaps"]
+EXTRACT = [
+    "cam",
+    "--records",
+    "records.h5",
+    "--model",
+    "model.safetensors",
+    "--scoremaps",
+    "scoremaps",
+    "--inspection",
+    "inspection.h5",
+]
 # the stage as a user starts it, but with a checkpoint after every step
 CODE = "import pipeline.training.loop as loop; loop.CHECKPOINT_SECONDS = 0.0; from stages.{0} import main; main()"
 

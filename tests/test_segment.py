@@ -26,7 +26,7 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings
-from pipeline.segmenters.vit import Segmenter
+from pipeline.segmenters.vit import Options, Segmenter
 from pipeline.steps import segment
 from pipeline.training import checkpoint
 from stages import segment as stage
@@ -34,7 +34,7 @@ from tests.test_segmenter_vit import MODEL, SCHEDULE, small
 
 SETTINGS: dict[str, Any] = {
     "scales": [1.0], "flip": False, "short_side": None, "window": 16, "window_stride": 12, "precision": "fp32", "crf": None,
-    "images_per_part": 2, "compression": "gzip",
+    "images_per_part": 2, "compression": "gzip", "options": {"block_weights": None},
 }  # fmt: skip
 CRF = CrfSettings(
     iterations=2, gaussian_sxy=3, gaussian_compat=3, bilateral_sxy=20, bilateral_srgb=5, bilateral_compat=4
@@ -46,10 +46,11 @@ def chosen(**changes: Any) -> Segment:
     return parse(Segment, SETTINGS | changes, "segment.cam")
 
 
-def job(**changes: Any) -> segment.Job:
+def job(settings: Segment | None = None, **changes: Any) -> segment.Job:
+    settings = chosen(**changes) if settings is None else settings
     return segment.Job(
-        segmenter="vit", weights=Path(), settings=chosen(**changes), crf=None, root=Path(), labels=LABELS, parts=1,
-        params_digest="", out=Path(), device="cpu",
+        segmenter="vit", weights=Path(), settings=settings, crf=None, options=Options(None), root=Path(), labels=LABELS,
+        parts=1, params_digest="", out=Path(), device="cpu",
     )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ class Colours:
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 
-    def segment(self, images: Tensor) -> Tensor:
+    def segment(self, images: Tensor, options: Any = None) -> Tensor:
         self.shapes.append(tuple(images.shape))
         red, green, blue = images.unbind(1)
         return 8 * torch.stack([green, red, blue], dim=1)
@@ -68,7 +69,7 @@ class Colours:
 class Leftish:
     """A segmenter whose logits depend on the neighbourhood and on the place in the window, so that views differ."""
 
-    def segment(self, images: Tensor) -> Tensor:
+    def segment(self, images: Tensor, options: Any = None) -> Tensor:
         ramp = torch.linspace(0, 1, images.shape[-1]).expand_as(images)
         return F.avg_pool2d(images, 3, stride=1, padding=1) * 5 + ramp * images.flip(1)
 
@@ -104,7 +105,7 @@ def test_windows_cover_each_pixel_and_stay_inside(length: int, window: int, stri
 def test_a_constant_image_gives_a_constant_prediction(h: int, w: int, window: int, share: float, scale: float) -> None:
     image = np.full((h, w, 3), (51, 102, 204), np.uint8)
     some = chosen(scales=[scale], flip=True, window=window, window_stride=max(1, int(window * share)))
-    found = segment.probabilities(image, Colours(), some, planes_count=3, device="cpu")
+    found = segment.probabilities(image, Colours(), job(some), planes_count=3)
     wanted = (8 * torch.tensor([102, 51, 204]) / 255).softmax(0).numpy()
     assert found.shape == (3, h, w)
     assert np.abs(found - wanted[:, None, None]).max() < 1e-5
@@ -121,20 +122,20 @@ def test_each_pixel_gets_its_own_class_at_any_size(size: tuple[int, int]) -> Non
 
 def test_views_smaller_than_the_window_are_not_enlarged() -> None:
     model = Colours()
-    segment.probabilities(picture(7, 11), model, chosen(), planes_count=3, device="cpu")
+    segment.probabilities(picture(7, 11), model, job(chosen()), planes_count=3)
     assert model.shapes == [(1, 3, 7, 11)]
 
 
 def test_windows_go_through_the_model_in_batches() -> None:
     model = Colours()
-    segment.probabilities(picture(40, 16), model, chosen(window_stride=4), planes_count=3, device="cpu")
+    segment.probabilities(picture(40, 16), model, job(chosen(window_stride=4)), planes_count=3)
     assert model.shapes == [(4, 3, 16, 16), (3, 3, 16, 16)]
 
 
 def test_the_short_side_is_scaled_to_the_param() -> None:
     model = Colours()
     some = chosen(short_side=32, scales=[0.5, 1.0], window=500)
-    found = segment.probabilities(picture(64, 96), model, some, planes_count=3, device="cpu")
+    found = segment.probabilities(picture(64, 96), model, job(some), planes_count=3)
     assert model.shapes == [(1, 3, 16, 24), (1, 3, 32, 48)]
     assert found.shape == (3, 64, 96)
 
@@ -143,10 +144,10 @@ def test_the_short_side_is_scaled_to_the_param() -> None:
 def test_a_mirrored_image_gives_the_mirrored_prediction(scales: list[float]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
     some = chosen(flip=True, scales=scales)
-    plain = segment.probabilities(image, Leftish(), some, planes_count=3, device="cpu")
-    mirrored = segment.probabilities(image[:, ::-1].copy(), Leftish(), some, planes_count=3, device="cpu")
+    plain = segment.probabilities(image, Leftish(), job(some), planes_count=3)
+    mirrored = segment.probabilities(image[:, ::-1].copy(), Leftish(), job(some), planes_count=3)
     assert np.abs(plain - mirrored[..., ::-1]).max() < 1e-5
-    alone = segment.probabilities(image, Leftish(), chosen(scales=scales), planes_count=3, device="cpu")
+    alone = segment.probabilities(image, Leftish(), job(chosen(scales=scales)), planes_count=3)
     assert np.abs(plain - alone).max() > 1e-3  # the mirror image did count
 
 
@@ -154,7 +155,7 @@ def test_views_are_averaged_as_probabilities() -> None:
     image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
     def found(scales: list[float]) -> np.ndarray:
-        return segment.probabilities(image, Leftish(), chosen(scales=scales), planes_count=3, device="cpu")
+        return segment.probabilities(image, Leftish(), job(chosen(scales=scales)), planes_count=3)
 
     both = found([1.0, 2.0])
     assert np.abs(both - (found([1.0]) + found([2.0])) / 2).max() < 1e-6
@@ -189,8 +190,8 @@ def test_the_crf_sees_only_classes_that_win_somewhere() -> None:
 
 def test_half_precision_stays_close() -> None:
     model, image = small().eval(), picture(40, 40)
-    exact = segment.probabilities(image, model, chosen(), planes_count=3, device="cpu")
-    half = segment.probabilities(image, model, chosen(precision="bf16"), planes_count=3, device="cpu")
+    exact = segment.probabilities(image, model, job(chosen()), planes_count=3)
+    half = segment.probabilities(image, model, job(chosen(precision="bf16")), planes_count=3)
     assert half.dtype == np.float32
     assert 0 < np.abs(exact - half).max() < 0.05
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +14,15 @@ from torch import Tensor
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import IGNORE, LabelSpace
-from pipeline.nn.vit import backbone
-from pipeline.segmenters.vit import Clipping, Params, Segmenter, balanced_cross_entropy, clipped_cross_entropy
+from pipeline.nn.vit import backbone, coco_ids
+from pipeline.segmenters.vit import Clipping, Options, Params, Segmenter, balanced_cross_entropy, clipped_cross_entropy
+from pipeline.training import checkpoint
 from pipeline.training.settings import Schedule
-from tests.shared_data import golden
+from tests.shared_data import golden, golden_weights
 
+LAST = Options(None)
 SCHEDULE = Schedule(
-    epochs=1, batch_size=2, shards=1, lr=1e-3, weight_decay=0.01, optimiser="adamw", schedule="poly", warmup=0
+    epochs=1, batch_size=2, shards=1, lr=1e-3, weight_decay=0.01, optimiser="adamw", schedule="poly", warmup=0, lr_floor=0.0
 )  # fmt: skip
 MODEL: dict[str, Any] = {
     "architecture": "scenes_vit", "image_size": 32, "drop_path": 0.0, "decoder_blocks": 1, "decoder_heads": 4,
@@ -47,16 +48,6 @@ def loss_of(model: Segmenter, some: Batch) -> Tensor:
     return model.losses(some, Clock(0, 0, 1))["segmentation"]
 
 
-def golden_weights(keys: Sequence[str], shapes: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """golden/README.md, "Deterministic weights"."""
-    made = {}
-    for position, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
-        size = () if shape == "scalar" else tuple(int(side) for side in shape.split("x"))
-        drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed * 100003 + position))
-        made[str(key)] = (1 if re.search(r"(norm|bn)[^.]*\.weight$", key) else 0) + 0.05 * drawn
-    return made
-
-
 @pytest.fixture(scope="module")
 def official() -> tuple[dict[str, Any], dict[str, Tensor]]:
     case = golden("weaktr_segmenter")
@@ -71,10 +62,60 @@ def test_official_weights_give_the_authors_masks(name: str, official: tuple[dict
     normalise = model.backbone.normalise
     images = torch.from_numpy(case[f"{name}_input"]) * normalise.std + normalise.mean
     with torch.no_grad():
-        logits = model.segment(images)
+        logits = model.segment(images, LAST)
     wanted = torch.from_numpy(case[f"{name}_mask_logits_ds2"])
     assert (logits[..., ::2, ::2] - wanted).abs().max() < 2e-4
     assert (logits.argmax(dim=1) == torch.from_numpy(case[f"{name}_argmax"])).float().mean() >= 0.998
+
+
+@pytest.mark.parametrize("name", ["aligned", "padded"])
+def test_two_heads_are_the_authors_masks_after_each_block(
+    name: str, official: tuple[dict[str, Any], dict[str, Tensor]]
+) -> None:
+    case, weights = official
+    model = Segmenter.from_official({"model": weights, "n_cls": 21})
+    normalise = model.backbone.normalise
+    images = torch.from_numpy(case[f"{name}_input"]) * normalise.std + normalise.mean
+    with torch.no_grad():
+        both = model._logits(images, [0, 1])
+        mixed = model.segment(images, Options((0.8, 1.0))).exp()
+    for block, logits in enumerate(both, start=1):
+        wanted = torch.from_numpy(case[f"{name}_two_head_block{block}_ds4"])
+        assert (logits[..., ::4, ::4] - wanted).abs().max() < 2e-4
+    torch.testing.assert_close(mixed, (0.8 * both[0].softmax(1) + both[1].softmax(1)) / 1.8)
+
+
+def test_block_weights_must_fit_the_decoder() -> None:
+    with pytest.raises(ValueError, match=r"2 weights for 1 decoder blocks; edit params\.yaml"):
+        small().segment(torch.rand(1, 3, 32, 32), Options((0.8, 1.0)))
+    with pytest.raises(ParamsError, match="block_weights"):
+        parse(Options, {"block_weights": [0.0, 0.0]}, "segment.weaktr.options")
+
+
+def test_an_official_segmenter_serves_through_the_stage(
+    official: tuple[dict[str, Any], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    first = Segmenter.from_official(official[1])
+    torch.save({"model": official[1], "n_cls": 21, "epoch": 1}, tmp_path / "checkpoint.pth")
+    again = Segmenter(LabelSpace(tuple(f"class {n}" for n in range(20))), first.params, SCHEDULE, backbone)
+    again.load_initial(backbone, tmp_path / "checkpoint.pth")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items())
+    checkpoint.save_model(tmp_path / "ours.safetensors", again, {})
+    again.load_initial(backbone, tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint\.pth does not fit"):
+        small().load_initial(backbone, tmp_path / "checkpoint.pth")
+
+
+def test_cocos_91_planes_become_background_and_80_classes(official: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+    numbers = torch.arange(91.0)
+    weights = official[1] | {
+        "decoder.cls_emb": numbers.view(1, 91, 1).expand(1, 91, 384),
+        "decoder.mask_norm.weight": numbers,
+        "decoder.mask_norm.bias": numbers,
+    }
+    model = Segmenter.from_official(weights)
+    assert model.decoder.mask_norm.bias.tolist() == [0, *coco_ids.COCO_USED_IDS]
+    assert model.decoder.cls_emb[0, :, 7].tolist() == [0, *coco_ids.COCO_USED_IDS]
 
 
 def test_a_wrong_official_file_is_refused_with_the_keys_that_miss(
@@ -160,7 +201,7 @@ def test_pixels_of_255_do_not_count(balance: str) -> None:
     some = batch(masks)
     masks[:, 16:] = IGNORE
     with torch.no_grad():
-        logits = model.segment(some.images)
+        logits = model.segment(some.images, LAST)
         upper = torch.nn.functional.cross_entropy(logits[:, :, :16], masks[:, :16].long())
         if balance == "background_foreground":
             upper = balanced_cross_entropy(logits[:, :, :16], masks[:, :16])
@@ -182,13 +223,13 @@ def test_training_on_one_mask_learns_it() -> None:
         loss_of(model, batch(masks, images)).backward()
         optimiser.step()
     with torch.no_grad():
-        assert (model.eval().segment(images).argmax(dim=1) == masks).float().mean() > 0.95
+        assert (model.eval().segment(images, LAST).argmax(dim=1) == masks).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 70), (33, 31), (64, 64)])
 def test_any_size_gives_logits_of_that_size(size: tuple[int, int]) -> None:
     with torch.no_grad():
-        logits = small().eval().segment(torch.rand(2, 3, *size))
+        logits = small().eval().segment(torch.rand(2, 3, *size), LAST)
     assert logits.shape == (2, 3, *size)
     assert torch.isfinite(logits).all()
 

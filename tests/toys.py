@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,27 @@ def toy_folder(root: Path, *, train: int = 9, val: int = 3, side: int = 64, mask
     return root
 
 
-def toy_params(root: Path) -> dict[str, Any]:
-    """presets/scenes.yaml, cut down to toys: the same sections, a few steps, the cam column only."""
+def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
+    """presets/scenes.yaml, cut down to toys: the same sections, a few steps, the columns of some methods only."""
     values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
     values = copy.deepcopy(values)
     values["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
-    values["methods"]["cam"] |= {"init": str(SCRATCH), "segmenter_init": str(SCRATCH)}
-    for section in ("train", "retrain"):
-        part = values[section]["cam"]
-        part["augment"]["size"] = 64
-        part["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
-        part["model"]["image_size"] = 64
-    values["extract"]["cam"] |= {"images_per_part": 4, "scales": [1.0]}
-    values["refine"]["cam"]["images_per_part"] = 4
-    values["segment"]["cam"] |= {
-        "images_per_part": 2,
-        "scales": [1.0],
-        "window": 64,
-        "window_stride": 64,
-        "short_side": None,
-    }
+    for section in ("methods", "train", "extract", "fit_refiner", "refine", "export", "retrain", "segment"):
+        values[section] = {key: values[section][key] for key in methods}
+    for key in methods:
+        values["methods"][key] |= {"init": str(SCRATCH), "segmenter_init": str(SCRATCH)}
+        for section in ("train", "retrain"):
+            part = values[section][key]
+            part["augment"]["size"] = 64
+            part["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
+            part["model"]["image_size"] = 64
+        values["extract"][key] |= {"images_per_part": 4, "scales": [1.0], "inspect": 2}
+        values["refine"][key]["images_per_part"] = 4
+        values["segment"][key] |= {
+            "images_per_part": 2,
+            "scales": [1.0],
+            "window": 64,
+            "window_stride": 64,
+            "short_side": None,
+        }
     return values

@@ -173,7 +173,7 @@ def main(out: Path, steps: int, batch: int, lr: float, threads: int) -> None:
     log.info("pools drawn: %s", {cells: pool[0].shape for cells, pool in pools.items()})
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    net, normalise = scenes_vit(SIZE), Normalise()
+    net, normalise = scenes_vit(SIZE, 0.0), Normalise()
     head = nn.Conv2d(net.embed_dim, CLASSES + 1, 1)
     parameters = [*net.parameters(), *head.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)

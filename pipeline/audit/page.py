@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.core import store
@@ -28,7 +29,12 @@ def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, An
 
 
 def render(
-    title: str, records: Records, found: Mapping[str, Mapping[str, Any]], strips_folder: Path, strip_height: int
+    title: str,
+    records: Records,
+    found: Mapping[str, Mapping[str, Any]],
+    strips_folder: Path,
+    inspection_folder: Path,
+    strip_height: int,
 ) -> str:
     """The page as text. Everything that comes from data (ids, class names, reasons) is escaped by the template."""
     environment = Environment(
@@ -52,7 +58,7 @@ def render(
                     if tags is None
                     else ", ".join(records.labels.names[tag] for tag in tags) or "no class",
                     "miou": float(strip["miou"][0]),
-                    "source": "data:image/jpeg;base64," + base64.b64encode(strip["jpeg"].tobytes()).decode("ascii"),
+                    "source": _inline(strip["jpeg"]),
                 }
             )
         groups["worst"].sort(key=lambda one: (math.isnan(one["miou"]), one["miou"], one["id"]))
@@ -63,10 +69,29 @@ def render(
         found=found,
         first=next(iter(found.values())),
         pictures=pictures,
+        inner={method: inspected(inspection_folder / f"{method}.h5", records) for method in found},
         stages=STAGES,
         kinds=KINDS,
         height=strip_height,
     )
+
+
+def inspected(path: Path, records: Records) -> dict[str, Any]:
+    """What extract kept of a method's inside: pictures, names of their panels, and weights by layer and head (mean of images)."""
+    by_id, pictures, panels, tables = records.by_id(), [], [], []
+    for image_id, item in store.Store(path, store.INSPECTION):
+        tags = by_id[image_id].tags or ()
+        panels = item["panels"].tobytes().decode("utf-8").split(",")
+        shown = records.labels.names[tags[0]] if tags else "no class"
+        pictures.append({"id": image_id, "shown": shown, "source": _inline(item["jpeg"])})
+        if item["weights"].size:
+            tables.append(item["weights"])
+    weights = np.mean(tables, axis=0, dtype=np.float64).tolist() if tables else []
+    return {"pictures": pictures, "panels": panels, "weights": weights}
+
+
+def _inline(jpeg: np.ndarray) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode("ascii")
 
 
 def figure(value: float | None) -> str:

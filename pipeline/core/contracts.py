@@ -52,11 +52,12 @@ class Clock:
 class Phase:
     """One stretch of training with its own optimiser.
 
-    epochs      passes over the training images; the loop makes round(epochs * n / batch_size) steps of them
+    epochs      passes over the training images; the loop makes round(epochs * n / batch_size) steps of them, at least one
+                unless epochs is 0
     batch_size  images per step
     shards      equal sub-batches of one step, each computed by itself and summed in order. It changes the
                 floating-point result, so it is a param; how many processes share the shards is not.
-    lr          peak learning rate; falls by `schedule` after `warmup` steps of linear rise
+    lr          peak learning rate; falls by `schedule` to lr * lr_floor after `warmup` steps of linear rise
     restart     prefixes of state-dict names that go back to their initial weights as the phase starts; the rest carries over
     """
 
@@ -69,6 +70,7 @@ class Phase:
     optimiser: str  # "adamw" | "sgd"
     schedule: str  # "poly" | "cosine" | "one_cycle"
     warmup: int
+    lr_floor: float = 0.0
     restart: tuple[str, ...] = ()
 
 
@@ -111,6 +113,10 @@ class ImageMaps:
 class Trainable(Protocol):
     """A torch module that the one training loop can train."""
 
+    def load_initial(self, family: Any, init: Path) -> None:
+        """Weights to start from, a file; family is the column's module of pipeline/nn. ValueError if they do not fit."""
+        ...
+
     def phases(self) -> list[Phase]: ...
 
     def param_groups(self, phase: Phase) -> list[ParamGroup]: ...
@@ -127,13 +133,16 @@ class Method(Trainable, Protocol):
 
     def score_maps(self, images: Tensor, options: Any) -> ScoreMaps: ...
 
-    def inspect(self, images: Tensor) -> dict[str, Tensor]: ...
+    def inspect(self, images: Tensor) -> dict[str, Tensor]:
+        """Inner tensors by name. The report draws those of shape f32[b,c,gh,gw] as maps of each image's first class, and
+        f32[b,layers,heads] under a name that ends in `_weights` as a table."""
+        ...
 
 
 class Segmenter(Trainable, Protocol):
-    """Module-level names of pipeline/segmenters/<name>.py: Params and Segmenter."""
+    """Module-level names of pipeline/segmenters/<name>.py: Params, Options (frozen dataclasses) and Segmenter."""
 
-    def segment(self, images: Tensor) -> Tensor:
+    def segment(self, images: Tensor, options: Any) -> Tensor:
         """f32[b,3,h,w] in 0..1 → f32[b,c+1,h,w] logits, plane 0 background."""
         ...
 

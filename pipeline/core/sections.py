@@ -52,6 +52,7 @@ class Extract:
     merge       how views become one map: rule of imaging.scoremaps.merge_views
     stride      px of the image per score-map cell
     tag_threshold  on val, classes whose sigmoid(tag_logits) reaches it are kept
+    inspect     number of training images whose inner maps the report shows
     """
 
     scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
@@ -65,6 +66,7 @@ class Extract:
     precision: Literal["fp32", "bf16", "fp16"]
     images_per_part: Positive
     compression: Compression
+    inspect: Count
     options: Any
 
 
@@ -104,6 +106,7 @@ class Segment:
 
     short_side  px of the short side at scale 1, or null: the image's own size
     crf         null, or the keys of crf.CrfSettings
+    options     goes to the segmenter's Options
     """
 
     scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
@@ -115,6 +118,7 @@ class Segment:
     crf: Any
     images_per_part: Positive
     compression: Compression
+    options: Any
 
     def __post_init__(self) -> None:
         if not self.scales:

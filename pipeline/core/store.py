@@ -69,6 +69,16 @@ PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
 # pictures of some images for the report: kind is 0 for worst, 1 for random; miou is NaN where there is no truth
 STRIPS = Schema("strips", 1, {"jpeg": Field("|u1", ("bytes",)), "kind": Field("|u1", ("1",)), "miou": Field("<f4", ("1",))})
+# inner maps of some images for the report: panels are the maps' names in UTF-8, with commas; weights [0,0] where a method has none
+INSPECTION = Schema(
+    "inspection",
+    1,
+    {
+        "jpeg": Field("|u1", ("bytes",)),
+        "panels": Field("|u1", ("characters",)),
+        "weights": Field("<f4", ("layers", "heads")),
+    },
+)
 TRUTH = Schema("truth", 1, {"mask": Field("|u1", ("h", "w"))})
 
 

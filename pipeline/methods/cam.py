@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 from pipeline.core.config import NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import LabelSpace
+from pipeline.imaging.pooling import Pool, pooled
 from pipeline.training.settings import Schedule
-
-UNSEEN = -1e4  # stands for padding in a maximum; finite in half precision too
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Params:
 
     architecture: str
     image_size: Positive
-    pool: Literal["gap", "gmp", "topk"]
+    pool: Pool
     topk_share: Annotated[float, Range(above=0, high=1)]
     backbone_lr_factor: NonNegative
     drop_path: Annotated[float, Range(low=0, high=0.9)]
@@ -53,6 +53,10 @@ class Method(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         if params.backbone_lr_factor == 0:
             self.backbone.requires_grad_(False)
+
+    def load_initial(self, family: Any, init: Path) -> None:
+        """The backbone's weights; the head starts at random."""
+        family.load_initial(self.backbone, init)
 
     def phases(self) -> list[Phase]:
         return [self.schedule.phase("classify")]
@@ -95,18 +99,4 @@ class Method(nn.Module):
         return self.head(features)
 
     def _pooled(self, maps: Tensor, seen: Tensor | None) -> Tensor:
-        """f32[b,c,gh,gw] → f32[b,c] over the cells where seen bool[b,gh,gw] holds (all if None)."""
-        flat = maps.flatten(2)
-        if self.params.pool == "gap":
-            if seen is None:
-                return flat.mean(dim=2)
-            weight = seen.flatten(1)[:, None].to(flat.dtype)
-            return (flat * weight).sum(dim=2) / weight.sum(dim=2).clamp(min=1)
-        if seen is not None:
-            flat = flat.masked_fill(~seen.flatten(1)[:, None], UNSEEN)
-        if self.params.pool == "gmp":
-            return flat.amax(dim=2)
-        count = max(1, round(self.params.topk_share * flat.shape[2]))
-        best = flat.topk(count, dim=2).values
-        real = best > UNSEEN / 2  # a crop with much padding may have fewer cells than count
-        return (best * real).sum(dim=2) / real.sum(dim=2).clamp(min=1)
+        return pooled(maps, seen, pool=self.params.pool, topk_share=self.params.topk_share)

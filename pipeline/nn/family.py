@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SCRATCH = ".txt"  # an `init` that ends so starts from random weights
+PROBLEMS_TOLD = 20
 HUB = ".hub"  # an `init` that ends so holds the name of a timm model to fetch from its hub
 
 
@@ -44,14 +45,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state: Mapping[str, object] = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = unwrapped(state)
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; expected a state dict")
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, spoken: Callable[[str], str] = str) -> None:
+    """Every key of the module and no other. ValueError lists the keys that miss, are unknown, or have another shape.
+
+    spoken: our key names → those of the file, for the error.
+    """
+    own = module.state_dict()
+    problems = [f"{spoken(name)} is missing" for name in own if name not in tensors]
+    problems += [f"{spoken(name)} is unknown" for name in tensors if name not in own]
+    problems += [
+        f"{spoken(name)} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - PROBLEMS_TOLD} more" if len(problems) > PROBLEMS_TOLD else ""
+        raise ValueError(
+            f"{source} does not fit: {'; '.join(problems[:PROBLEMS_TOLD])}{more}; check architecture in params.yaml"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def unwrapped(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """A checkpoint's content → its state dict: the wrappers {"model": …} and {"state_dict": …} are opened, and the `module.` of
+    data-parallel training is cut off."""
     for wrapper in ("model", "state_dict"):
         inner = state.get(wrapper)
         if isinstance(inner, Mapping):
             state = inner
-    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors; expected a state dict")
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pipeline.core.config import AboveZero, NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
-from pipeline.nn.family import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.nn.vit.backbone import Backbone
-from pipeline.nn.vit.bilinear_vit import HEAD_WIDTH, BilinearVit
+from pipeline.nn.family import HUB, SCRATCH, load_exactly, read_weights, unwrapped
+from pipeline.nn.vit import backbone as vit
+from pipeline.nn.vit.bilinear_vit import PATCH, WIDTHS
+from pipeline.nn.vit.coco_ids import COCO_UNUSED_IDS, COCO_USED_IDS
 from pipeline.nn.vit.mask_transformer import MaskTransformer
 from pipeline.training.settings import Schedule
 
@@ -60,11 +61,29 @@ class Params:
             raise ValueError("clipping works on the plain loss: set balance to pixels, or clipping to null")
 
 
-# WeakTr section 2.3, for from_official. Their poly schedule ends at a floor of 1e-5, ours at 0.
+@dataclass(frozen=True)
+class Options:
+    """segment.<m>.options.
+
+    block_weights  null: masks of the decoder's last block; or one weight per block: the weighted mean of the softmax of what
+                   each block's tokens say (WeakTr section 2.4 has [0.8, 1.0])
+    """
+
+    block_weights: tuple[NonNegative, ...] | None
+
+    def __post_init__(self) -> None:
+        if self.block_weights is not None and sum(self.block_weights) <= 0:
+            raise ValueError(
+                f"block_weights: got {list(self.block_weights)}, allowed is null or weights whose sum is above 0"
+            )
+
+
+# WeakTr section 2.3, for from_official
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=100, batch_size=4, shards=1, lr=1e-4, weight_decay=0.0, optimiser="sgd", schedule="poly", warmup=0
+    epochs=100, batch_size=4, shards=1, lr=1e-4, lr_floor=0.1, weight_decay=0.0, optimiser="sgd", schedule="poly", warmup=0
 )  # fmt: skip
 PUBLISHED_CLIPPING = Clipping(start=1.2, cell=120)
+SMALLEST = 1e-30  # a probability that is 0 in single precision must not become minus infinity
 
 
 class Segmenter(nn.Module):
@@ -90,47 +109,49 @@ class Segmenter(nn.Module):
         )
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Tensor]) -> Segmenter:
+    def from_official(cls, state_dict: Mapping[str, Any]) -> Segmenter:
         """WeakTr's step-2 weights in its authors' names (encoder.*, decoder.*) → a segmenter with the published settings.
 
-        Width, depth, patch size, position grid and the number of classes are read off the tensors; classes are named
-        "class 1", "class 2", … since the file has no names. ValueError lists the keys that miss, are unknown, or do not fit.
+        Width, position grid, decoder blocks and the number of classes are read off the tensors; classes are named "class 1",
+        "class 2", … since the file has no names. A wrapper {"model": …} is opened; COCO's 91 planes become background and 80
+        classes. ValueError lists the keys that miss, are unknown, or do not fit.
         """
-        given = {name: value for name, value in state_dict.items() if not name.startswith("encoder.head.")}  # an unused one
-        needed = ("encoder.pos_embed", "encoder.patch_embed.proj.weight", "decoder.cls_emb")
+        given = renamed(unwrapped(state_dict))
+        needed = ("backbone.net.pos_embed", "decoder.cls_emb")
         absent = [name for name in needed if name not in given]
         if absent:
-            raise ValueError(f"these are no weights of WeakTr's segmenter: {', '.join(absent)} missing")
-        dim, patch_size = given[needed[0]].shape[-1], given[needed[1]].shape[-1]
-        grid, planes = round((given[needed[0]].shape[1] - 1) ** 0.5), given[needed[2]].shape[1]
-        net = BilinearVit(grid=grid, patch_size=patch_size, dim=dim, depth=_depth(given, "encoder.blocks."))
+            raise ValueError(f"these are no weights of WeakTr's segmenter: {', '.join(map(published_name, absent))} missing")
+        dim, planes = given[needed[0]].shape[-1], given[needed[1]].shape[1]
+        size = next((size for size, (width, _) in WIDTHS.items() if width == dim), None)
+        if size is None:
+            raise ValueError(f"there is no published encoder with {dim} channels; known are {WIDTHS}")
         params = Params(
-            architecture="vit of the file",
-            image_size=grid * patch_size,
+            architecture=f"segmenter_vit_{size}_patch16",
+            image_size=PATCH * round((given[needed[0]].shape[1] - 1) ** 0.5),
             drop_path=0.1,
-            decoder_blocks=_depth(given, "decoder.blocks."),
-            decoder_heads=max(1, dim // HEAD_WIDTH),
+            decoder_blocks=1 + max(int(name.split(".")[2]) for name in given if name.startswith("decoder.blocks.")),
+            decoder_heads=WIDTHS[size][1],
             decoder_dropout=0.1,
             encoder_lr_factor=0.1,
             balance="pixels",
             clipping=PUBLISHED_CLIPPING,
         )
         labels = LabelSpace(tuple(f"class {value}" for value in range(1, planes)))
-        backbone = Backbone(net, IMAGENET_MEAN, IMAGENET_STD)
-        made = cls(labels, params, PUBLISHED_SCHEDULE, SimpleNamespace(create=lambda *_, **__: backbone))
-        own = {name.replace("backbone.net.", "encoder.", 1): value for name, value in made.state_dict().items()}
-        problems = [f"{name} is missing" for name in own if name not in given]
-        problems += [f"{name} is unknown" for name in given if name not in own]
-        problems += [
-            f"{name} has shape {tuple(given[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in own.items()
-            if name in given and given[name].shape != value.shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise ValueError(f"these are no weights of WeakTr's segmenter: {'; '.join(problems[:20])}{more}")
-        made.load_state_dict({name.replace("encoder.", "backbone.net.", 1): value for name, value in given.items()})
+        made = cls(labels, params, PUBLISHED_SCHEDULE, vit)
+        load_exactly(made, given, "this state dict", spoken=published_name)
         return made.eval()
+
+    def load_initial(self, family: Any, init: Path) -> None:
+        """The encoder's weights, or those of a whole segmenter: our own segmenter.safetensors, or the authors' checkpoint
+        (architecture segmenter_vit_small_patch16 is theirs; train it for 0 epochs to use it as it is)."""
+        if init.suffix not in (SCRATCH, HUB):
+            tensors = read_weights(init)
+            if "decoder.cls_emb" in tensors:
+                own = any(name.startswith("backbone.") for name in tensors)
+                return load_exactly(
+                    self, tensors if own else renamed(tensors), str(init), spoken=str if own else published_name
+                )
+        return family.load_initial(self.backbone, init)
 
     def phases(self) -> list[Phase]:
         return [self.schedule.phase("segment")]
@@ -147,7 +168,7 @@ class Segmenter(nn.Module):
         """Cross-entropy against pseudo-masks; 255, which padding is too, does not count."""
         del clock
         assert batch.masks is not None  # the loop was given pseudo-masks
-        logits, labels = self.segment(batch.images).float(), batch.masks.long()
+        logits, labels = self._logits(batch.images, None)[0].float(), batch.masks.long()
         if self.params.clipping is not None:
             loss = clipped_cross_entropy(logits, labels, start=self.params.clipping.start, cell=self.params.clipping.cell)
         elif self.params.balance == "background_foreground":
@@ -157,8 +178,29 @@ class Segmenter(nn.Module):
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / counted
         return {"segmentation": loss}
 
-    def segment(self, images: Tensor) -> Tensor:
+    def segment(self, images: Tensor, options: Options) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, any size → logits f32[b,c+1,h,w], plane 0 background.
+
+        With block_weights, the logarithm of the mean of the blocks' softmax; the authors take that mean only after windows
+        and views are merged.
+        """
+        weights = options.block_weights
+        if weights is None:
+            return self._logits(images, None)[0]
+        if len(weights) != len(self.decoder.blocks):
+            raise ValueError(
+                f"segment.<m>.options.block_weights has {len(weights)} weights for {len(self.decoder.blocks)} decoder blocks; "
+                "edit params.yaml"
+            )
+        used = [number for number, weight in enumerate(weights) if weight > 0]
+        shares = [
+            logits.float().softmax(dim=1) * (weights[number] / sum(weights))
+            for number, logits in zip(used, self._logits(images, used), strict=True)
+        ]
+        return torch.stack(shares).sum(dim=0).clamp(min=SMALLEST).log()
+
+    def _logits(self, images: Tensor, blocks: Sequence[int] | None) -> list[Tensor]:
+        """f32[b,c+1,h,w] by the last decoder block, or after each of some blocks.
 
         Padded right and bottom to the stride with what the network sees as 0 (weaktr.md section 2.1), and cut back.
         """
@@ -168,14 +210,29 @@ class Segmenter(nn.Module):
         if ph or pw:
             padded = self.backbone.normalise.mean.expand(len(images), 3, h + ph, w + pw).clone()
             padded[..., :h, :w] = images
-        grid = self.decoder(self.backbone(padded))
-        return F.interpolate(grid, (h + ph, w + pw), mode="bilinear", align_corners=False)[..., :h, :w]
+        features = self.backbone(padded)
+        grids = [self.decoder(features)] if blocks is None else self.decoder.after_blocks(features, blocks)
+        return [F.interpolate(grid, (h + ph, w + pw), mode="bilinear", align_corners=False)[..., :h, :w] for grid in grids]
 
 
-def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of blocks whose keys start with prefix, at least 1."""
-    numbers = [int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix)]
-    return 1 + max(numbers, default=0)
+def published_name(name: str) -> str:
+    """Our key name → the authors'."""
+    return name.replace("backbone.net.", "encoder.", 1)
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' key names → ours; COCO's 91 planes → background and 80 classes; the encoder's unused classifier is dropped."""
+    found = {
+        name.replace("encoder.", "backbone.net.", 1): value
+        for name, value in tensors.items()
+        if not name.startswith("encoder.head.")
+    }
+    if "decoder.cls_emb" in found and found["decoder.cls_emb"].shape[1] == len(COCO_USED_IDS) + len(COCO_UNUSED_IDS) + 1:
+        planes = [0, *COCO_USED_IDS]
+        found["decoder.cls_emb"] = found["decoder.cls_emb"][:, planes]
+        names = ("decoder.mask_norm.weight", "decoder.mask_norm.bias")
+        found |= {name: found[name][planes] for name in names if name in found}
+    return found
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from safetensors.numpy import load_file
 
 from pipeline import metrics
@@ -21,11 +19,10 @@ from pipeline.core import store
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records, read_image
 from pipeline.core.sections import Evaluate
-from pipeline.imaging import palette, planes
+from pipeline.imaging import palette, planes, sheet
 
 PER_ITEM = 32  # images that one process scores at a time
 STRIP_HEIGHT = 128
-JPEG_QUALITY = 85
 DIGITS = 5
 PANELS = ("photograph", "score map", "refined", "pseudo-mask", "truth")
 # stage → (store it reads, split); in the order of the pipeline
@@ -316,24 +313,12 @@ def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
     photograph = read_image(record, inputs.root)
     _, best = winner_of(stores.scoremaps, record)
     colours = palette.voc_palette()
-    grey = np.repeat(photograph.mean(axis=2, keepdims=True), 3, axis=2)
-    hot = np.clip(0.45 * grey + 0.75 * palette.heat(best), 0, 255).astype(np.uint8)
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else np.zeros(record.size, np.uint8)
     panels = [
         photograph,
-        hot,
+        sheet.over(photograph, best),
         colours[stores.refined.read(record.id, "label")],
         colours[stores.pseudo_masks.read(record.id, "mask")],
         colours[truth],
     ]
-    h, w = record.size
-    width = max(1, min(4 * STRIP_HEIGHT, round(w * STRIP_HEIGHT / h)))
-    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, STRIP_HEIGHT), (128, 128, 128))
-    for at, panel in enumerate(panels):
-        resample = Image.Resampling.BILINEAR if at < 2 else Image.Resampling.NEAREST
-        sheet.paste(
-            Image.fromarray(np.ascontiguousarray(panel)).resize((width, STRIP_HEIGHT), resample), (at * (width + 4), 0)
-        )
-    out = io.BytesIO()
-    sheet.save(out, "JPEG", quality=JPEG_QUALITY)
-    return out.getvalue()
+    return sheet.strip(panels, STRIP_HEIGHT, smooth=2)

@@ -44,6 +44,7 @@ class Job:
     weights: Path
     settings: Segment
     crf: CrfSettings | None
+    options: Any  # the segmenter's Options
     root: Path
     labels: LabelSpace
     parts: int
@@ -55,6 +56,11 @@ class Job:
 def crf_of(settings: Segment, key: str) -> CrfSettings | None:
     """segment.<m>.crf, strictly parsed."""
     return None if settings.crf is None else config.parse(CrfSettings, settings.crf, f"segment.{key}.crf")
+
+
+def options_of(name: str, settings: Segment, key: str) -> Any:
+    """segment.<m>.options as the segmenter's Options."""
+    return config.parse(plugins.load("segmenters", name).Options, settings.options, f"segment.{key}.options")
 
 
 def training_of(name: str, weights: Path, labels: LabelSpace) -> tuple[Training, Any]:
@@ -101,7 +107,7 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
 
 def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray]:
     """PREDICTIONS fields of one image u8[h,w,3]: label u8[h,w] of mask values, confidence u8[h,w]."""
-    found = probabilities(image, model, job.settings, planes_count=len(job.labels) + 1, device=job.device)
+    found = probabilities(image, model, job, planes_count=len(job.labels) + 1)
     if job.crf is not None:
         found = _refined(resize(image, found.shape[1:]), found, job.crf)
     label, confidence = winners(found, image.shape[:2])
@@ -145,41 +151,42 @@ def resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def probabilities(image: np.ndarray, model: Any, settings: Segment, *, planes_count: int, device: str) -> np.ndarray:
+def probabilities(image: np.ndarray, model: Any, job: Job, *, planes_count: int) -> np.ndarray:
     """u8[h,w,3] → f32[p,h,w], the mean of the softmax over all scales and mirror images.
 
     Huge images come back on a smaller canvas (bounded). A logit is averaged before the softmax only where windows overlap.
     """
     h, w = image.shape[:2]
+    settings = job.settings
     canvas = bounded((h, w), planes_count)
     base = 1.0 if settings.short_side is None else settings.short_side / min(h, w)
     total: Tensor | None = None
     for scale in settings.scales:
         size = bounded((max(1, round(h * base * scale)), max(1, round(w * base * scale))), planes_count)
-        view = torch.tensor(resize(image, size), device=device).permute(2, 0, 1).float() / 255
+        view = torch.tensor(resize(image, size), device=job.device).permute(2, 0, 1).float() / 255
         for mirrored in (False, True) if settings.flip else (False,):
-            share = _share(view, mirrored, model, settings, canvas, device)
+            share = _share(view, mirrored, model, job, canvas)
             total = share if total is None else total.add_(share)
             del share  # a stack of planes that the next view would find still there
     assert total is not None  # Segment has at least one scale
     return total.div_(len(settings.scales) * (2 if settings.flip else 1)).cpu().numpy()
 
 
-def _share(view: Tensor, mirrored: bool, model: Any, settings: Segment, canvas: tuple[int, int], device: str) -> Tensor:
+def _share(view: Tensor, mirrored: bool, model: Any, job: Job, canvas: tuple[int, int]) -> Tensor:
     """f32[3,h,w] → softmax f32[p,*canvas] of the view, or of its mirror image turned back."""
-    logits = windowed(view.flip(-1) if mirrored else view, model, settings, device)
+    logits = windowed(view.flip(-1) if mirrored else view, model, job)
     logits = logits.flip(-1) if mirrored else logits
     if logits.shape[-2:] != canvas:
         logits = F.interpolate(logits[None], canvas, mode="bilinear", align_corners=False)[0]
     return logits.softmax(dim=0)
 
 
-def windowed(view: Tensor, model: Any, settings: Segment, device: str) -> Tensor:
+def windowed(view: Tensor, model: Any, job: Job) -> Tensor:
     """f32[3,h,w] → logits f32[p,h,w], averaged where windows overlap; one batch of windows is alive at a time.
 
     A view smaller than a window is not enlarged: it is one window of its own size, which the segmenter pads to its stride.
     """
-    h, w = view.shape[-2:]
+    (h, w), settings = view.shape[-2:], job.settings
     high, wide = min(settings.window, h), min(settings.window, w)
     corners = [
         (top, left) for top in starts(h, high, settings.window_stride) for left in starts(w, wide, settings.window_stride)
@@ -189,8 +196,8 @@ def windowed(view: Tensor, model: Any, settings: Segment, device: str) -> Tensor
     for at in range(0, len(corners), WINDOWS_PER_BATCH):
         some = corners[at : at + WINDOWS_PER_BATCH]
         batch = torch.stack([view[:, top : top + high, left : left + wide] for top, left in some])
-        with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
-            logits = model.segment(batch).float()
+        with torch.autocast(job.device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+            logits = model.segment(batch, job.options).float()
         if total is None:
             total = view.new_zeros(logits.shape[1], h, w)
         for (top, left), window in zip(some, logits, strict=True):

@@ -34,7 +34,7 @@ def build(kind: str, plugin: str, family: str, labels: LabelSpace, training: Tra
     module, backbones = plugins.load(kind, plugin), plugins.load("nn", family)
     make = module.Method if kind == "methods" else module.Segmenter
     trainable = make(labels, params, training.schedule, backbones)
-    backbones.load_initial(trainable.backbone, init)
+    trainable.load_initial(backbones, init)
     return trainable
 
 

@@ -67,6 +67,8 @@ def train(job: Job) -> Iterator[str]:
     finally:
         for other in others:
             other.join(timeout=30)
+    if not (job.work / "log.csv").exists():  # no phase has a step
+        (job.work / "log.csv").write_text(_table([{"step": 0, "phase": "none", "lr": 0.0, "loss": 0.0}]), encoding="utf-8")
     checkpoint.save_tensors(job.work / "trained.safetensors", trainable.state_dict(), {})
 
 
@@ -76,7 +78,7 @@ def total_steps(job: Job) -> int:
 
 
 def _steps(phase: Phase, count: int) -> int:
-    return max(1, round(phase.epochs * count / phase.batch_size))
+    return max(1, round(phase.epochs * count / phase.batch_size)) if phase.epochs > 0 else 0
 
 
 @dataclass

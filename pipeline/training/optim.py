@@ -32,17 +32,19 @@ def make(phase: Phase, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
 
 
 def lr_factor(phase: Phase, step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then the phase's schedule."""
+    """Share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then the phase's schedule down to its floor."""
     if step < phase.warmup:
         return (step + 1) / phase.warmup
     t = (step - phase.warmup) / max(1, steps - phase.warmup)
     if phase.schedule == "poly":
-        return (1 - t) ** POLY_POWER
-    if phase.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * t))
-    if t < ONE_CYCLE_RISE:
+        share = (1 - t) ** POLY_POWER
+    elif phase.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * t))
+    elif t < ONE_CYCLE_RISE:
         return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * 0.5 * (1 - math.cos(math.pi * t / ONE_CYCLE_RISE))
-    return 0.5 * (1 + math.cos(math.pi * (t - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE)))
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * (t - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE)))
+    return phase.lr_floor + (1 - phase.lr_floor) * share
 
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:

@@ -33,9 +33,15 @@ class Augment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One phase's optimisation. warmup counts steps; batch_size must be a multiple of shards."""
+    """One phase's optimisation.
 
-    epochs: AboveZero
+    epochs      passes over the images; 0 leaves the initial weights as they are (to use a published checkpoint)
+    batch_size  images per step, a multiple of shards
+    lr_floor    share of lr at which the schedule ends
+    warmup      steps of linear rise
+    """
+
+    epochs: NonNegative
     batch_size: Positive
     shards: Positive
     lr: AboveZero
@@ -43,6 +49,7 @@ class Schedule:
     optimiser: Literal["adamw", "sgd"]
     schedule: Literal["poly", "cosine", "one_cycle"]
     warmup: Count
+    lr_floor: Share
 
     def __post_init__(self) -> None:
         if self.batch_size % self.shards:
@@ -55,6 +62,7 @@ class Schedule:
             batch_size=self.batch_size,
             shards=self.shards,
             lr=self.lr,
+            lr_floor=self.lr_floor,
             weight_decay=self.weight_decay,
             optimiser=self.optimiser,
             schedule=self.schedule,

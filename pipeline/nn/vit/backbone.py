@@ -14,9 +14,9 @@ mend()
 import timm  # noqa: E402
 from timm.layers.pos_embed import resample_abs_pos_embed  # noqa: E402
 
-from pipeline.nn.vit.scenes_vit import scenes_vit  # noqa: E402
+from pipeline.nn.vit import bilinear_vit, scenes_vit  # noqa: E402
 
-OWN = {"scenes_vit": scenes_vit}
+OWN = {"scenes_vit": scenes_vit.scenes_vit} | bilinear_vit.named()
 
 
 class Backbone(nn.Module):
@@ -48,7 +48,7 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
     image_size: px; the grid of the position embeddings, resampled at run time to any other input size.
     """
     if architecture in OWN:
-        net = OWN[architecture](image_size)
+        net = OWN[architecture](image_size, drop_path)
         return Backbone(net, family.IMAGENET_MEAN, family.IMAGENET_STD)
     if not timm.is_model(architecture):
         near = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:8]) or "see timm.list_models('*vit*')"
@@ -75,15 +75,23 @@ def load_initial(backbone: Backbone, init: Path) -> None:
 
     Position embeddings of another grid are resampled (bicubic).
     """
+    tensors = initial_tensors(backbone.net, backbone.prefix, init)
+    if tensors is not None:
+        family.load_matching(backbone.net, tensors, init)
+
+
+def initial_tensors(net: Any, prefix: int, init: Path) -> dict[str, Tensor] | None:
+    """The tensors of `init` for net, whose position embeddings have `prefix` tokens before the grid in the file.
+
+    None where training starts from random weights.
+    """
     if init.suffix == family.SCRATCH and init.is_file():
-        return
+        return None
     if init.suffix == family.HUB and init.is_file():
         tensors = timm.create_model(family.hub_name(init), pretrained=True, num_classes=0).state_dict()
     else:
         tensors = family.read_weights(init)
-    own = backbone.net.pos_embed
-    given = tensors.get("pos_embed")
-    if given is not None and given.shape != own.shape and given.shape[-1] == own.shape[-1]:
-        grid = list(backbone.net.patch_embed.grid_size)
-        tensors["pos_embed"] = resample_abs_pos_embed(given, grid, num_prefix_tokens=backbone.prefix)
-    family.load_matching(backbone.net, tensors, init)
+    given, grid, before = tensors.get("pos_embed"), list(net.patch_embed.grid_size), 0 if net.no_embed_class else prefix
+    if given is not None and given.ndim == 3 and given.shape[1] != before + grid[0] * grid[1]:
+        tensors["pos_embed"] = resample_abs_pos_embed(given, grid, num_prefix_tokens=before)
+    return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,20 +15,21 @@ mend()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 NORM_EPS = 1e-5  # timm's ViTs have 1e-6
-HEAD_WIDTH = 64  # channels per attention head, in every ViT that they used
+PATCH = 16
+WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # channels, heads; all are 12 blocks deep
 
 
 class BilinearVit(VisionTransformer):
     """Position embeddings are resized bilinearly, without antialiasing; LayerNorm's eps is 1e-5 (WeakTr section 2.1)."""
 
-    def __init__(self, *, grid: int, patch_size: int, dim: int, depth: int) -> None:
+    def __init__(self, image_size: int, drop_path: float, *, dim: int, heads: int) -> None:
         super().__init__(
-            img_size=grid * patch_size,
-            patch_size=patch_size,
+            img_size=image_size,
+            patch_size=PATCH,
             embed_dim=dim,
-            depth=depth,
-            num_heads=max(1, dim // HEAD_WIDTH),
+            num_heads=heads,
             num_classes=0,
+            drop_path_rate=drop_path,
             norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
             dynamic_img_size=True,
         )
@@ -40,3 +42,10 @@ class BilinearVit(VisionTransformer):
         resized = F.interpolate(own, (gh, gw), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(b, -1, -1), x.flatten(1, 2)], dim=1)
         return tokens + torch.cat([self.pos_embed[:, :1], resized], dim=1)
+
+
+def named() -> dict[str, Callable[[int, float], BilinearVit]]:
+    """Architecture name → maker from image_size px and stochastic depth."""
+    return {
+        f"segmenter_vit_{size}_patch16": partial(BilinearVit, dim=dim, heads=heads) for size, (dim, heads) in WIDTHS.items()
+    }

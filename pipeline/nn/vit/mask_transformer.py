@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,11 +69,21 @@ class MaskTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_emb, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:
+        return self.after_blocks(features, [len(self.blocks) - 1])[0]
+
+    def after_blocks(self, features: Tensor, which: Sequence[int]) -> list[Tensor]:
+        """The logits that each of some blocks, numbered from 0, would end with: the norms and projections are shared."""
         b, _, gh, gw = features.shape
         tokens = torch.cat([self.proj_dec(features.flatten(2).transpose(1, 2)), self.cls_emb.expand(b, -1, -1)], dim=1)
-        for block in self.blocks:
+        found = []
+        for number, block in enumerate(self.blocks):
             tokens = block(tokens)
+            if number in which:
+                found.append(self._masks(tokens, gh, gw))
+        return found
+
+    def _masks(self, tokens: Tensor, gh: int, gw: int) -> Tensor:
         tokens = self.decoder_norm(tokens)
         patches, classes = tokens[:, : gh * gw] @ self.proj_patch, tokens[:, gh * gw :] @ self.proj_classes
         masks = F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).transpose(1, 2)
-        return self.mask_norm(masks).transpose(1, 2).reshape(b, -1, gh, gw)
+        return self.mask_norm(masks).transpose(1, 2).reshape(len(tokens), -1, gh, gw)

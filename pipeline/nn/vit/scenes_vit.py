@@ -47,7 +47,7 @@ class ConvStem(nn.Module):
         return self.proj(images).permute(0, 2, 3, 1)
 
 
-def scenes_vit(image_size: int) -> VisionTransformer:
+def scenes_vit(image_size: int, drop_path: float) -> VisionTransformer:
     """Random weights; data/weights/pretrain.py made those that ship. image_size: px, multiple of 8."""
     return VisionTransformer(
         img_size=image_size,
@@ -58,5 +58,6 @@ def scenes_vit(image_size: int) -> VisionTransformer:
         mlp_ratio=3,
         num_classes=0,
         embed_layer=ConvStem,
+        drop_path_rate=drop_path,
         dynamic_img_size=True,
     )

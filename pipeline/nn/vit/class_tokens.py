@@ -1,0 +1,118 @@
+"""A timm ViT with one class token per class, whose attention can be watched: images → tokens (WeakTr section 1.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn import family
+from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.vit import backbone as plain
+
+mend()
+from timm.layers.attention import Attention  # noqa: E402
+
+# The published resize of position embeddings samples at grid + 0.1 cells; kept, so that published weights give published maps
+RESIZE_MARGIN = 0.1
+
+
+class Watch(Protocol):
+    """Runs the attention of every block and keeps what it wants of it (nn/vit/fusion.py)."""
+
+    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+        """Normed tokens f32[b,n,dim] → output of the attention branch f32[b,n,dim], before residual and stochastic depth."""
+        ...
+
+
+class ClassTokenVit(nn.Module):
+    """Sequence: one token per class, then registers where the ViT has them, then the patches.
+
+    Without the final norm, as published, tokens are the last block's residual stream, in which a few patches of large norm can
+    outweigh all others.
+
+    dim, stride   channels; px per cell, image sides must be multiples of it
+    depth, heads  blocks; attention heads of each
+    """
+
+    def __init__(self, vit: Any, classes: int, features: Literal["residual", "normed"]) -> None:
+        """vit: what nn/vit/backbone.create returns. ValueError if its blocks are none that can be watched."""
+        super().__init__()
+        net = getattr(vit, "net", None)
+        blocks = getattr(net, "blocks", [])
+        if net is None or not len(blocks) or getattr(net, "cls_token", None) is None:
+            raise ValueError("this method needs a ViT with a class token: set methods.<m>.backbone to vit in params.yaml")
+        attention = blocks[0].attn
+        if type(attention) is not Attention or attention.gate is not None or not hasattr(blocks[0], "drop_path1"):
+            raise ValueError(
+                f"the attention of this architecture ({type(attention).__name__}) is not the plain one whose maps can be "
+                "fused; choose a DeiT, ViT or DINOv2 in train.<m>.model.architecture of params.yaml"
+            )
+        self.net, self.normalise = net, vit.normalise
+        self.dim, self.stride, self.classes = vit.dim, vit.stride, classes
+        self.depth, self.heads = len(blocks), int(attention.num_heads)
+        self.registers = vit.prefix - 1
+        if features == "residual":
+            self.net.norm = nn.Identity()
+        self._use_tokens({"cls_token": net.cls_token.detach(), "pos_embed": net.pos_embed.detach()})
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.classes + self.registers
+
+    def forward(self, images: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
+        """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → class tokens f32[b,c,dim] and patches f32[b,dim,gh,gw]."""
+        tokens = self._embedded(self.normalise(images))
+        for layer, block in enumerate(self.net.blocks):
+            tokens = tokens + block.drop_path1(block.ls1(watch.attend(layer, block.attn, block.norm1(tokens))))
+            tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        own, _, patches = self.net.norm(tokens).split([self.classes, self.registers, tokens.shape[1] - self.prefix], dim=1)
+        gh, gw = images.shape[-2] // self.stride, images.shape[-1] // self.stride
+        return own, patches.transpose(1, 2).reshape(len(images), self.dim, gh, gw)
+
+    def load_initial(self, init: Path) -> None:
+        """Weights of a plain ViT; its class token and that token's position are repeated for every class."""
+        tensors = plain.initial_tensors(self.net, self.registers + 1, init)
+        if tensors is not None:
+            family.load_matching(self.net, self._repeated(tensors), init)
+
+    def _use_tokens(self, tensors: Mapping[str, Tensor]) -> None:
+        repeated = self._repeated(tensors)
+        self.net.cls_token = nn.Parameter(repeated["cls_token"].clone())
+        self.net.pos_embed = nn.Parameter(repeated["pos_embed"].clone())
+
+    def _repeated(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State dict of a ViT with one class token → the same with one per class."""
+        found = dict(tensors)
+        if "cls_token" in found and found["cls_token"].shape[1] == 1:
+            found["cls_token"] = found["cls_token"].expand(-1, self.classes, -1)
+            if not self.net.no_embed_class and "pos_embed" in found:
+                first, rest = found["pos_embed"][:, :1], found["pos_embed"][:, 1:]
+                found["pos_embed"] = torch.cat([first.expand(-1, self.classes, -1), rest], dim=1)
+        return found
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        net = self.net
+        patches = net.patch_embed(images)
+        b, gh, gw, dim = patches.shape
+        first = net.cls_token if net.reg_token is None else torch.cat([net.cls_token, net.reg_token], dim=1)
+        before = 0 if net.no_embed_class else self.prefix
+        places = self._resized(net.pos_embed[:, before:], (gh, gw))
+        if before:
+            first = first + net.pos_embed[:, :before]
+        tokens = torch.cat([first.expand(b, -1, -1), patches.reshape(b, gh * gw, dim) + places], dim=1)
+        return net.norm_pre(net.pos_drop(tokens))
+
+    def _resized(self, places: Tensor, grid: tuple[int, int]) -> Tensor:
+        own = self.net.patch_embed.grid_size
+        if grid == tuple(own):
+            return places
+        square = places.reshape(1, *own, -1).permute(0, 3, 1, 2)
+        factors = [(new + RESIZE_MARGIN) / old for new, old in zip(grid, own, strict=True)]
+        resized = F.interpolate(square, scale_factor=factors, mode="bicubic", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)

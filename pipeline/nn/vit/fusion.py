@@ -1,0 +1,227 @@
+"""Attention maps of all layers and heads → one weighted mean per image: WeakTr's adaptive attention fusion (sections 1.2, 1.3).
+
+Shape letters: b images, c class tokens, p patches, n tokens (class tokens, registers, patches; in this order),
+k = heads * layers maps, head-major: map number = head * layers + layer.
+
+The weights of the mean depend on all layers, so they are known only after the last block. Three ways to wait for them:
+  Sketch      training: of each map only the class tokens' rows and the mean row of the patches, (c + 1) · p values instead
+              of n². Pooled maps need no more: mean_p Σ_j R[p,j] Q[j] = Σ_j (mean_p R[p,j]) Q[j].
+  Kept        score maps: every map once, in a buffer that lives on between calls
+  Recomputed  score maps of large images: queries and keys alone; maps are made again, a few rows at a time
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KEPT_BYTES = 2**29  # the most that the maps of one image may take; those of larger images are recomputed
+TOGETHER_BYTES = 2**26  # images share a batch up to here: larger batches run no faster
+CACHE_BYTES = 2**21  # of maps that Sketch makes at a time: what stays in the processor's cache is cheap
+ROWS = 256  # rows of a map that Recomputed makes at a time
+
+
+class AttentionFusion(nn.Module):
+    """What each attention branch put out → how much its maps count. Parameters are named as published."""
+
+    def __init__(
+        self, dim: int, heads: int, layers: int, *, reduction: int, feature_reduction: int, pool: Literal["max", "avg"]
+    ) -> None:
+        """reduction, feature_reduction: how many times narrower the two hidden layers are."""
+        super().__init__()
+        maps, width = heads * layers, dim // heads
+        self.heads, self.layers, self.pool = heads, layers, pool
+        hidden = max(1, maps // reduction)
+        self.attn_head_ffn = nn.Sequential(
+            nn.Linear(maps, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, maps, bias=False), nn.Sigmoid()
+        )
+        narrow = max(1, width // feature_reduction)
+        self.attn_feat_ffn = nn.Sequential(nn.Linear(width, narrow), nn.Linear(narrow, 1))
+
+    def pooled(self, branch: Tensor) -> Tensor:
+        """Output of one attention branch [b,n,dim] → f32[b,dim], without gradient."""
+        branch = branch.detach().float()
+        return branch.amax(dim=1) if self.pool == "max" else branch.mean(dim=1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """f32[b,layers,dim] → weights [b,k] in 0..1.
+
+        Channel i goes to pseudo-head i mod heads: no true slice of a head, but what the published weights were trained with.
+        """
+        b = len(pooled)
+        features = pooled.view(b, self.layers, -1, self.heads).permute(0, 3, 1, 2).flatten(1, 2)  # [b,k,dim/heads]
+        return self.attn_head_ffn(self.attn_feat_ffn(features)[..., 0])
+
+
+def by_layer_and_head(weights: Tensor, layers: int) -> Tensor:
+    """[b,k] → [b,layers,heads]."""
+    return weights.view(len(weights), -1, layers).transpose(1, 2)
+
+
+def _projected(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed tokens [b,n,dim] → queries, keys and values, each [b,heads,n,width]."""
+    b, n, _ = tokens.shape
+    three = attention.qkv(tokens).view(b, n, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    queries, keys, values = three.unbind(0)
+    return attention.q_norm(queries), attention.k_norm(keys), values
+
+
+def _branch(attention: Any, mixed: Tensor) -> Tensor:
+    """[b,heads,n,width] → [b,n,dim]: the last steps of an attention branch."""
+    b, _, n, _ = mixed.shape
+    return attention.proj_drop(attention.proj(attention.norm(mixed.transpose(1, 2).reshape(b, n, -1))))
+
+
+class Sketch:
+    """For training: the fused class rows and mean patch row, with gradient to the weights alone."""
+
+    def __init__(self, fusion: AttentionFusion, classes: int, share: Tensor) -> None:
+        """share: f32[b,p], how much each patch counts in the mean row; rows sum to 1."""
+        self.fusion, self.classes, self.share = fusion, classes, share
+        self.pooled: list[Tensor] = []
+        b, patches = share.shape
+        self.rows = share.new_empty(b, fusion.heads, fusion.layers, classes + 1, patches)
+
+    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+        """As class_tokens.Watch."""
+        queries, keys, values = _projected(attention, tokens)
+        dropped = attention.attn_drop.p if attention.training else 0.0
+        branch = _branch(attention, F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropped))
+        self.pooled.append(self.fusion.pooled(branch))
+        self._keep(layer, queries.detach() * attention.scale, keys.detach())
+        return branch
+
+    @torch.no_grad()
+    def _keep(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        (b, patches), (heads, n) = self.share.shape, queries.shape[1:3]
+        together = max(1, CACHE_BYTES // (4 * n * n))
+        for at in range(0, b, together):
+            some = slice(at, at + together)
+            share = self.share[some, None].to(queries.dtype)
+            for head in range(heads):
+                rows = (queries[some, head] @ keys[some, head].transpose(1, 2)).softmax(dim=-1)
+                self.rows[some, head, layer, : self.classes] = rows[:, : self.classes, -patches:]
+                self.rows[some, head, layer, self.classes :] = share.to(rows.dtype) @ rows[:, -patches:, -patches:]
+
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """Cross attention f32[b,c,p] and the mean row of patch attention f32[b,1,p]."""
+        weights = self.fusion(torch.stack(self.pooled, dim=1)).float()
+        b, k = weights.shape
+        mean = (weights[:, None] / k @ self.rows.view(b, k, -1)).view(b, self.classes + 1, -1)
+        return mean[:, : self.classes], mean[:, self.classes :]
+
+
+class Room:
+    """Memory that is used again: taking it afresh for every image would cost a tenth more time."""
+
+    def __init__(self) -> None:
+        self.flat = torch.empty(0)
+
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """`count` values of any content, of like's type and device."""
+        if len(self.flat) < count or (self.flat.dtype, self.flat.device) != (like.dtype, like.device):
+            self.flat = like.new_empty(count)
+        return self.flat[:count]
+
+
+class Kept:
+    """For score maps: every map is kept until the weights are known. Without gradient."""
+
+    def __init__(self, fusion: AttentionFusion, classes: int, patches: int, room: Room) -> None:
+        self.fusion, self.classes, self.patches, self.room = fusion, classes, patches, room
+        self.pooled: list[Tensor] = []
+        self.maps = self.mean = torch.empty(0)  # [layers, b*heads, n, n]; [b,n,n]
+
+    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+        """As class_tokens.Watch."""
+        queries, keys, values = (part.flatten(0, 1) for part in _projected(attention, tokens))
+        b, n, _ = tokens.shape
+        if layer == 0:
+            self.maps = self.room.take(self.fusion.layers * len(queries) * n * n, queries).view(-1, len(queries), n, n)
+        torch.bmm(queries * attention.scale, keys.transpose(1, 2), out=self.maps[layer])
+        torch.softmax(self.maps[layer], dim=-1, out=self.maps[layer])
+        branch = _branch(attention, torch.bmm(self.maps[layer], values).view(b, -1, n, values.shape[-1]))
+        self.pooled.append(self.fusion.pooled(branch))
+        return branch
+
+    def weigh(self) -> Tensor:
+        """After the last block: weights f32[b,k]; the maps are fused and may be overwritten."""
+        weights = self.fusion(torch.stack(self.pooled, dim=1)).float()
+        (b, k), n = weights.shape, self.maps.shape[-1]
+        each = by_layer_and_head(weights / k, self.fusion.layers).to(self.maps.dtype)
+        self.mean = torch.zeros(b, 1, n * n, dtype=self.maps.dtype, device=self.maps.device)
+        for layer, maps in enumerate(self.maps):
+            self.mean.baddbmm_(each[:, None, layer], maps.view(b, -1, n * n))
+        self.mean = self.mean.view(b, n, n).float()
+        return weights
+
+    def cross(self) -> Tensor:
+        """Cross attention f32[b,c,p]: the class tokens' rows, the patches' columns."""
+        return self.mean[:, : self.classes, -self.patches :]
+
+    def spread(self, planes: Tensor) -> Tensor:
+        """f32[b,c,p] → Σ_j R[p,j] planes[c,j], R the patch attention."""
+        return planes @ self.mean[:, -self.patches :, -self.patches :].transpose(1, 2)
+
+
+class Recomputed:
+    """For score maps of large images: as Kept, but no map is ever whole; memory grows with n, not with n²."""
+
+    def __init__(self, fusion: AttentionFusion, classes: int, patches: int) -> None:
+        self.fusion, self.classes, self.patches = fusion, classes, patches
+        self.pooled: list[Tensor] = []
+        self.asked: list[tuple[Tensor, Tensor]] = []  # queries and keys by layer
+        self.each = torch.empty(0)  # [b,layers,heads]
+
+    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+        """As class_tokens.Watch."""
+        queries, keys, values = _projected(attention, tokens)
+        branch = _branch(attention, F.scaled_dot_product_attention(queries, keys, values))
+        self.pooled.append(self.fusion.pooled(branch))
+        self.asked.append((queries * attention.scale, keys))
+        return branch
+
+    def weigh(self) -> Tensor:
+        """After the last block: weights f32[b,k]."""
+        weights = self.fusion(torch.stack(self.pooled, dim=1)).float()
+        self.each = by_layer_and_head(weights / weights.shape[1], self.fusion.layers)
+        return weights
+
+    def cross(self) -> Tensor:
+        """As Kept.cross."""
+        return self._rows(slice(0, self.classes))
+
+    def spread(self, planes: Tensor) -> Tensor:
+        """As Kept.spread."""
+        first = self.asked[0][0].shape[2] - self.patches
+        parts = [
+            planes @ self._rows(slice(first + at, first + min(at + ROWS, self.patches))).transpose(1, 2)
+            for at in range(0, self.patches, ROWS)
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def _rows(self, rows: slice) -> Tensor:
+        """Some rows of the fused map, patches' columns: f32[b,rows,p]."""
+        total: Tensor | None = None
+        for layer, (queries, keys) in enumerate(self.asked):
+            for head in range(queries.shape[1]):
+                part = (queries[:, head, rows] @ keys[:, head].transpose(1, 2)).softmax(dim=-1)[..., -self.patches :]
+                share = part.float() * self.each[:, layer, head, None, None]
+                total = share if total is None else total.add_(share)
+        assert total is not None  # every ViT has a layer
+        return total
+
+
+def watch_for(fusion: AttentionFusion, classes: int, tokens: int, patches: int, room: Room) -> Kept | Recomputed:
+    """What keeps the maps of images with so many tokens."""
+    if bytes_of_maps(fusion, tokens) <= KEPT_BYTES:
+        return Kept(fusion, classes, patches, room)
+    return Recomputed(fusion, classes, patches)
+
+
+def bytes_of_maps(fusion: AttentionFusion, tokens: int) -> int:
+    """Of one image, in single precision."""
+    return 4 * fusion.heads * fusion.layers * tokens * tokens
