@@ -3,62 +3,16 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks import weaktr
+from benchmarks.timing import CLASSES, SIZE, Memory, Timing, best_of, mask, photograph
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
-
-SIZE = (375, 500)
-CLASSES = 20
-RNG_SEED = 0
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One row: `amount` units of work took `seconds`; the reference, if any, took `reference` for the same work."""
-
-    what: str
-    unit: str
-    amount: float
-    seconds: float
-    reference: float | None
-    reference_name: str
-
-
-def photograph(index: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """u8[h,w,3], smooth with grain, as compressible as a photograph."""
-    rng = np.random.default_rng([RNG_SEED, index])
-    coarse = rng.integers(0, 255, (size[0] // 24 + 2, size[1] // 24 + 2, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)).astype(np.int16)
-    return np.clip(smooth + rng.integers(-12, 12, smooth.shape), 0, 255).astype(np.uint8)
-
-
-def mask(index: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """u8[h,w] with two blobs of classes."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    found = np.zeros(size, np.uint8)
-    rng = np.random.default_rng([1, index])
-    for _ in range(2):
-        cy, cx, radius = rng.uniform(0, size[0]), rng.uniform(0, size[1]), rng.uniform(40, 130)
-        found[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.integers(1, CLASSES + 1)
-    return found
-
-
-def best_of(function: Callable[[], object], repeats: int = 3) -> float:
-    """Shortest of some runs, after one to warm up: noise only ever adds."""
-    function()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def prepare(folder: Path) -> list[Timing]:
@@ -216,6 +170,7 @@ def evaluate(folder: Path) -> list[Timing]:
     ]
 
 
-CASES: dict[str, Callable[[Path], list[Timing]]] = {
+CASES: dict[str, Callable[[Path], list[Timing] | list[Timing | Memory]]] = {
     "prepare": prepare, "score_maps": score_maps, "crf": crf, "stores": stores, "evaluate": evaluate,
+    "weaktr_training": weaktr.training, "weaktr_score_maps": weaktr.score_maps, "weaktr_fusion": weaktr.fused,
 }  # fmt: skip

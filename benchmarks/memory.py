@@ -15,14 +15,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import mask, photograph
+from benchmarks.timing import mask, photograph
 
 PROJECT = Path(__file__).resolve().parents[1]
 SIDE = (96, 128)
 STAGES = {
     "prepare": "--raw raw --records r.h5 --truth t.h5",
     "train": "cam --records r.h5 --init {weights}/scratch.txt --model m.safetensors --log log.csv",
-    "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps",
+    "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps --inspection i.h5",
     "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors",
     "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
     "export": "cam --records r.h5 --refined refined --pseudo-masks masks --exports exports",

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.records import ImageRecord
-from pipeline.imaging import transforms
-from pipeline.training import loop, optim
+from pipeline.imaging import rand_augment, transforms
+from pipeline.steps import train
+from pipeline.training import checkpoint, loop, optim
 from pipeline.training.data import TrainingImages, order
-from pipeline.training.settings import Augment, Schedule
-from tests.toys import toy_folder
+from pipeline.training.settings import Augment, RandAugment, Schedule
+from tests.toys import toy_folder, toy_params
 
-AUGMENT = Augment(size=16, scale_min=0.8, scale_max=1.5, flip=0.5, jitter=0.2)
+AUGMENT = Augment(
+    size=16, scale_min=0.8, scale_max=1.5, area_min=None, flip=0.5, jitter=0.2, rand_augment=None, erase=0.0
+)  # fmt: skip
 
 
 class Toy(nn.Module):
@@ -153,6 +160,75 @@ def test_the_learning_rate_rises_in_warm_up_and_falls_to_its_end() -> None:
         factors = [optim.lr_factor(phase, step, 50) for step in range(50)]
         assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
         assert factors[-1] < 0.1 and max(factors) <= 1
+
+
+@pytest.mark.parametrize("name", ["poly", "cosine", "one_cycle"])
+def test_the_learning_rate_ends_at_its_floor(name: str) -> None:
+    phase = Schedule(1, 4, 1, 0.1, 0.0, "adamw", name, 0, 0.25).phase("p")  # type: ignore[arg-type]
+    factors = [optim.lr_factor(phase, step, 50) for step in range(50)]
+    assert factors[-1] == pytest.approx(0.25, abs=0.03) and max(factors) <= 1
+    assert all(later < earlier for earlier, later in pairwise(factors[25:]))
+
+
+def test_no_epochs_leave_the_weights_as_they_were(tmp_path: Path, root: Path) -> None:
+    class Idle(Toy):
+        def phases(self) -> list[Phase]:
+            return [dataclasses.replace(phase, epochs=0) for phase in super().phases()]
+
+    job = job_in(tmp_path / "a", root, build=Idle)
+    trained(job)
+    found = checkpoint.read_tensors(tmp_path / "a" / "trained.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in Idle().state_dict().items())
+    assert (tmp_path / "a" / "log.csv").read_text().startswith("step,phase,lr,loss")
+
+
+@given(seed=st.integers(0, 10_000), h=st.integers(1, 90), w=st.integers(1, 90), area_min=st.floats(0.05, 1))
+def test_random_crops_by_area_lie_inside_the_photograph(seed: int, h: int, w: int, area_min: float) -> None:
+    left, top, right, bottom = rand_augment.area_box(np.random.default_rng(seed), (h, w), area_min)
+    assert 0 <= left < right <= w + 1e-9 and 0 <= top < bottom <= h + 1e-9
+    assert 0.74 < (right - left) / (bottom - top) < 1.34
+
+
+@given(seed=st.integers(0, 10_000), operations=st.integers(1, 4), magnitude=st.floats(0, 10))
+def test_rand_augment_keeps_size_and_depends_on_its_seed_alone(seed: int, operations: int, magnitude: float) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (23, 31, 3), dtype=np.uint8)
+    first, second = (
+        rand_augment.rand_augment(image, np.random.default_rng(seed), operations=operations, magnitude=magnitude, spread=0.5)
+        for _ in range(2)
+    )
+    assert first.shape == image.shape and first.dtype == np.uint8 and np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", sorted(rand_augment.OPERATIONS))
+def test_every_operation_changes_a_picture_at_full_strength(name: str) -> None:
+    ramp = np.linspace(20, 200, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    changed = np.asarray(rand_augment.OPERATIONS[name](Image.fromarray(ramp), 1.0, -1.0))
+    assert changed.shape == ramp.shape and (changed != ramp).any()
+
+
+def test_erasing_fills_one_box_with_noise() -> None:
+    pixels = np.full((3, 40, 50), 2.0, np.float32)
+    rand_augment.erase(pixels, np.random.default_rng(0))
+    changed = (pixels != 2).all(axis=0)
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    assert 0.01 < changed.mean() < 0.4 and pixels[:, changed].min() >= 0 and pixels[:, changed].max() <= 1
+
+
+def test_strong_augmentation_trains_the_same_bytes_for_any_ranks(tmp_path: Path, root: Path) -> None:
+    strong = dataclasses.replace(AUGMENT, area_min=0.1, rand_augment=RandAugment(2, 9.0, 0.5), erase=0.5)
+    jobs = []
+    for name, ranks, loaders in (("a", 1, 0), ("b", 2, 2)):
+        job = job_in(tmp_path / name, root, ranks=ranks, loaders=loaders)
+        jobs.append(dataclasses.replace(job, images=dataclasses.replace(job.images, augment=strong)))
+    assert trained(jobs[0]) == trained(jobs[1])
+
+
+def test_augmentation_that_masks_cannot_follow_is_refused() -> None:
+    values = toy_params(Path("raw"))
+    values["retrain"]["cam"]["augment"]["erase"] = 0.5
+    with pytest.raises(ParamsError, match=r"retrain\.cam\.augment.*masks would not follow"):
+        train.settings(values, "segmenters", "cam", "vit")
 
 
 def test_shards_that_do_not_divide_the_batch_are_refused() -> None:

@@ -17,6 +17,7 @@ from pipeline.core.labels import LabelSpace
 from pipeline.methods.weaktr import Method, Options, Params
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import coco_ids, fusion
+from pipeline.nn.vit.class_tokens import ClassTokenVit
 from pipeline.segmenters.vit import Segmenter
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
@@ -102,8 +103,11 @@ def some_batch(size: int = 64, padding: int = 0) -> Batch:
 
 @pytest.mark.parametrize("attention", ["fused", "cross", "patch"])
 @pytest.mark.parametrize("patch_refine", [True, False])
-def test_the_sketch_that_trains_gives_the_logits_of_whole_maps(attention: str, patch_refine: bool) -> None:
-    method = small(attention=attention, patch_refine=patch_refine).eval()
+@pytest.mark.parametrize("token_weight", ["each", "one"])
+def test_the_sketch_that_trains_gives_the_logits_of_whole_maps(
+    attention: str, patch_refine: bool, token_weight: str
+) -> None:
+    method = small(attention=attention, patch_refine=patch_refine, token_weight=token_weight).eval()
     batch = some_batch()
     losses, found = method.losses(batch, Clock(0, 0, 1)), method.inspect(batch.images)
     for name, logits in {"fine": "fine_logits", "coarse": "coarse_logits", "class_tokens": "cls_logits"}.items():
@@ -150,6 +154,19 @@ def test_score_maps_of_many_images_are_those_of_each(monkeypatch: pytest.MonkeyP
     alone = torch.cat([method.score_maps(pictures[at : at + 1], Options()).scores for at in range(5)])
     monkeypatch.setattr(fusion, "TOGETHER_BYTES", 2 * fusion.bytes_of_maps(method.adaptive_attention_fusion, 51))
     torch.testing.assert_close(method.score_maps(pictures, Options()).scores, alone, atol=1e-7, rtol=1e-4)
+
+
+def test_class_tokens_that_weigh_as_one_leave_the_pretrained_vit_as_it_was() -> None:
+    plain = vit.create("deit_tiny_patch16_224", 64, drop_path=0.0).eval()
+    pictures = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = plain(pictures)
+        for weight, same in (("one", True), ("each", False)):
+            tokens = ClassTokenVit(vit.create("deit_tiny_patch16_224", 64, drop_path=0.0), 5, "normed", weight).eval()
+            tokens.net.load_state_dict(tokens._repeated(plain.net.state_dict()))
+            fused = small(architecture="deit_tiny_patch16_224").adaptive_attention_fusion
+            _, patches = tokens(pictures, fusion.Kept(fused, 5, 16, fusion.Room()))
+            assert torch.allclose(patches, wanted, atol=1e-4) == same
 
 
 def test_class_tokens_start_from_the_vits_own_and_learn_as_fast_as_the_heads(tmp_path: Path) -> None:

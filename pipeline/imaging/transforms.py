@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -38,27 +40,34 @@ def crop(
     flip: bool,
     jitter: np.ndarray,
     at: tuple[float, float],
+    box: tuple[float, float, float, float] | None = None,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """One square crop for training.
 
     image u8[h,w,3], mask u8[h,w] or None; the short side is scaled to size * scale px, then a window of size px is taken at the
-    relative place `at` (0..1 vertically, horizontally), or the image is placed there where it is smaller. jitter f[3] holds the
-    brightness, contrast and saturation factors.
+    relative place `at` (0..1 vertically, horizontally), or the image is placed there where it is smaller. Or, where a `box`
+    (left, top, right, bottom) px of the image is given, that box is stretched to the square. jitter f[3] holds the brightness,
+    contrast and saturation factors. `change`: u8[·,·,3] → the same size, on the pixels before jitter and flip; masks do not follow.
     Returns image f32[3,size,size] in 0..1, valid bool[size,size] and mask u8[size,size] (IGNORE on padding) or None.
     """
     h, w = image.shape[:2]
-    factor = size * scale / min(h, w)
-    scaled = max(1, round(h * factor)), max(1, round(w * factor))
-    seen = min(size, scaled[0]), min(size, scaled[1])
-    top, left = ((full - part) * place for full, part, place in zip(scaled, seen, at, strict=True))
-    box = (left / scaled[1] * w, top / scaled[0] * h, (left + seen[1]) / scaled[1] * w, (top + seen[0]) / scaled[0] * h)
-    box = (box[0], box[1], min(box[2], w), min(box[3], h))
-    row, column = (int((size - part) * place) for part, place in zip(seen, at, strict=True))
+    seen, row, column = (size, size), 0, 0
+    if box is None:
+        factor = size * scale / min(h, w)
+        scaled = max(1, round(h * factor)), max(1, round(w * factor))
+        seen = min(size, scaled[0]), min(size, scaled[1])
+        top, left = ((full - part) * place for full, part, place in zip(scaled, seen, at, strict=True))
+        box = (left / scaled[1] * w, top / scaled[0] * h, (left + seen[1]) / scaled[1] * w, (top + seen[0]) / scaled[0] * h)
+        box = (box[0], box[1], min(box[2], w), min(box[3], h))
+        row, column = (int((size - part) * place) for part, place in zip(seen, at, strict=True))
     window = (slice(row, row + seen[0]), slice(column, column + seen[1]))
 
-    pixels = Image.fromarray(image).resize((seen[1], seen[0]), Image.Resampling.BILINEAR, box=box)
+    pixels = np.asarray(Image.fromarray(image).resize((seen[1], seen[0]), Image.Resampling.BILINEAR, box=box))
+    if change is not None:
+        pixels = change(pixels)
     canvas = np.broadcast_to(PADDING, (size, size, 3)).copy()
-    canvas[window] = _jittered(np.asarray(pixels, np.float32) / 255, jitter)
+    canvas[window] = _jittered(pixels.astype(np.float32) / 255, jitter)
     valid = np.zeros((size, size), bool)
     valid[window] = True
     labels = None

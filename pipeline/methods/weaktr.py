@@ -35,6 +35,7 @@ class Params:
     image_size          px; grid of the position embeddings, usually augment.size
     drop_path           stochastic depth
     features            what the heads read: the last block's residual stream (published), or that after the ViT's final norm
+    token_weight        attention drawn by class tokens: each as much as the ViT's own one did (published), or one between them
     attention           what patch attention refines: fused cross attention × CAM, cross attention alone, or the patch CAM alone
     patch_refine        false leaves that refinement out
     pool                cells of the patch CAM → its logit: gap mean of all (published), gmp maximum, topk mean of the highest
@@ -51,6 +52,7 @@ class Params:
     image_size: Positive
     drop_path: Annotated[float, Range(low=0, high=0.9)]
     features: Literal["residual", "normed"]
+    token_weight: Literal["each", "one"]
     attention: Literal["fused", "cross", "patch"]
     patch_refine: bool
     pool: Pool
@@ -86,7 +88,7 @@ class Method(nn.Module):
         super().__init__()
         self.params, self.schedule = params, schedule
         plain = family.create(params.architecture, params.image_size, drop_path=params.drop_path)
-        self.backbone = ClassTokenVit(plain, len(labels), params.features)
+        self.backbone = ClassTokenVit(plain, len(labels), params.features, params.token_weight)
         self.stride: int = self.backbone.stride
         dim, kernel = self.backbone.dim, KERNELS[params.patch_head]
         self.head = nn.Conv2d(dim, len(labels), kernel, padding=kernel // 2)
@@ -140,6 +142,7 @@ class Method(nn.Module):
             image_size=PUBLISHED_PATCH * round((positions.shape[1] - classes) ** 0.5),
             drop_path=0.1,
             features="residual",
+            token_weight="each",
             attention="fused",
             patch_refine=True,
             pool="gap",

@@ -25,6 +25,10 @@ def settings(values: Mapping[str, Any], kind: str, key: str, plugin: str) -> tup
     """Section train.<m> or retrain.<m> and the plug-in's own Params. kind: methods or segmenters."""
     name = SECTIONS[kind]
     training = config.parse(Training, config.section(values, name, key), f"{name}.{key}")
+    if kind == "segmenters" and (training.augment.rand_augment is not None or training.augment.erase > 0):
+        raise config.ParamsError(
+            f"{name}.{key}.augment: rand_augment must be null and erase 0, since masks would not follow (edit params.yaml)"
+        )
     return training, config.parse(plugins.load(kind, plugin).Params, training.model, f"{name}.{key}.model")
 
 

@@ -13,7 +13,7 @@ import torch
 from pipeline.core.contracts import Batch
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.store import Store
-from pipeline.imaging import transforms
+from pipeline.imaging import rand_augment, transforms
 from pipeline.training.settings import Augment
 
 
@@ -84,12 +84,23 @@ class TrainingImages:
         rng = np.random.default_rng(seed_of(self.seed, phase, draw.epoch, record.id))
         image = read_image(record, self.root)
         mask = None if self.masks is None else self.masks.read(record.id, "mask")
-        return transforms.crop(
+        strong, box = augment.rand_augment, None
+        scale = rng.uniform(augment.scale_min, augment.scale_max)
+        flip, jitter = bool(rng.random() < augment.flip), 1 + augment.jitter * rng.uniform(-1, 1, 3)
+        at = rng.random(), rng.random()
+        if augment.area_min is not None:
+            box = rand_augment.area_box(rng, record.size, augment.area_min)
+        pixels, valid, labels = transforms.crop(
             image,
             mask,
             size=augment.size,
-            scale=rng.uniform(augment.scale_min, augment.scale_max),
-            flip=bool(rng.random() < augment.flip),
-            jitter=1 + augment.jitter * rng.uniform(-1, 1, 3),
-            at=(rng.random(), rng.random()),
+            scale=scale,
+            flip=flip,
+            jitter=jitter,
+            at=at,
+            box=box,
+            change=None if strong is None else lambda window: rand_augment.rand_augment(window, rng, **vars(strong)),
         )
+        if augment.erase > 0 and rng.random() < augment.erase:
+            rand_augment.erase(pixels, rng)
+        return pixels, valid, labels

@@ -68,6 +68,7 @@ def train(job: Job) -> Iterator[str]:
         for other in others:
             other.join(timeout=30)
     if not (job.work / "log.csv").exists():  # no phase has a step
+        job.work.mkdir(parents=True, exist_ok=True)
         (job.work / "log.csv").write_text(_table([{"step": 0, "phase": "none", "lr": 0.0, "loss": 0.0}]), encoding="utf-8")
     checkpoint.save_tensors(job.work / "trained.safetensors", trainable.state_dict(), {})
 

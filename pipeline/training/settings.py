@@ -10,21 +10,37 @@ from pipeline.core.contracts import Phase
 
 
 @dataclass(frozen=True)
+class RandAugment:
+    """operations drawn per image; magnitude 0..10 of each, normally distributed with standard deviation spread."""
+
+    operations: Positive
+    magnitude: Annotated[float, Range(low=0, high=10)]
+    spread: NonNegative
+
+
+@dataclass(frozen=True)
 class Augment:
     """How a photograph becomes a square training crop.
 
     size        px of the crop's side
     scale_min, scale_max   the short side becomes size * uniform(scale_min, scale_max) before the crop; what falls
                 short of the crop is padded and marked invalid
+    area_min    null, or: the crop is a random share area_min..1 of the photograph with sides 3:4 to 4:3, stretched to the square
+                (as ImageNet classifiers train); the scales are not used then
     flip        probability of a horizontal flip
     jitter      strength of brightness, contrast and saturation changes: factors uniform in 1 ± jitter
+    rand_augment   null, or its settings; for tags only, since its operations move pixels and masks would not follow
+    erase       probability that a random box becomes noise (tags only)
     """
 
     size: Positive
     scale_min: AboveZero
     scale_max: AboveZero
+    area_min: Annotated[float, Range(above=0, high=1)] | None
     flip: Share
     jitter: Annotated[float, Range(low=0, high=0.9)]
+    rand_augment: RandAugment | None
+    erase: Share
 
     def __post_init__(self) -> None:
         if self.scale_min > self.scale_max:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,8 +25,11 @@ RESIZE_MARGIN = 0.1
 class Watch(Protocol):
     """Runs the attention of every block and keeps what it wants of it (nn/vit/fusion.py)."""
 
-    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
-        """Normed tokens f32[b,n,dim] → output of the attention branch f32[b,n,dim], before residual and stochastic depth."""
+    def attend(self, layer: int, attention: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        """Normed tokens f32[b,n,dim] → output of the attention branch f32[b,n,dim], before residual and stochastic depth.
+
+        bias: f32[n], added to the attention logits of each token as a key, or None.
+        """
         ...
 
 
@@ -39,8 +43,14 @@ class ClassTokenVit(nn.Module):
     depth, heads  blocks; attention heads of each
     """
 
-    def __init__(self, vit: Any, classes: int, features: Literal["residual", "normed"]) -> None:
-        """vit: what nn/vit/backbone.create returns. ValueError if its blocks are none that can be watched."""
+    def __init__(
+        self, vit: Any, classes: int, features: Literal["residual", "normed"], token_weight: Literal["each", "one"]
+    ) -> None:
+        """vit: what nn/vit/backbone.create returns. ValueError if its blocks are none that can be watched.
+
+        token_weight: whether each class token draws as much attention as the ViT's own did (published), or all of them together:
+        then the network starts as the very ViT that was pretrained, while c copies of one token crowd the patches out.
+        """
         super().__init__()
         net = getattr(vit, "net", None)
         blocks = getattr(net, "blocks", [])
@@ -55,7 +65,7 @@ class ClassTokenVit(nn.Module):
         self.net, self.normalise = net, vit.normalise
         self.dim, self.stride, self.classes = vit.dim, vit.stride, classes
         self.depth, self.heads = len(blocks), int(attention.num_heads)
-        self.registers = vit.prefix - 1
+        self.registers, self.token_weight = vit.prefix - 1, token_weight
         if features == "residual":
             self.net.norm = nn.Identity()
         self._use_tokens({"cls_token": net.cls_token.detach(), "pos_embed": net.pos_embed.detach()})
@@ -68,8 +78,12 @@ class ClassTokenVit(nn.Module):
     def forward(self, images: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → class tokens f32[b,c,dim] and patches f32[b,dim,gh,gw]."""
         tokens = self._embedded(self.normalise(images))
+        bias = None
+        if self.token_weight == "one":
+            bias = tokens.new_zeros(tokens.shape[1])
+            bias[: self.classes] = -math.log(self.classes)
         for layer, block in enumerate(self.net.blocks):
-            tokens = tokens + block.drop_path1(block.ls1(watch.attend(layer, block.attn, block.norm1(tokens))))
+            tokens = tokens + block.drop_path1(block.ls1(watch.attend(layer, block.attn, block.norm1(tokens), bias)))
             tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
         own, _, patches = self.net.norm(tokens).split([self.classes, self.registers, tokens.shape[1] - self.prefix], dim=1)
         gh, gw = images.shape[-2] // self.stride, images.shape[-1] // self.stride

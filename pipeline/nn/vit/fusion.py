@@ -75,6 +75,12 @@ def _branch(attention: Any, mixed: Tensor) -> Tensor:
     return attention.proj_drop(attention.proj(attention.norm(mixed.transpose(1, 2).reshape(b, n, -1))))
 
 
+def _maps(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """Scaled queries [m,rows,width], keys [m,n,width], bias [n] → attention [m,rows,n]."""
+    logits = queries @ keys.transpose(1, 2)
+    return (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
+
+
 class Sketch:
     """For training: the fused class rows and mean patch row, with gradient to the weights alone."""
 
@@ -85,24 +91,27 @@ class Sketch:
         b, patches = share.shape
         self.rows = share.new_empty(b, fusion.heads, fusion.layers, classes + 1, patches)
 
-    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+    def attend(self, layer: int, attention: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """As class_tokens.Watch."""
         queries, keys, values = _projected(attention, tokens)
         dropped = attention.attn_drop.p if attention.training else 0.0
-        branch = _branch(attention, F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropped))
+        mask = None if bias is None else bias.to(queries.dtype).expand(1, 1, len(bias), len(bias))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropped)
+        branch = _branch(attention, mixed)
         self.pooled.append(self.fusion.pooled(branch))
-        self._keep(layer, queries.detach() * attention.scale, keys.detach())
+        self.keep(layer, queries.detach() * attention.scale, keys.detach(), bias)
         return branch
 
     @torch.no_grad()
-    def _keep(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+    def keep(self, layer: int, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
+        """What the pooled maps need of one layer's maps: scaled queries and keys [b,heads,n,width]."""
         (b, patches), (heads, n) = self.share.shape, queries.shape[1:3]
         together = max(1, CACHE_BYTES // (4 * n * n))
         for at in range(0, b, together):
             some = slice(at, at + together)
             share = self.share[some, None].to(queries.dtype)
             for head in range(heads):
-                rows = (queries[some, head] @ keys[some, head].transpose(1, 2)).softmax(dim=-1)
+                rows = _maps(queries[some, head], keys[some, head], bias)
                 self.rows[some, head, layer, : self.classes] = rows[:, : self.classes, -patches:]
                 self.rows[some, head, layer, self.classes :] = share.to(rows.dtype) @ rows[:, -patches:, -patches:]
 
@@ -135,13 +144,15 @@ class Kept:
         self.pooled: list[Tensor] = []
         self.maps = self.mean = torch.empty(0)  # [layers, b*heads, n, n]; [b,n,n]
 
-    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+    def attend(self, layer: int, attention: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """As class_tokens.Watch."""
         queries, keys, values = (part.flatten(0, 1) for part in _projected(attention, tokens))
         b, n, _ = tokens.shape
         if layer == 0:
             self.maps = self.room.take(self.fusion.layers * len(queries) * n * n, queries).view(-1, len(queries), n, n)
         torch.bmm(queries * attention.scale, keys.transpose(1, 2), out=self.maps[layer])
+        if bias is not None:
+            self.maps[layer].add_(bias)
         torch.softmax(self.maps[layer], dim=-1, out=self.maps[layer])
         branch = _branch(attention, torch.bmm(self.maps[layer], values).view(b, -1, n, values.shape[-1]))
         self.pooled.append(self.fusion.pooled(branch))
@@ -174,12 +185,15 @@ class Recomputed:
         self.fusion, self.classes, self.patches = fusion, classes, patches
         self.pooled: list[Tensor] = []
         self.asked: list[tuple[Tensor, Tensor]] = []  # queries and keys by layer
+        self.bias: Tensor | None = None
         self.each = torch.empty(0)  # [b,layers,heads]
 
-    def attend(self, layer: int, attention: Any, tokens: Tensor) -> Tensor:
+    def attend(self, layer: int, attention: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """As class_tokens.Watch."""
         queries, keys, values = _projected(attention, tokens)
-        branch = _branch(attention, F.scaled_dot_product_attention(queries, keys, values))
+        self.bias, n = bias, tokens.shape[1]
+        mask = None if bias is None else bias.to(queries.dtype).expand(1, 1, n, n)
+        branch = _branch(attention, F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
         self.pooled.append(self.fusion.pooled(branch))
         self.asked.append((queries * attention.scale, keys))
         return branch
@@ -208,7 +222,7 @@ class Recomputed:
         total: Tensor | None = None
         for layer, (queries, keys) in enumerate(self.asked):
             for head in range(queries.shape[1]):
-                part = (queries[:, head, rows] @ keys[:, head].transpose(1, 2)).softmax(dim=-1)[..., -self.patches :]
+                part = _maps(queries[:, head, rows], keys[:, head], self.bias)[..., -self.patches :]
                 share = part.float() * self.each[:, layer, head, None, None]
                 total = share if total is None else total.add_(share)
         assert total is not None  # every ViT has a layer
