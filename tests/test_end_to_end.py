@@ -136,6 +136,18 @@ def test_moving_the_data_reruns_prepare_only(done: Copy) -> None:
     assert done.ran() == ["prepare"]
 
 
+def test_a_second_method_is_one_more_column_beside_the_first(done: Copy) -> None:
+    more = toy_params(Path("raw moved"), ["weaktr"])
+    more["methods"]["weaktr"] |= dict.fromkeys(("init", "segmenter_init"), "data/weights/scratch.txt")
+    for section, values in more.items():
+        if isinstance(values, dict) and "weaktr" in values:
+            done.params[section]["weaktr"] = values["weaktr"]
+    done.write_params()
+    assert done.ran() == [*(f"{stage}@weaktr" for stage in COLUMN), "report"]
+    page = (done.folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Weights of the attention maps" in page and "Inside weaktr" in page and "Inside cam" in page
+
+
 def test_a_wrong_param_of_a_late_stage_stops_training_before_it_starts(done: Copy) -> None:
     done.params["train"]["cam"]["seed"] = 1
     done.params["segment"]["cam"]["windw"] = 3
