@@ -149,6 +149,16 @@ def test_padding_takes_no_part_in_the_pooled_maps() -> None:
     torch.testing.assert_close(losses["fine"], losses["coarse"])  # both means are 2 over what is no padding
 
 
+def test_half_precision_changes_maps_and_losses_but_little() -> None:
+    method, batch = small().eval(), some_batch()
+    exact, losses = method.score_maps(batch.images, Options()).scores, method.losses(batch, Clock(0, 0, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, rough = method.score_maps(batch.images, Options()).scores, method.losses(batch, Clock(0, 0, 1))
+    assert half.dtype == torch.float32 and (half - exact).abs().mean() < 0.03 * exact.abs().mean()
+    for name, value in losses.items():
+        torch.testing.assert_close(rough[name].float(), value, atol=0.02, rtol=0)
+
+
 def test_score_maps_of_many_images_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     method, pictures = small().eval(), torch.rand(5, 3, 48, 64)
     alone = torch.cat([method.score_maps(pictures[at : at + 1], Options()).scores for at in range(5)])

@@ -33,7 +33,7 @@ def main(metrics: Path) -> None:
         told = facts["threshold"]
         if "regret" in told:
             console.print(
-                f"{method}: background level {told['chosen']} without masks; the best would cost or gain {told['regret']}"
+                f"{method}: background level {told['chosen']}, chosen without masks, costs the score maps {told['regret']} mIoU (regret)"
             )
         console.print(f"masks:   artifacts/{method}/pseudo_masks (HDF5; docs/pseudo_masks.md says how to read it)")
         console.print(f"metrics: {metrics}/{method}.json")

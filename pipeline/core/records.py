@@ -81,14 +81,6 @@ def read_image(record: ImageRecord, root: Path) -> np.ndarray:
     return decode(data)
 
 
-def tag_matrix(records: Sequence[ImageRecord], classes: int) -> np.ndarray:
-    """f32[n,classes] of 0 and 1; an image without tags is a row of zeros."""
-    matrix = np.zeros((len(records), classes), np.float32)
-    for row, record in enumerate(records):
-        matrix[row, list(record.tags or ())] = 1
-    return matrix
-
-
 def file_stem(image_id: str) -> str:
     """An id as a file name that is safe on every system: separators, controls and leading dots become %XX, one to one."""
 

@@ -85,7 +85,7 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> None:
     h, w = pixels.shape[1:]
     for _ in range(TRIES):
         area = rng.uniform(*ERASED_AREA) * h * w
-        ratio = math.exp(rng.uniform(*(math.log(side) for side in ERASED_RATIO)))
+        ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
         high, wide = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < high < h and 0 < wide < w:
             top, left = int(rng.integers(0, h - high + 1)), int(rng.integers(0, w - wide + 1))

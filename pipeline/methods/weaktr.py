@@ -185,7 +185,8 @@ class Method(nn.Module):
         sketch = fuse.Sketch(self.adaptive_attention_fusion, self.backbone.classes, share)
         tokens, patches = self.backbone(batch.images, sketch)
         maps = self.head(patches).float()
-        cross, mean_row = sketch.fused()
+        with full_precision(maps):
+            cross, mean_row = sketch.fused()
         planes = self._planes(maps.detach().relu().flatten(2) * seen.flatten(1)[:, None], cross)
         logits = {
             "class_tokens": self._class_logits(tokens),
@@ -214,10 +215,9 @@ class Method(nn.Module):
         patches = images.shape[-2] * images.shape[-1] // self.stride**2
         found, watch = self._watched(images, patches)
         identity = torch.eye(patches, device=images.device).expand(len(images), -1, -1)
-        return found | {
-            "fine_logits": found["fine"].mean(dim=(2, 3)),
-            "patch_attention": watch.spread(identity).transpose(1, 2),
-        }
+        with full_precision(images):
+            attention = watch.spread(identity).transpose(1, 2)
+        return found | {"fine_logits": found["fine"].mean(dim=(2, 3)), "patch_attention": attention}
 
     def _watched(self, images: Tensor, patches: int) -> tuple[dict[str, Tensor], fuse.Kept | fuse.Recomputed]:
         b, grid = len(images), (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
@@ -225,14 +225,15 @@ class Method(nn.Module):
             self.adaptive_attention_fusion, self.backbone.classes, self.backbone.prefix + patches, patches, self._room
         )
         tokens, features = self.backbone(images, watch)
-        maps, weights = self.head(features).float(), watch.weigh()
-        coarse, cross = maps.relu().flatten(2), watch.cross()
-        planes = self._planes(coarse, cross)
-        fine = watch.spread(planes) if self.params.patch_refine else planes
+        maps, class_logits = self.head(features).float(), self._class_logits(tokens).float()
+        with full_precision(images):
+            weights, coarse, cross = watch.weigh(), maps.relu().flatten(2), watch.cross()
+            planes = self._planes(coarse, cross)
+            fine = watch.spread(planes) if self.params.patch_refine else planes
         named = {"coarse": coarse, "cross": cross, "fused": coarse * cross, "fine": fine}
         return {name: value.view(b, -1, *grid) for name, value in named.items()} | {
             "fusion_weights": fuse.by_layer_and_head(weights, self.backbone.depth),
-            "cls_logits": self._class_logits(tokens).float(),
+            "cls_logits": class_logits,
             "coarse_logits": self._pooled(maps, None),
         }, watch
 
@@ -249,6 +250,11 @@ class Method(nn.Module):
         if self.params.attention == "patch":
             return coarse
         return cross if self.params.attention == "cross" else cross * coarse
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """No autocast: fused maps have values around 1 / n², which half precision would round to nothing."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def published_name(name: str) -> str:

@@ -15,6 +15,7 @@ from pipeline.core.records import ImageRecord, read_image
 from pipeline.imaging import planes, sheet, transforms
 
 HEIGHT = 128  # px of a strip
+LONGEST = 512  # px of the long side that a method looks inside at: inner maps grow with its fourth power
 WEIGHTS = "_weights"  # inner tensors whose names end so are tables by layer and head
 
 
@@ -28,11 +29,12 @@ def chosen(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
 def inspections(
     records: Sequence[ImageRecord], method: Any, classes: int, root: Path, long_side: int | None, device: str
 ) -> Iterator[store.Item]:
-    """INSPECTION items: at scale 1, the maps of each image's first class, each divided by its own maximum."""
+    """INSPECTION items: the maps of each image's first class at scale 1 (long side at most LONGEST), each over its own maximum."""
+    longest = LONGEST if long_side is None else min(long_side, LONGEST)
     for record in records:
         assert record.tags  # as `chosen` gives them
         photograph = read_image(record, root)
-        view = transforms.resize(photograph, transforms.view_size(record.size, 1.0, method.stride, long_side))
+        view = transforms.resize(photograph, transforms.view_size(record.size, 1.0, method.stride, longest))
         batch = torch.tensor(view, device=device).permute(2, 0, 1)[None].float() / 255
         found = {name: value[0].float().cpu().numpy() for name, value in method.inspect(batch).items()}
         maps = {name: value[record.tags[0]] for name, value in found.items() if value.ndim == 3 and len(value) == classes}

@@ -117,7 +117,7 @@ class Sketch:
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """Cross attention f32[b,c,p] and the mean row of patch attention f32[b,1,p]."""
-        weights = self.fusion(torch.stack(self.pooled, dim=1)).float()
+        weights = self.fusion(torch.stack(self.pooled, dim=1))
         b, k = weights.shape
         mean = (weights[:, None] / k @ self.rows.view(b, k, -1)).view(b, self.classes + 1, -1)
         return mean[:, : self.classes], mean[:, self.classes :]
@@ -160,13 +160,13 @@ class Kept:
 
     def weigh(self) -> Tensor:
         """After the last block: weights f32[b,k]; the maps are fused and may be overwritten."""
-        weights = self.fusion(torch.stack(self.pooled, dim=1)).float()
+        weights = self.fusion(torch.stack(self.pooled, dim=1))
         (b, k), n = weights.shape, self.maps.shape[-1]
-        each = by_layer_and_head(weights / k, self.fusion.layers).to(self.maps.dtype)
+        each = by_layer_and_head(weights, self.fusion.layers).to(self.maps.dtype)
         self.mean = torch.zeros(b, 1, n * n, dtype=self.maps.dtype, device=self.maps.device)
         for layer, maps in enumerate(self.maps):
             self.mean.baddbmm_(each[:, None, layer], maps.view(b, -1, n * n))
-        self.mean = self.mean.view(b, n, n).float()
+        self.mean = self.mean.view(b, n, n).float() / k  # divided last: in half precision, small maps would underflow
         return weights
 
     def cross(self) -> Tensor:
@@ -200,7 +200,7 @@ class Recomputed:
 
     def weigh(self) -> Tensor:
         """After the last block: weights f32[b,k]."""
-        weights = self.fusion(torch.stack(self.pooled, dim=1)).float()
+        weights = self.fusion(torch.stack(self.pooled, dim=1))
         self.each = by_layer_and_head(weights / weights.shape[1], self.fusion.layers)
         return weights
 
