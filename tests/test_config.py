@@ -113,10 +113,10 @@ def test_any_key_that_is_missing_or_misspelt_is_found_before_work(leaf: tuple[st
 
 def test_a_section_for_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
     values = copy.deepcopy(SCENES)
-    values["train"]["weaktr"] = {}
+    values["train"]["nobody"] = {}
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(values), "utf-8")
-    assert any("train has weaktr" in problem for problem in check.problems(path))
+    assert any("train has nobody" in problem for problem in check.problems(path))
 
 
 def test_a_missing_file_and_broken_yaml_are_told(tmp_path: Path) -> None:
