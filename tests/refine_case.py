@@ -20,7 +20,8 @@ CRF = {
     "iterations": 3, "gaussian_sxy": 3, "gaussian_compat": 3, "bilateral_sxy": 20,
     "bilateral_srgb": 5, "bilateral_compat": 10,
 }  # fmt: skip
-OPTIONS = {"crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}}
+PAR = {"scale": 0.5, "planes": "softmax", "dilations": [1, 2, 4], "iterations": 3, "w1": 0.3, "w2": 0.01}
+OPTIONS = {"crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR}
 STORAGE = {"images_per_part": 2, "compression": "gzip"}
 
 # id, (h, w), split, tags; the names and sizes that break things

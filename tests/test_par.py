@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.imaging import par
+from pipeline.core.config import ParamsError, parse
+from pipeline.core.contracts import ImageMaps
+from pipeline.core.labels import IGNORE
+from pipeline.imaging import par, planes
+from pipeline.refiners.par import Params, Refiner
 from tests.shared_data import golden
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -65,3 +69,26 @@ def test_labels_stop_at_edges_of_colour() -> None:
     rough[..., 13:] = 1  # leaks over the edge by three pixels
     found = par.pixel_adaptive_refine(image, rough, dilations=(1, 2, 4), iterations=20)[0, 0]
     assert found[:, :16].max() < 0.5 < found[:, 16:].min()
+
+
+def test_the_refiner_makes_the_authors_pseudo_labels() -> None:
+    file = golden("afa_affinity")
+    settings = {"scale": 0.5, "planes": "softmax", "dilations": list(DILATIONS), "iterations": 10, "w1": 0.3, "w2": 0.01}
+    refiner = Refiner(parse(Params, settings, "refine.afa.options"), {})
+    for index, image in enumerate(file["images_u8"]):
+        classes = np.flatnonzero(file["cls_labels"][index])
+        maps = ImageMaps(classes, file["cams_grid"][index][classes], image.shape[:2])
+        low, high = (planes.labels_of(refiner(image, maps, float(file[f"bkg_{name}"])), classes) for name in ("low", "high"))
+        top, left, bottom, right = file["img_box_y0y1x0x1"][index][[0, 2, 1, 3]]
+        found = np.full(image.shape[:2], IGNORE, np.uint8)
+        found[top:bottom, left:right] = planes.trinary_labels(low, high)[top:bottom, left:right]
+        assert (found == file["label_pseudo_par"][index]).mean() >= 0.998
+
+
+def test_no_dilation_is_refused() -> None:
+    with pytest.raises(ParamsError, match="at least one distance"):
+        parse(
+            Params,
+            {"scale": 1.0, "planes": "share", "dilations": [], "iterations": 1, "w1": 0.3, "w2": 0.01},
+            "refine.cam.options",
+        )

@@ -66,7 +66,7 @@ def test_the_state_has_the_same_bytes_twice_and_belongs_to_its_refiner(tmp_path:
         refine.read_state(tmp_path / "a", "none")
 
 
-@pytest.mark.parametrize("name", ["none", "crf"])
+@pytest.mark.parametrize("name", ["none", "crf", "par"])
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_only_classes_of_the_image_ever_appear(name: str, data: st.DataObject) -> None:
