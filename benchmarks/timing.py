@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -12,6 +17,10 @@ from PIL import Image
 SIZE = (375, 500)
 CLASSES = 20
 RNG_SEED = 0
+
+
+PROJECT = Path(__file__).resolve().parents[1]
+ROUNDS = 2  # of both variants in turn: a machine that slows down for a while slows both
 
 
 @dataclass(frozen=True)
@@ -75,3 +84,24 @@ def best_of(function: Callable[[], object], repeats: int = 3) -> float:
         function()
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+def pair(module: str, ours: str, reference: str, what: str, amount: float, unit: str, name: str) -> list[Timing | Memory]:
+    """Both variants in turn, the best time and the peak memory of each."""
+    found: dict[str, list[dict[str, float]]] = {ours: [], reference: []}
+    for _ in range(ROUNDS):
+        for variant in (ours, reference):
+            command = [sys.executable, "-m", module, variant]
+            done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+            found[variant].append(json.loads(done.stdout))
+    seconds = [min(one["seconds"] for one in found[variant]) for variant in (ours, reference)]
+    memory = [min(one["mib"] for one in found[variant]) for variant in (ours, reference)]
+    return [Timing(what, unit, amount, seconds[0], seconds[1], name), Memory(what, memory[0], memory[1], name)]
+
+
+def measure(run: Callable[[], object]) -> str:
+    """JSON of the best run's seconds, and the MiB that runs need beyond what stands before the first."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = best_of(run, 4)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return json.dumps({"seconds": seconds, "mib": (peak - before) / 1024})

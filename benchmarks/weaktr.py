@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Memory, Timing, best_of, photograph
+from benchmarks.timing import Memory, Timing, measure, pair, photograph
 from pipeline.core import plugins
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
@@ -28,11 +24,10 @@ from pipeline.nn.vit import fusion
 from pipeline.steps import extract
 from pipeline.training.settings import Schedule
 
-PROJECT = Path(__file__).resolve().parents[1]
+NAME = "benchmarks.weaktr"
 CLASSES, BATCH, SIZE = 20, 32, 224
 PHOTOGRAPH = (375, 500)
 HEADS, LAYERS, WIDTH = 3, 12, 64  # DeiT-Tiny
-ROUNDS = 2  # of both variants in turn: a machine that slows down for a while slows both
 
 
 def method(name: str) -> Any:
@@ -128,27 +123,14 @@ VARIANTS: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 
-def pair(ours: str, reference: str, what: str, amount: float, unit: str, name: str) -> list[Timing | Memory]:
-    """Both variants in turn, the best time and the peak memory of each."""
-    found: dict[str, list[dict[str, float]]] = {ours: [], reference: []}
-    for _ in range(ROUNDS):
-        for variant in (ours, reference):
-            command = [sys.executable, "-m", "benchmarks.weaktr", variant]
-            done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
-            found[variant].append(json.loads(done.stdout))
-    seconds = [min(one["seconds"] for one in found[variant]) for variant in (ours, reference)]
-    memory = [min(one["mib"] for one in found[variant]) for variant in (ours, reference)]
-    return [Timing(what, unit, amount, seconds[0], seconds[1], name), Memory(what, memory[0], memory[1], name)]
-
-
 def training(folder: Path) -> list[Timing | Memory]:
     del folder
-    return pair("train-weaktr", "train-cam", "WeakTr training step, 32 × 224 px", BATCH, "images", "plain classifier")
+    return pair(NAME, "train-weaktr", "train-cam", "WeakTr training step, 32 × 224 px", BATCH, "images", "plain classifier")
 
 
 def score_maps(folder: Path) -> list[Timing | Memory]:
     del folder
-    return pair("maps-weaktr", "maps-cam", "WeakTr score maps, 375×500, 4 views", 2, "images", "plain CAM")
+    return pair(NAME, "maps-weaktr", "maps-cam", "WeakTr score maps, 375×500, 4 views", 2, "images", "plain CAM")
 
 
 def fused(folder: Path) -> list[Timing | Memory]:
@@ -157,19 +139,15 @@ def fused(folder: Path) -> list[Timing | Memory]:
     torch.set_num_threads(1)
     for mine, plain in zip(fusion_of("lean")(), fusion_of("direct")(), strict=True):  # type: ignore[call-overload]
         torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-3)
-    return pair("fusion-lean", "fusion-direct", "fusion alone, training", BATCH, "images", "stack, clone, weigh twice")
+    return pair(NAME, "fusion-lean", "fusion-direct", "fusion alone, training", BATCH, "images", "stack, clone, weigh twice")
 
 
 @click.command()
 @click.argument("variant", type=click.Choice(list(VARIANTS)))
 def main(variant: str) -> None:
-    """Measures one VARIANT: seconds of its best run, and MiB that it needs beyond what stands before the first."""
+    """Measures one VARIANT."""
     torch.set_num_threads(1)
-    run = VARIANTS[variant]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = best_of(run, 4)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    click.echo(json.dumps({"seconds": seconds, "mib": (peak - before) / 1024}))
+    click.echo(measure(VARIANTS[variant]()))
 
 
 if __name__ == "__main__":
