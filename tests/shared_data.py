@@ -32,5 +32,8 @@ def golden_weights(keys: Sequence[str], shapes: Sequence[str], seed: int) -> dic
     for position, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
         size = () if shape == "scalar" else tuple(int(side) for side in shape.split("x"))
         drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed * 100003 + position))
+        if str(key).endswith("running_var"):
+            made[str(key)] = 1 + 0.1 * drawn.abs()
+            continue
         made[str(key)] = (1 if re.search(r"(norm|bn)[^.]*\.weight$", key) else 0) + 0.05 * drawn
     return made

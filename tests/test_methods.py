@@ -24,8 +24,8 @@ from tests.shared_data import shared
 from tests.toys import SCRATCH, toy_params
 
 LABELS = LabelSpace(("disc", "square", "star"))
-ARCHITECTURES = {"vit": ["scenes_vit", "deit_tiny_patch16_224"], "resnet": ["resnet18"]}
-REFUSED = {("weaktr", "resnet")}  # class tokens need a ViT
+ARCHITECTURES = {"vit": ["scenes_vit", "deit_tiny_patch16_224"], "resnet": ["resnet18"], "mit": ["mit_b0"]}
+REFUSED = {("weaktr", "resnet"), ("weaktr", "mit")}  # class tokens need a ViT
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 BACKBONES = [(name, architecture) for name, found in ARCHITECTURES.items() for architecture in found]
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
