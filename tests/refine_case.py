@@ -20,8 +20,10 @@ CRF = {
     "iterations": 3, "gaussian_sxy": 3, "gaussian_compat": 3, "bilateral_sxy": 20,
     "bilateral_srgb": 5, "bilateral_compat": 10,
 }  # fmt: skip
-PAR = {"scale": 0.5, "planes": "softmax", "dilations": [1, 2, 4], "iterations": 3, "w1": 0.3, "w2": 0.01}
-OPTIONS = {"crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR}
+SETTINGS = {"scale": 0.5, "dilations": [1, 2, 4], "iterations": 3, "w1": 0.3, "w2": 0.01}
+PAR = {"planes": "softmax", "par": SETTINGS}
+WALK = {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.01, "par": SETTINGS}
+OPTIONS = {"crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR, "walk": WALK}
 STORAGE = {"images_per_part": 2, "compression": "gzip"}
 
 # id, (h, w), split, tags; the names and sizes that break things
@@ -34,6 +36,18 @@ IMAGES: list[tuple[str, tuple[int, int], str, tuple[int, ...] | None]] = [
     ("untagged", (12, 12), "train", None),
     ("val", (12, 12), "val", (1,)),
 ]
+
+
+def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+    """Cells of the affinity, at stride 8."""
+    return -(-size[0] // 8), -(-size[1] // 8)
+
+
+def affinity_of(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """f16[n,n], symmetric, in 0..1."""
+    rows, columns = grid_of(size)
+    half = rng.random((rows * columns, rows * columns))
+    return ((half + half.T) / 2).astype(np.float16)
 
 
 def scores_of(rng: np.random.Generator, k: int, size: tuple[int, int]) -> np.ndarray:
@@ -61,7 +75,8 @@ def build(root: Path, **changes: Any) -> None:
             "classes": classes,
             "scores": scores_of(rng, len(classes), size),
             "tag_logits": np.zeros(len(LABELS), np.float32),
-            "affinity": np.zeros((0, 0), np.float16),
+            "affinity": affinity_of(rng, size),
+            "grid": np.array(grid_of(size), np.uint16),
         }
         maps.append((image_id, fields))
     records.write(root / "records.h5", records.Records(LABELS, tuple(found), ()))

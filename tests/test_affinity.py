@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.core.config import parse
+from pipeline.core.contracts import ImageMaps
 from pipeline.core.labels import IGNORE
 from pipeline.imaging.affinity import affinity_labels, affinity_loss, propagate
+from pipeline.imaging.par import ParSettings, refine_image
+from pipeline.imaging.planes import trinary_labels
+from pipeline.refiners.walk import Params, Refiner
 from tests.shared_data import golden
 
 
@@ -102,3 +108,43 @@ def test_a_batch_of_one_label_or_none_at_all_has_a_finite_loss() -> None:
 def test_an_affinity_of_another_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="allowed is n = 6"):
         propagate(torch.rand(1, 1, 2, 3), torch.rand(1, 5, 5), radius=1, power=2, eps=0.1)
+
+
+def test_spread_planes_become_the_authors_labels_after_pixel_adaptive_refinement() -> None:
+    file = golden("afa_affinity")
+    par = ParSettings(0.5, (1, 2, 4, 8, 12, 24), 10, 0.3, 0.01)
+    for index, image in enumerate(file["images_u8"]):
+        top, bottom, left, right = file["img_box_y0y1x0x1"][index]
+        box = (slice(top, bottom), slice(left, right))
+        labels, values = {}, np.concatenate([[0], np.flatnonzero(file["cls_labels"][index]) + 1]).astype(np.uint8)
+        for level in ("low", "high"):
+            spread = torch.from_numpy(file[f"propagated_{level}"][index][values])
+            full = F.interpolate(spread[None], image.shape[:2], mode="bilinear", align_corners=False)[0]
+            refined = torch.zeros_like(full)
+            refined[:, *box] = refine_image(image[box], full[:, *box], par)
+            wanted = file[f"refined_aff_cam_{level}_ds8"][index][values]
+            np.testing.assert_allclose(refined[:, ::8, ::8].numpy(), wanted, atol=5e-5, rtol=0)
+            labels[level] = values[refined.numpy().argmax(axis=0)]
+        found = np.full(image.shape[:2], IGNORE, np.uint8)
+        found[box] = trinary_labels(labels["low"], labels["high"])[box]
+        assert (found == file["label_affinity_par"][index]).mean() >= 0.998
+
+
+def test_a_walk_without_affinity_says_what_to_set() -> None:
+    settings = {"planes": "share", "radius": 8, "power": 2.0, "eps": 0.1, "par": None}
+    refiner = Refiner(parse(Params, settings, "refine.cam.options"), {})
+    maps = ImageMaps(np.array([0]), np.ones((1, 2, 2), np.float32), (8, 8))
+    with pytest.raises(ValueError, match=r"keep_affinity to true in params\.yaml.*choose refiner par"):
+        refiner(np.zeros((8, 8, 3), np.uint8), maps, 0.5)
+
+
+def test_a_walk_carries_a_class_to_what_resembles_it() -> None:
+    affinity = np.full((16, 16), 1e-4, np.float32)
+    halves = np.arange(16) % 4 < 2  # left and right half of a grid of 4 × 4 cells
+    affinity[np.ix_(halves, halves)] = affinity[np.ix_(~halves, ~halves)] = 0.1
+    scores = np.zeros((1, 4, 4), np.float32)
+    scores[0, 1, 0] = 1.0  # one bright cell on the left
+    settings = {"planes": "share", "radius": 8, "power": 2.0, "eps": 1e-6, "par": None}
+    refiner = Refiner(parse(Params, settings, "refine.weaktr.options"), {})
+    found = refiner(np.zeros((16, 16, 3), np.uint8), ImageMaps(np.array([0]), scores, (16, 16), affinity, (4, 4)), 0.05)[1]
+    assert found[:, :6].min() > 10 * found[:, 10:].max()

@@ -41,7 +41,7 @@ def build(root: Path, *, with_truth: int = 8) -> tuple[evaluate.Inputs, Records]
         scores = rng.random((len(classes), 16, 16)).astype(np.float16)
         items["scoremaps"].append(
             (image_id, {"classes": np.array(classes, np.uint16), "scores": scores, "tag_logits": np.zeros(2, np.float32),
-                        "affinity": np.zeros((0, 0), np.float16)})
+                        "affinity": np.zeros((0, 0), np.float16), "grid": np.zeros(2, np.uint16)})
         )  # fmt: skip
         label = np.where(rng.random((64, 64)) < 0.8, mask, 0).astype(np.uint8)
         sure = np.full((64, 64), 200, np.uint8)

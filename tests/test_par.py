@@ -73,7 +73,8 @@ def test_labels_stop_at_edges_of_colour() -> None:
 
 def test_the_refiner_makes_the_authors_pseudo_labels() -> None:
     file = golden("afa_affinity")
-    settings = {"scale": 0.5, "planes": "softmax", "dilations": list(DILATIONS), "iterations": 10, "w1": 0.3, "w2": 0.01}
+    par_settings = {"scale": 0.5, "dilations": list(DILATIONS), "iterations": 10, "w1": 0.3, "w2": 0.01}
+    settings = {"planes": "softmax", "par": par_settings}
     refiner = Refiner(parse(Params, settings, "refine.afa.options"), {})
     for index, image in enumerate(file["images_u8"]):
         classes = np.flatnonzero(file["cls_labels"][index])
@@ -86,9 +87,6 @@ def test_the_refiner_makes_the_authors_pseudo_labels() -> None:
 
 
 def test_no_dilation_is_refused() -> None:
+    par_settings = {"scale": 1.0, "dilations": [], "iterations": 1, "w1": 0.3, "w2": 0.01}
     with pytest.raises(ParamsError, match="at least one distance"):
-        parse(
-            Params,
-            {"scale": 1.0, "planes": "share", "dilations": [], "iterations": 1, "w1": 0.3, "w2": 0.01},
-            "refine.cam.options",
-        )
+        parse(Params, {"planes": "share", "par": par_settings}, "refine.cam.options")

@@ -66,7 +66,7 @@ def test_the_state_has_the_same_bytes_twice_and_belongs_to_its_refiner(tmp_path:
         refine.read_state(tmp_path / "a", "none")
 
 
-@pytest.mark.parametrize("name", ["none", "crf", "par"])
+@pytest.mark.parametrize("name", ["none", "crf", "par", "walk"])
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_only_classes_of_the_image_ever_appear(name: str, data: st.DataObject) -> None:
@@ -74,7 +74,7 @@ def test_only_classes_of_the_image_ever_appear(name: str, data: st.DataObject) -
     size = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     scores = rng.random((len(classes), -(-size[0] // 4), -(-size[1] // 4)), np.float32)
-    maps = ImageMaps(classes, scores, size)
+    maps = ImageMaps(classes, scores, size, case.affinity_of(rng, size).astype(np.float32), case.grid_of(size))
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     found = refiner_of(name)(image, maps, data.draw(st.floats(0.02, 0.98)))
     assert found.shape == (len(classes) + 1, *size)

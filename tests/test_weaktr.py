@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from pipeline.core import config
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
+from pipeline.core.records import ImageRecord
+from pipeline.core.sections import Extract
 from pipeline.methods.weaktr import Method, Options, Params
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import coco_ids, fusion
 from pipeline.nn.vit.class_tokens import ClassTokenVit
 from pipeline.segmenters.vit import Segmenter
+from pipeline.steps import extract
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights
@@ -147,6 +150,23 @@ def test_padding_takes_no_part_in_the_pooled_maps() -> None:
         method.head.bias.fill_(2.0)
     losses = method.losses(some_batch(padding=32), Clock(0, 0, 1))
     torch.testing.assert_close(losses["fine"], losses["coarse"])  # both means are 2 over what is no padding
+
+
+def test_the_affinity_is_the_symmetric_patch_attention_and_only_made_where_it_is_kept() -> None:
+    method, pictures = small().eval(), torch.rand(2, 3, 24, 32)
+    assert method.score_maps(pictures, Options()).affinity is None
+    found = method.score_maps(pictures, Options(), keep_affinity=True).affinity
+    attention = method.inspect(pictures)["patch_attention"]
+    assert found is not None and found.shape == (2, 12, 12)
+    torch.testing.assert_close(found, (attention + attention.transpose(1, 2)) / 2)
+
+
+def test_an_image_keeps_the_affinity_of_its_last_scale_with_its_grid() -> None:
+    settings = Extract((1.0, 1.5), None, True, "weaktr", 4, 8, 0.5, True, "fp32", 64, "gzip", 0, {})
+    record = ImageRecord("x", "", (32, 48), "train", (0, 2), b"")
+    found = extract.score([np.zeros((32, 48, 3), np.uint8)], [record], small().eval(), Options(), settings, "cpu")[0]
+    assert found["grid"].tolist() == [6, 9] and found["affinity"].shape == (54, 54)
+    np.testing.assert_array_equal(found["affinity"], found["affinity"].T)
 
 
 def test_half_precision_changes_maps_and_losses_but_little() -> None:

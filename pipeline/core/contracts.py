@@ -102,12 +102,14 @@ class ImageMaps:
     """Score maps of one image as refiners and evaluate read them.
 
     classes  i64[k] 0-based class positions, ascending; scores f32[k,gh,gw] in 0..1; size (h, w) px of the image
+    affinity f32[n,n] of all pairs of cells of `grid` (rows, columns), or None where the method kept none
     """
 
     classes: np.ndarray
     scores: np.ndarray
     size: tuple[int, int]
     affinity: np.ndarray | None = None
+    grid: tuple[int, int] = (0, 0)
 
 
 class Trainable(Protocol):
@@ -131,7 +133,9 @@ class Method(Trainable, Protocol):
 
     def __init__(self, labels: LabelSpace, params: Any, family: Any) -> None: ...
 
-    def score_maps(self, images: Tensor, options: Any) -> ScoreMaps: ...
+    def score_maps(self, images: Tensor, options: Any, *, keep_affinity: bool = False) -> ScoreMaps:
+        """The affinity is only asked for where it is kept."""
+        ...
 
     def inspect(self, images: Tensor) -> dict[str, Tensor]:
         """Inner tensors by name. The report draws those of shape f32[b,c,gh,gw] as maps of each image's first class, and

@@ -52,6 +52,7 @@ class Extract:
     merge       how views become one map: rule of imaging.scoremaps.merge_views
     stride      px of the image per score-map cell
     tag_threshold  on val, classes whose sigmoid(tag_logits) reaches it are kept
+    keep_affinity  whether the method's affinity of the last of `scales` is kept, n² values an image, for refiner walk
     inspect     number of training images whose inner maps the report shows
     """
 

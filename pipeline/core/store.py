@@ -48,15 +48,17 @@ class Schema:
     fields: Mapping[str, Field]
 
 
-# scores of the present classes only, in 0..1 at stride 4; affinity is [0,0] where the method keeps none
+# scores of the present classes only, in 0..1 at stride 4; affinity, of all pairs of cells of `grid` (rows, columns), is [0,0]
+# and grid (0, 0) where none is kept
 SCORE_MAPS = Schema(
     "score_maps",
-    1,
+    2,
     {
         "classes": Field("<u2", ("k",)),
         "scores": Field("<f2", ("k", "gh", "gw")),
         "tag_logits": Field("<f4", ("c",)),
         "affinity": Field("<f2", ("n", "n")),
+        "grid": Field("<u2", ("2",)),
     },
 )
 # label holds mask values without 255; confidence is its probability / disagree is 1 where two thresholds differ

@@ -7,14 +7,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.core.config import AboveZero, Positive, Range
+
 AROUND = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 SMALLEST = 1e-8
 TILE = 512  # px: larger images are refined in squares, each with a rim as wide as colours can travel
+
+
+@dataclass(frozen=True)
+class ParSettings:
+    """scale        the image is refined at this share of its size, and the planes enlarged again (AFA: 0.5)
+    dilations    px at that size: distances of the neighbours
+    iterations   AFA: 10 on VOC, 15 on COCO
+    w1, w2       width of the colour term, weight of the distance term
+    """
+
+    scale: Annotated[float, Range(low=0.1, high=1)]
+    dilations: tuple[Positive, ...]
+    iterations: Positive
+    w1: AboveZero
+    w2: AboveZero
+
+    def __post_init__(self) -> None:
+        if not self.dilations:
+            raise ValueError("dilations: got [], allowed is at least one distance in px")
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) px at which an image of `size` is refined."""
+        return max(1, int(size[0] * self.scale)), max(1, int(size[1] * self.scale))
+
+
+def refine_image(image: np.ndarray, planes: Tensor, settings: ParSettings) -> Tensor:
+    """u8[h,w,3] and f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
+    h, w = image.shape[:2]
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
+    small = F.interpolate(pixels, settings.size((h, w)), mode="bilinear", align_corners=False)
+    refined = pixel_adaptive_refine(
+        small, planes[None], dilations=settings.dilations, iterations=settings.iterations, w1=settings.w1, w2=settings.w2
+    )
+    return F.interpolate(refined, (h, w), mode="bilinear", align_corners=False)[0]
 
 
 @torch.no_grad()

@@ -78,9 +78,9 @@ class Method(nn.Module):
         return {"classification": F.multilabel_soft_margin_loss(self._pooled(maps, seen), batch.tags)}
 
     @torch.no_grad()
-    def score_maps(self, images: Tensor, options: Options) -> ScoreMaps:
+    def score_maps(self, images: Tensor, options: Options, *, keep_affinity: bool = False) -> ScoreMaps:
         """CAM_c = ReLU(w_c · f) (Zhou et al. 2016, eq. 2, with the ReLU of PSA). Shapes as in contracts.ScoreMaps."""
-        del options
+        del options, keep_affinity  # it has none
         maps = self._class_map(images).float()
         return ScoreMaps(maps.relu(), None, self._pooled(maps, None))
 

@@ -196,17 +196,23 @@ class Method(nn.Module):
         return {name: F.multilabel_soft_margin_loss(value.float(), batch.tags) for name, value in logits.items()}
 
     @torch.no_grad()
-    def score_maps(self, images: Tensor, options: Options) -> ScoreMaps:
-        """The fine CAM. Shapes as in contracts.ScoreMaps; tag logits are the mean of those of class tokens and coarse CAM."""
+    def score_maps(self, images: Tensor, options: Options, *, keep_affinity: bool = False) -> ScoreMaps:
+        """The fine CAM. Shapes as in contracts.ScoreMaps; tag logits are the mean of those of class tokens and coarse CAM; the
+        affinity is the fused patch attention, made symmetric."""
         del options
         patches = images.shape[-2] * images.shape[-1] // self.stride**2
         each = fuse.bytes_of_maps(self.adaptive_attention_fusion, self.backbone.prefix + patches)
         together = max(1, fuse.TOGETHER_BYTES // each)
-        parts = [self._watched(images[at : at + together], patches)[0] for at in range(0, len(images), together)]
-        fine, coarse, classes = (
-            torch.cat([part[name] for part in parts]) for name in ("fine", "coarse_logits", "cls_logits")
-        )
-        return ScoreMaps(fine, None, (coarse + classes) / 2)
+        found: dict[str, list[Tensor]] = {"fine": [], "coarse_logits": [], "cls_logits": [], "affinity": []}
+        for at in range(0, len(images), together):
+            part, watch = self._watched(images[at : at + together], patches)
+            if keep_affinity:
+                attention = self._patch_attention(watch, len(part["fine"]), patches)
+                part["affinity"] = (attention + attention.transpose(1, 2)) / 2
+            for name, parts in found.items():
+                parts += [part[name]] if name in part else []
+        logits = (torch.cat(found["coarse_logits"]) + torch.cat(found["cls_logits"])) / 2
+        return ScoreMaps(torch.cat(found["fine"]), torch.cat(found["affinity"]) if keep_affinity else None, logits)
 
     @torch.no_grad()
     def inspect(self, images: Tensor) -> dict[str, Tensor]:
@@ -214,10 +220,14 @@ class Method(nn.Module):
         cls_logits, coarse_logits, fine_logits; fusion_weights f32[b,layers,heads]; patch_attention f32[b,p,p]."""
         patches = images.shape[-2] * images.shape[-1] // self.stride**2
         found, watch = self._watched(images, patches)
-        identity = torch.eye(patches, device=images.device).expand(len(images), -1, -1)
-        with full_precision(images):
-            attention = watch.spread(identity).transpose(1, 2)
+        attention = self._patch_attention(watch, len(images), patches)
         return found | {"fine_logits": found["fine"].mean(dim=(2, 3)), "patch_attention": attention}
+
+    def _patch_attention(self, watch: fuse.Kept | fuse.Recomputed, images: int, patches: int) -> Tensor:
+        """f32[b,p,p]: row p holds what patch p looks at."""
+        identity = torch.eye(patches, device=self.head.weight.device).expand(images, -1, -1)
+        with full_precision(identity):
+            return watch.spread(identity).transpose(1, 2)
 
     def _watched(self, images: Tensor, patches: int) -> tuple[dict[str, Tensor], fuse.Kept | fuse.Recomputed]:
         b, grid = len(images), (images.shape[-2] // self.stride, images.shape[-1] // self.stride)

@@ -123,7 +123,8 @@ def score(
             batch = torch.cat([batch, batch.flip(-1)])
         dtype = PRECISIONS[settings.precision]
         with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
-            maps.append(method.score_maps(batch, options))
+            last = len(maps) + 1 == len(settings.scales)
+            maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
     logits = torch.stack([_views(found.tag_logits, len(images)) for found in maps]).mean(dim=(0, 2))  # [b,c]
     return [_one(row, record, maps, logits[row], grid, settings, len(images)) for row, record in enumerate(records)]
 
@@ -160,4 +161,5 @@ def _one(
         "affinity": np.zeros((0, 0), np.float16)
         if affinity is None
         else _views(affinity, images)[row][0].cpu().numpy().astype(np.float16),
+        "grid": np.array((0, 0) if affinity is None else maps[-1].scores.shape[-2:], np.uint16),
     }

@@ -41,8 +41,11 @@ class Job:
 def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     """One image's score maps as refiners read them."""
     found = scores[record.id]
-    affinity = found["affinity"] if found["affinity"].size else None
-    return ImageMaps(found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity)
+    affinity = found["affinity"].astype(np.float32) if found["affinity"].size else None
+    rows, columns = (int(side) for side in found["grid"])
+    return ImageMaps(
+        found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity, (rows, columns)
+    )
 
 
 def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageRecord], root: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,75 @@
+"""One step along the method's own affinity, then perhaps pixel-adaptive refinement (AFA, section 3, steps 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline.core.config import AboveZero, Count
+from pipeline.core.contracts import ImageMaps
+from pipeline.imaging import planes, threshold
+from pipeline.imaging.affinity import propagate
+from pipeline.imaging.par import ParSettings, refine_image
+
+
+@dataclass(frozen=True)
+class FitParams:
+    """fit_refiner.<m>."""
+
+    background: threshold.Background
+
+
+@dataclass(frozen=True)
+class Params:
+    """refine.<m>.options.
+
+    planes  softmax: probabilities are the softmax of [level, scores] (AFA, which flattens them); share: their shares of the sum
+    radius  cells of the affinity's grid that one step reaches (AFA: 8)
+    power   of the affinity; higher keeps to the most alike (AFA: 2)
+    eps     added to each cell's sum of affinities: cells that resemble nothing fade. AFA has 0.1 for its sigmoid affinities; those of
+            attention, whose rows sum to 1 over all cells, need about 1e-6
+    par     null, or the pixel-adaptive refinement that follows
+    """
+
+    planes: Literal["softmax", "share"]
+    radius: Count
+    power: AboveZero
+    eps: AboveZero
+    par: ParSettings | None
+
+
+def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+    """The background level; the walk itself has nothing to fit."""
+    del images
+    return threshold.fit(params.background, maps)
+
+
+class Refiner:
+    def __init__(self, params: Params, state: Mapping[str, np.ndarray]) -> None:
+        del state
+        torch.set_num_threads(1)  # images share the cores
+        self.params = params
+
+    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+        """f32[k+1,h,w] that sums to 1, plane 0 background. ValueError where the score maps have no affinity."""
+        if maps.affinity is None:
+            raise ValueError(
+                "refiner walk needs an affinity and the score maps have none: set extract.<m>.keep_affinity to true in params.yaml "
+                "(weaktr has an affinity, cam has none), or choose refiner par"
+            )
+        full = torch.from_numpy(planes.with_background(maps.scores, level))[None]
+        grid = F.interpolate(full, maps.grid, mode="bilinear", align_corners=False)
+        shares = grid.softmax(dim=1) if self.params.planes == "softmax" else grid / grid.sum(dim=1, keepdim=True)
+        affinity = torch.from_numpy(maps.affinity)[None]
+        spread = propagate(shares, affinity, radius=self.params.radius, power=self.params.power, eps=self.params.eps)
+        refined = F.interpolate(spread, maps.size, mode="bilinear", align_corners=False)[0]
+        if self.params.par is not None:
+            refined = refine_image(image, refined, self.params.par)
+        total = refined.sum(dim=0)
+        refined[0][total <= 0] = 1  # resembles nothing at all: background
+        return (refined / refined.sum(dim=0)).numpy()
