@@ -233,7 +233,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def save(path: Path, model: Segmenter, labels: LabelSpace) -> None:
-    augment = {"size": 32, "scale_min": 1.0, "scale_max": 1.0, "flip": 0.0, "jitter": 0.0}
+    augment = {"size": 32, "scale_min": 1.0, "scale_max": 1.0, "area_min": None, "flip": 0.0, "jitter": 0.0}
+    augment |= {"rand_augment": None, "erase": 0.0}
     section = {
         "seed": 0, "precision": "fp32", "augment": augment, "schedule": dataclasses.asdict(SCHEDULE), "model": MODEL,
     }  # fmt: skip
