@@ -12,6 +12,7 @@ The weights of the mean depend on all layers, so they are known only after the l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 KEPT_BYTES = 2**29  # the most that the maps of one image may take; those of larger images are recomputed
 TOGETHER_BYTES = 2**26  # images share a batch up to here: larger batches run no faster
-CACHE_BYTES = 2**21  # of maps that Sketch makes at a time: what stays in the processor's cache is cheap
+CACHE_BYTES = 2**21  # of maps that are made at a time on a CPU: what stays in its cache is cheap
 ROWS = 256  # rows of a map that Recomputed makes at a time
 
 
@@ -75,6 +76,12 @@ def _branch(attention: Any, mixed: Tensor) -> Tensor:
     return attention.proj_drop(attention.proj(attention.norm(mixed.transpose(1, 2).reshape(b, n, -1))))
 
 
+def _in_cache(maps: int, n: int, like: Tensor) -> Iterator[slice]:
+    """Slices of so many maps of n² values each as stay in a processor's cache; all of them on a GPU."""
+    together = maps if like.is_cuda else max(1, CACHE_BYTES // (4 * n * n))
+    return (slice(at, at + together) for at in range(0, maps, together))
+
+
 def _maps(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     """Scaled queries [m,rows,width], keys [m,n,width], bias [n] → attention [m,rows,n]."""
     logits = queries @ keys.transpose(1, 2)
@@ -106,9 +113,7 @@ class Sketch:
     def keep(self, layer: int, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
         """What the pooled maps need of one layer's maps: scaled queries and keys [b,heads,n,width]."""
         (b, patches), (heads, n) = self.share.shape, queries.shape[1:3]
-        together = max(1, CACHE_BYTES // (4 * n * n))
-        for at in range(0, b, together):
-            some = slice(at, at + together)
+        for some in _in_cache(b, n, queries):
             share = self.share[some, None].to(queries.dtype)
             for head in range(heads):
                 rows = _maps(queries[some, head], keys[some, head], bias)
@@ -142,19 +147,25 @@ class Kept:
     def __init__(self, fusion: AttentionFusion, classes: int, patches: int, room: Room) -> None:
         self.fusion, self.classes, self.patches, self.room = fusion, classes, patches, room
         self.pooled: list[Tensor] = []
-        self.maps = self.mean = torch.empty(0)  # [layers, b*heads, n, n]; [b,n,n]
+        self.maps = self.mean = torch.empty(0)  # [b,layers,heads,n,n]; [b,n,n]
 
     def attend(self, layer: int, attention: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """As class_tokens.Watch."""
-        queries, keys, values = (part.flatten(0, 1) for part in _projected(attention, tokens))
-        b, n, _ = tokens.shape
+        queries, keys, values = _projected(attention, tokens)
+        b, heads, n, _ = queries.shape
         if layer == 0:
-            self.maps = self.room.take(self.fusion.layers * len(queries) * n * n, queries).view(-1, len(queries), n, n)
-        torch.bmm(queries * attention.scale, keys.transpose(1, 2), out=self.maps[layer])
-        if bias is not None:
-            self.maps[layer].add_(bias)
-        torch.softmax(self.maps[layer], dim=-1, out=self.maps[layer])
-        branch = _branch(attention, torch.bmm(self.maps[layer], values).view(b, -1, n, values.shape[-1]))
+            room = self.room.take(b * self.fusion.layers * heads * n * n, queries)
+            self.maps = room.view(b, self.fusion.layers, heads, n, n)
+        queries, mixed = queries * attention.scale, torch.empty_like(values, memory_format=torch.contiguous_format)
+        for image in range(b):
+            for some in _in_cache(heads, n, queries):
+                maps = self.maps[image, layer, some]
+                torch.bmm(queries[image, some], keys[image, some].transpose(1, 2), out=maps)
+                if bias is not None:
+                    maps.add_(bias)
+                torch.softmax(maps, dim=-1, out=maps)
+                torch.bmm(maps, values[image, some], out=mixed[image, some])
+        branch = _branch(attention, mixed)
         self.pooled.append(self.fusion.pooled(branch))
         return branch
 
@@ -162,11 +173,9 @@ class Kept:
         """After the last block: weights f32[b,k]; the maps are fused and may be overwritten."""
         weights = self.fusion(torch.stack(self.pooled, dim=1))
         (b, k), n = weights.shape, self.maps.shape[-1]
-        each = by_layer_and_head(weights, self.fusion.layers).to(self.maps.dtype)
-        self.mean = torch.zeros(b, 1, n * n, dtype=self.maps.dtype, device=self.maps.device)
-        for layer, maps in enumerate(self.maps):
-            self.mean.baddbmm_(each[:, None, layer], maps.view(b, -1, n * n))
-        self.mean = self.mean.view(b, n, n).float() / k  # divided last: in half precision, small maps would underflow
+        each = by_layer_and_head(weights, self.fusion.layers).reshape(b, 1, k).to(self.maps.dtype)
+        # divided last: in half precision, small maps would underflow
+        self.mean = (each @ self.maps.view(b, k, n * n)).view(b, n, n).float() / k
         return weights
 
     def cross(self) -> Tensor:
