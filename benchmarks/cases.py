@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import affinity, weaktr
+from benchmarks import afa, affinity, weaktr
 from benchmarks.timing import CLASSES, SIZE, Memory, Timing, best_of, mask, photograph
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
@@ -173,5 +173,5 @@ def evaluate(folder: Path) -> list[Timing]:
 CASES: dict[str, Callable[[Path], list[Timing] | list[Timing | Memory]]] = {
     "prepare": prepare, "score_maps": score_maps, "crf": crf, "stores": stores, "evaluate": evaluate,
     "weaktr_training": weaktr.training, "weaktr_score_maps": weaktr.score_maps, "weaktr_fusion": weaktr.fused,
-    "par": affinity.par, "propagation": affinity.propagation,
+    "par": affinity.par, "propagation": affinity.propagation, "afa_training": afa.training,
 }  # fmt: skip

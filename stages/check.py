@@ -67,6 +67,8 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
         parsed(refiner.FitParams, "fit_refiner")
         if refine is not None:
             tried(lambda: config.parse(refiner.Params, refine.options, f"refine.{key}.options"))
+        if extraction is not None:
+            tried(lambda: _affinity_is_kept(refiner, extraction, key))
     export = parsed(sections.Export, "export")
     for name in export.formats if export is not None else ():
         tried(lambda name=name: plugins.load("exporters", name))
@@ -74,6 +76,14 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
     if segmentation is not None:
         tried(lambda: segment.crf_of(segmentation, key))
         tried(lambda: segment.options_of(column.segmenter, segmentation, key))
+
+
+def _affinity_is_kept(refiner: Any, extraction: sections.Extract, key: str) -> None:
+    if getattr(refiner, "NEEDS_AFFINITY", False) and not extraction.keep_affinity:
+        raise ParamsError(
+            f"extract.{key}.keep_affinity: got false, allowed is true, since refiner {refiner.__name__.split('.')[-1]} needs it "
+            "(edit params.yaml)"
+        )
 
 
 @click.command()

@@ -77,6 +77,7 @@ def build(root: Path, **changes: Any) -> None:
             "tag_logits": np.zeros(len(LABELS), np.float32),
             "affinity": affinity_of(rng, size),
             "grid": np.array(grid_of(size), np.uint16),
+            "decoded": np.zeros((0, 0), np.uint8),
         }
         maps.append((image_id, fields))
     records.write(root / "records.h5", records.Records(LABELS, tuple(found), ()))

@@ -91,11 +91,11 @@ def leaves(values: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [path]
 
 
-SCENES = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text("utf-8"))
+SCENES = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text("utf-8"))
 REPORTED = [
     leaf
     for leaf in leaves(SCENES)
-    if leaf[-1] not in ("options", "disagree_at", "crf", "clipping", "long_side", "short_side")
+    if leaf[-1] not in ("options", "disagree_at", "crf", "clipping", "long_side", "short_side", "energy")
 ]
 
 
@@ -109,6 +109,17 @@ def test_any_key_that_is_missing_or_misspelt_is_found_before_work(leaf: tuple[st
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(values), "utf-8")
     assert check.problems(path)
+
+
+def test_a_walk_without_an_affinity_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    values = copy.deepcopy(SCENES)
+    values["methods"]["afa"]["refiner"] = "walk"
+    values["refine"]["afa"]["options"] |= {"radius": 2, "power": 2.0, "eps": 0.1}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    assert check.problems(path) == [
+        "extract.afa.keep_affinity: got false, allowed is true, since refiner walk needs it (edit params.yaml)"
+    ]
 
 
 def test_a_section_for_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
 SETTINGS = Evaluate("background", 20, 3)
 
 
-def build(root: Path, *, with_truth: int = 8) -> tuple[evaluate.Inputs, Records]:
+def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[evaluate.Inputs, Records]:
     """Eight images (five train) and stores in which every stage has made some mistakes of its own."""
     found, items = [], {name: [] for name in ("truth", "scoremaps", "refined", "pseudo_masks", "predictions")}
     (root / "raw").mkdir(parents=True)
@@ -41,7 +41,8 @@ def build(root: Path, *, with_truth: int = 8) -> tuple[evaluate.Inputs, Records]
         scores = rng.random((len(classes), 16, 16)).astype(np.float16)
         items["scoremaps"].append(
             (image_id, {"classes": np.array(classes, np.uint16), "scores": scores, "tag_logits": np.zeros(2, np.float32),
-                        "affinity": np.zeros((0, 0), np.float16), "grid": np.zeros(2, np.uint16)})
+                        "affinity": np.zeros((0, 0), np.float16), "grid": np.zeros(2, np.uint16),
+                        "decoded": mask.copy() if decoder else np.zeros((0, 0), np.uint8)})
         )  # fmt: skip
         label = np.where(rng.random((64, 64)) < 0.8, mask, 0).astype(np.uint8)
         sure = np.full((64, 64), 200, np.uint8)
@@ -118,6 +119,26 @@ def test_without_truth_the_figures_that_need_none_are_given_and_said_to_be_such(
     found = evaluate.summary(tallied(inputs, read), inputs, read)
     assert found["truth"] is False and "no ground truth" in found["note"]
     assert "miou" not in found["stages"]["pseudo_masks"] and found["stages"]["pseudo_masks"]["coverage"] > 0
+
+
+def test_a_methods_own_decoder_has_a_row_for_each_split(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, decoder=True)
+    stages = evaluate.summary(tallied(inputs, read), inputs, read)["stages"]
+    assert stages["decoder"]["miou"] == stages["decoder_val"]["miou"] == 1.0  # the toy's decoder says the truth
+    assert (stages["decoder"]["split"], stages["decoder_val"]["split"]) == ("train", "val")
+    assert stages["decoder"]["confidence"] is None
+
+
+def test_a_stage_that_is_worse_than_the_one_before_is_told(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, decoder=True)
+    found = evaluate.summary(tallied(inputs, read), inputs, read)
+    lost = page.setbacks(found)
+    assert ("decoder_val", "predictions") in {(before, after) for before, after, _, _ in lost}
+    assert ("score_maps", "decoder") not in {(before, after) for before, after, _, _ in lost}
+    assert (
+        page.setbacks({"stages": {"score_maps": {"miou": 0.5}, "refined": {"miou": None}, "pseudo_masks": {"miou": 0.6}}})
+        == []
+    )
 
 
 def test_partial_truth_is_counted(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from tests.shared_data import shared
 from tests.toys import SCRATCH, toy_params
 
 LABELS = LabelSpace(("disc", "square", "star"))
-ARCHITECTURES = {"vit": ["scenes_vit", "deit_tiny_patch16_224"], "resnet": ["resnet18"], "mit": ["mit_b0"]}
-REFUSED = {("weaktr", "resnet"), ("weaktr", "mit")}  # class tokens need a ViT
+ARCHITECTURES = {"vit": ["scenes_vit", "deit_tiny_patch16_224"], "resnet": ["resnet18"], "mit": ["mit_b0", "scenes_mit"]}
+REFUSED = {("weaktr", "resnet"), ("weaktr", "mit"), ("afa", "resnet")}  # class tokens need a ViT, affinities attention
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 BACKBONES = [(name, architecture) for name, found in ARCHITECTURES.items() for architecture in found]
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
@@ -44,6 +44,12 @@ def built(method: str, backbone: str, architecture: str, **changes: Any) -> Any:
     return module.Method(LABELS, params, SCHEDULE, plugins.load("nn", backbone))
 
 
+def options_of(method: str) -> Any:
+    return config.parse(
+        plugins.load("methods", method).Options, toy_params(Path("raw"), [method])["extract"][method]["options"], "o"
+    )
+
+
 def batch(padding: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(0)
     valid = torch.ones(2, 64, 64, dtype=torch.bool)
@@ -56,7 +62,7 @@ def batch(padding: int = 0) -> Batch:
 @pytest.mark.parametrize(("backbone", "architecture"), BACKBONES)
 def test_every_method_fills_the_contract_on_every_backbone(method: str, backbone: str, architecture: str) -> None:
     if (method, backbone) in REFUSED:
-        with pytest.raises(ValueError, match=r"set methods\.<m>\.backbone to vit in params\.yaml"):
+        with pytest.raises(ValueError, match=r"set methods\.<m>\.backbone to (vit|mit or vit) in params\.yaml"):
             built(method, backbone, architecture)
         return
     one = built(method, backbone, architecture)
@@ -68,7 +74,7 @@ def test_every_method_fills_the_contract_on_every_backbone(method: str, backbone
     assert torch.isfinite(total) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     assert len({id(p) for p in trained}) == len(trained)
     one.eval()
-    options = plugins.load("methods", method).Options()
+    options = options_of(method)
     maps = one.score_maps(torch.rand(2, 3, 64, 96), options)
     assert maps.scores.shape == (2, 3, 64 // one.stride, 96 // one.stride) and maps.tag_logits.shape == (2, 3)
     assert (maps.scores >= 0).all()

@@ -64,9 +64,15 @@ def test_merged_maps_stay_in_0_to_1_and_mirror_with_the_image(
         torch.testing.assert_close(mirrored.flip(-1), merged, atol=1e-5, rtol=0)
 
 
+def test_probabilities_are_averaged_as_they_are() -> None:
+    views = [torch.tensor([[[[0.2, 0.4]]], [[[0.8, 0.0]]]]), torch.tensor([[[[0.6, 0.6]]], [[[0.6, 0.6]]]])]
+    expected = torch.tensor([[[(0.2 + 0.0 + 1.2) / 4, (0.4 + 0.8 + 1.2) / 4]]])
+    torch.testing.assert_close(merge_views(views, rule="mean", size=(1, 2)), expected)
+
+
 def test_an_unknown_merge_rule_is_an_error_that_names_the_allowed_ones() -> None:
     with pytest.raises(ValueError, match="irn, afa, weaktr"):
-        merge_views([torch.zeros(1, 1, 2, 2)], rule="mean", size=(2, 2))  # type: ignore[arg-type]
+        merge_views([torch.zeros(1, 1, 2, 2)], rule="median", size=(2, 2))  # type: ignore[arg-type]
 
 
 def test_trinary_labels_keep_what_the_high_level_sees_and_ignore_what_only_the_low_level_sees() -> None:

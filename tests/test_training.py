@@ -155,14 +155,14 @@ def test_an_image_that_changed_since_prepare_is_an_error(tmp_path: Path, root: P
 
 
 def test_the_learning_rate_rises_in_warm_up_and_falls_to_its_end() -> None:
-    for name in ("poly", "cosine", "one_cycle"):
+    for name in ("poly", "linear", "cosine", "one_cycle"):
         phase = Schedule(1, 4, 1, 0.1, 0.0, "adamw", name, 5, 0.0).phase("p")  # type: ignore[arg-type]
         factors = [optim.lr_factor(phase, step, 50) for step in range(50)]
         assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
         assert factors[-1] < 0.1 and max(factors) <= 1
 
 
-@pytest.mark.parametrize("name", ["poly", "cosine", "one_cycle"])
+@pytest.mark.parametrize("name", ["poly", "linear", "cosine", "one_cycle"])
 def test_the_learning_rate_ends_at_its_floor(name: str) -> None:
     phase = Schedule(1, 4, 1, 0.1, 0.0, "adamw", name, 0, 0.25).phase("p")  # type: ignore[arg-type]
     factors = [optim.lr_factor(phase, step, 50) for step in range(50)]

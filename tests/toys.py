@@ -54,8 +54,8 @@ def toy_folder(root: Path, *, train: int = 9, val: int = 3, side: int = 64, mask
 
 
 def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
-    """presets/scenes.yaml, cut down to toys: the same sections, a few steps, the columns of some methods only."""
-    values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
+    """presets/scenes-all.yaml, cut down to toys: the same sections, a few steps, the columns of some methods only."""
+    values = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
     values = copy.deepcopy(values)
     values["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
     for section in ("methods", "train", "extract", "fit_refiner", "refine", "export", "retrain", "segment"):

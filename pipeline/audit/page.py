@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from pipeline.core import store
 from pipeline.core.records import Records
 
 TEMPLATE = "page.html.jinja"
-STAGES = ("score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions")
+STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "score_maps_val", "decoder_val", "predictions")
 KINDS = ("worst", "random")
+CHAINS = (
+    ("score_maps", "decoder"),
+    ("score_maps", "refined", "pseudo_masks"),
+    ("score_maps_val", "decoder_val", "predictions"),
+)
 
 
 def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -70,10 +76,26 @@ def render(
         first=next(iter(found.values())),
         pictures=pictures,
         inner={method: inspected(inspection_folder / f"{method}.h5", records) for method in found},
-        stages=STAGES,
+        stages=shown_stages(found),
+        setbacks={method: setbacks(facts) for method, facts in found.items()},
         kinds=KINDS,
         height=strip_height,
     )
+
+
+def shown_stages(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Stages that at least one column has, in the order of the pipeline."""
+    return [stage for stage in STAGES if any(stage in facts["stages"] for facts in found.values())]
+
+
+def setbacks(facts: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
+    """Stages whose masks are worse than those they come from: (earlier stage, later stage, its mIoU, the later one's)."""
+    miou = {stage: one["miou"] for stage, one in facts["stages"].items() if one.get("miou") is not None}
+    found = []
+    for chain in CHAINS:
+        there = [stage for stage in chain if stage in miou]
+        found += [(a, b, miou[a], miou[b]) for a, b in pairwise(there) if miou[b] < miou[a]]
+    return found
 
 
 def inspected(path: Path, records: Records) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Phase:
     lr: float
     weight_decay: float
     optimiser: str  # "adamw" | "sgd"
-    schedule: str  # "poly" | "cosine" | "one_cycle"
+    schedule: str  # "poly" | "linear" | "cosine" | "one_cycle"
     warmup: int
     lr_floor: float = 0.0
     restart: tuple[str, ...] = ()
@@ -88,13 +88,15 @@ class ScoreMaps:
     """What a method says about a batch of equally sized views (tensors) or about one image (arrays, b dropped).
 
     scores      f32[b,c,gh,gw] evidence >= 0 per class; no background plane
-    affinity    f32[b,n,n] symmetric, or None
+    affinity    f32[b,n,n] symmetric, of the cells of the network's stride, or None
     tag_logits  f32[b,c] the network's own image-level opinion, before the sigmoid
+    decoded     f32[b,c+1,·,·] probabilities of the method's own decoder, plane 0 background; None where it has none
     """
 
     scores: Tensor
     affinity: Tensor | None
     tag_logits: Tensor
+    decoded: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class Segmenter(Trainable, Protocol):
 
 
 class Refiner(Protocol):
-    """Module-level names of pipeline/refiners/<name>.py: FitParams, Params (frozen dataclasses), Refiner, and
+    """Module-level names of pipeline/refiners/<name>.py: FitParams, Params (frozen dataclasses), Refiner, NEEDS_AFFINITY = True
+    where it reads maps.affinity, and
 
     fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]
         sees every train image once (no ground truth), images(i) being the photograph u8[h,w,3] of the i-th of `maps`;

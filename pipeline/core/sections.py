@@ -59,7 +59,7 @@ class Extract:
     scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
     long_side: Positive | None
     flip: bool
-    merge: Literal["irn", "afa", "weaktr"]
+    merge: Literal["irn", "afa", "weaktr", "mean"]
     stride: Annotated[int, Range(low=1, high=32)]
     views_per_batch: Positive
     tag_threshold: Share

@@ -49,16 +49,17 @@ class Schema:
 
 
 # scores of the present classes only, in 0..1 at stride 4; affinity, of all pairs of cells of `grid` (rows, columns), is [0,0]
-# and grid (0, 0) where none is kept
+# and grid (0, 0) where none is kept; decoded holds the mask values that the method's own decoder gives, [0,0] where it has none
 SCORE_MAPS = Schema(
     "score_maps",
-    2,
+    3,
     {
         "classes": Field("<u2", ("k",)),
         "scores": Field("<f2", ("k", "gh", "gw")),
         "tag_logits": Field("<f4", ("c",)),
         "affinity": Field("<f2", ("n", "n")),
         "grid": Field("<u2", ("2",)),
+        "decoded": Field("|u1", ("h", "w")),
     },
 )
 # label holds mask values without 255; confidence is its probability / disagree is 1 where two thresholds differ

@@ -47,9 +47,14 @@ class ParSettings:
 
 def refine_image(image: np.ndarray, planes: Tensor, settings: ParSettings) -> Tensor:
     """u8[h,w,3] and f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
-    h, w = image.shape[:2]
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
-    small = F.interpolate(pixels, settings.size((h, w)), mode="bilinear", align_corners=False)
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+    return refine_pixels(pixels, planes, settings)
+
+
+def refine_pixels(pixels: Tensor, planes: Tensor, settings: ParSettings) -> Tensor:
+    """f32[3,h,w] in 0..1 and f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
+    h, w = pixels.shape[-2:]
+    small = F.interpolate(pixels[None], settings.size((h, w)), mode="bilinear", align_corners=False)
     refined = pixel_adaptive_refine(
         small, planes[None], dilations=settings.dilations, iterations=settings.iterations, w1=settings.w1, w2=settings.w2
     )

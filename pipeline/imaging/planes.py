@@ -36,6 +36,20 @@ def confidence_of(planes: np.ndarray) -> np.ndarray:
     return np.divide(planes.max(axis=0), total, out=np.ones_like(total), where=total > 0)
 
 
+def winners(found: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """f32[p,gh,gw] ≥ 0 → label u8[h,w] and confidence f32[h,w], the winner's share of the sum. Ties go to the earlier plane.
+
+    Enlarges (bilinear) one plane at a time: p planes of a whole photograph never exist at once.
+    """
+    label, best, total = np.zeros(size, np.uint8), np.zeros(size, np.float32), np.zeros(size, np.float32)
+    for value, plane in enumerate(found):
+        full = plane if plane.shape == size else upsample(plane[None], size)[0]
+        higher = full > best
+        label[higher], best[higher] = value, full[higher]
+        total += full
+    return label, np.clip(np.divide(best, total, out=np.ones_like(total), where=total > 0), 0, 1)
+
+
 def trinary_labels(low: Any, high: Any) -> Any:
     """Labels under a low and a high background level → one label map (AFA, section 3 step 6; IRN's confident labels).
 

@@ -13,7 +13,7 @@ from pipeline.imaging.planes import trinary_labels
 
 __all__ = ["merge_views", "normalise", "trinary_labels"]
 
-Rule = Literal["irn", "afa", "weaktr"]
+Rule = Literal["irn", "afa", "weaktr", "mean"]
 
 
 def merge_views(views: Sequence[Tensor], *, rule: Rule, size: tuple[int, int]) -> Tensor:
@@ -24,11 +24,14 @@ def merge_views(views: Sequence[Tensor], *, rule: Rule, size: tuple[int, int]) -
       irn     ReLU, view + mirrored view, bilinear to size, summed over scales, divided by the spatial maximum + 1e-5 (IRN)
       afa     bilinear to size, maximum of the two, ReLU, summed, minus the spatial minimum, divided by maximum + 1e-5 (AFA)
       weaktr  bilinear to size, summed over views and scales, (x - min) / (max - min + 1e-8) (WeakTr)
+      mean    bilinear to size, mean over views and scales, as it is: for probabilities
     """
     if rule not in _PAIRS:
         raise ValueError(f"merge rule {rule!r}: allowed are {', '.join(_PAIRS)}")
     pair = _PAIRS[rule]
     total = torch.stack([pair(view, size) for view in views]).sum(dim=0)
+    if rule == "mean":
+        return total / sum(len(view) for view in views)
     return normalise(total, rule)
 
 
@@ -63,9 +66,9 @@ def _afa(view: Tensor, size: tuple[int, int]) -> Tensor:
     return best.relu()
 
 
-def _weaktr(view: Tensor, size: tuple[int, int]) -> Tensor:
+def _sum(view: Tensor, size: tuple[int, int]) -> Tensor:
     view = _bilinear(view, size)
     return view[0] if len(view) == 1 else view[0] + view[1].flip(-1)
 
 
-_PAIRS = {"irn": _irn, "afa": _afa, "weaktr": _weaktr}
+_PAIRS = {"irn": _irn, "afa": _afa, "weaktr": _sum, "mean": _sum}

@@ -16,6 +16,8 @@ from pipeline.imaging import planes, threshold
 from pipeline.imaging.affinity import propagate
 from pipeline.imaging.par import ParSettings, refine_image
 
+NEEDS_AFFINITY = True  # stages/check.py then tells before anything is trained if extract would keep none
+
 
 @dataclass(frozen=True)
 class FitParams:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from pipeline.core.config import AboveZero, NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
-from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
+from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.nn.family import HUB, SCRATCH, load_exactly, read_weights, unwrapped
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit.bilinear_vit import PATCH, WIDTHS
 from pipeline.nn.vit.coco_ids import COCO_UNUSED_IDS, COCO_USED_IDS
 from pipeline.nn.vit.mask_transformer import MaskTransformer
+from pipeline.training.pixel_losses import balanced_cross_entropy, mean_cross_entropy
 from pipeline.training.settings import Schedule
 
 
@@ -174,8 +175,7 @@ class Segmenter(nn.Module):
         elif self.params.balance == "background_foreground":
             loss = balanced_cross_entropy(logits, labels)
         else:
-            counted = (labels != IGNORE).sum().clamp(min=1)
-            loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / counted
+            loss = mean_cross_entropy(logits, labels)
         return {"segmentation": loss}
 
     def segment(self, images: Tensor, options: Options) -> Tensor:
@@ -233,18 +233,6 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = ("decoder.mask_norm.weight", "decoder.mask_norm.bias")
         found |= {name: found[name][planes] for name in names if name in found}
     return found
-
-
-def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Half the mean over background pixels plus half the mean over foreground pixels (AFA section 3).
-
-    logits f32[b,c,h,w], mask values [b,h,w]. A kind that is missing adds 0, where the authors' means are NaN.
-    """
-    pixel = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
-    background = labels == BACKGROUND
-    foreground = ~background & (labels != IGNORE)
-    means = [(pixel * kind).sum() / kind.sum().clamp(min=1) for kind in (background, foreground)]
-    return 0.5 * means[0] + 0.5 * means[1]
 
 
 def clipped_cross_entropy(logits: Tensor, labels: Tensor, *, start: float, cell: int) -> Tensor:

@@ -27,8 +27,10 @@ DIGITS = 5
 PANELS = ("photograph", "score map", "refined", "pseudo-mask", "truth")
 # stage → (store it reads, split); in the order of the pipeline
 STAGES = {
-    "score_maps": "train", "refined": "train", "pseudo_masks": "train", "score_maps_val": "val", "predictions": "val",
+    "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
+    "score_maps_val": "val", "decoder_val": "val", "predictions": "val",
 }  # fmt: skip
+WITHOUT_CONFIDENCE = ("decoder", "decoder_val")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
         truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
         winner, best = winner_of(stores.scoremaps, record)
         thresholded = np.where(best > inputs.level, winner, 0).astype(np.uint8)
+        decoded = stores.scoremaps.read(record.id, "decoded")
+        if decoded.size:
+            stage = "decoder_val" if record.split == "val" else "decoder"
+            _count(tally, stage, record, truth, decoded, np.zeros(record.size, np.float32))
         if record.split == "val":
             predicted = stores.predictions[record.id]
             _count(tally, "score_maps_val", record, truth, thresholded, best)
@@ -230,7 +236,7 @@ def _stage(tally: Tally, stage: str, names: Sequence[str], inputs: Inputs) -> di
         "images_with_truth": tally.scored[stage],
         "coverage": foreground / size,
         "ignored": ignored / size,
-        "confidence": confidence / store.CONFIDENCE_STEPS / size,
+        "confidence": None if stage in WITHOUT_CONFIDENCE else confidence / store.CONFIDENCE_STEPS / size,
         "tagged_classes_without_pixels": empty / tagged if tagged else None,
     }
     if tally.scored[stage]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core import config, plugins, store
@@ -18,7 +19,7 @@ from pipeline.core.contracts import ScoreMaps
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Extract
-from pipeline.imaging import scoremaps, transforms
+from pipeline.imaging import planes, scoremaps, transforms
 from pipeline.training import checkpoint
 from pipeline.training.loop import PRECISIONS
 from pipeline.training.settings import Training
@@ -115,6 +116,7 @@ def score(
     h, w = records[0].size
     grid = -(-h // settings.stride), -(-w // settings.stride)
     maps: list[ScoreMaps] = []
+    batch = torch.empty(0)
     for scale in settings.scales:
         size = transforms.view_size((h, w), scale, method.stride, settings.long_side)
         views = np.stack([transforms.resize(image, size) for image in images])
@@ -126,7 +128,8 @@ def score(
             last = len(maps) + 1 == len(settings.scales)
             maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
     logits = torch.stack([_views(found.tag_logits, len(images)) for found in maps]).mean(dim=(0, 2))  # [b,c]
-    return [_one(row, record, maps, logits[row], grid, settings, len(images)) for row, record in enumerate(records)]
+    cells = batch.shape[-2] // method.stride, batch.shape[-1] // method.stride
+    return [_one(row, record, maps, logits[row], grid, cells, settings, len(images)) for row, record in enumerate(records)]
 
 
 def _views(values: Tensor, images: int) -> Tensor:
@@ -140,6 +143,7 @@ def _one(
     maps: Sequence[ScoreMaps],
     logits: Tensor,
     grid: tuple[int, int],
+    cells: tuple[int, int],
     settings: Extract,
     images: int,
 ) -> dict[str, np.ndarray]:
@@ -161,5 +165,23 @@ def _one(
         "affinity": np.zeros((0, 0), np.float16)
         if affinity is None
         else _views(affinity, images)[row][0].cpu().numpy().astype(np.float16),
-        "grid": np.array((0, 0) if affinity is None else maps[-1].scores.shape[-2:], np.uint16),
+        "grid": np.array((0, 0) if affinity is None else cells, np.uint16),
+        "decoded": _decoded(row, record, maps, classes, grid, images),
     }
+
+
+def _decoded(
+    row: int, record: ImageRecord, maps: Sequence[ScoreMaps], classes: Tensor, grid: tuple[int, int], images: int
+) -> np.ndarray:
+    """u8[h,w] mask values of the method's own decoder: on train among background and the tags, else among all planes.
+
+    Probabilities of all views are averaged on the grid of the score maps.
+    """
+    decoded = [found.decoded for found in maps if found.decoded is not None]
+    if not decoded:
+        return np.zeros((0, 0), np.uint8)
+    tagged = record.split == "train" and record.tags is not None
+    kept = F.pad(classes + 1, (1, 0)) if tagged else torch.arange(decoded[0].shape[1])
+    views = [_views(found, images)[row][:, kept.to(found.device)].float() for found in decoded]
+    shares = scoremaps.merge_views(views, rule="mean", size=grid).cpu().numpy()
+    return kept.numpy().astype(np.uint8)[planes.winners(shares, record.size)[0]]

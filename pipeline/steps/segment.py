@@ -110,22 +110,8 @@ def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray
     found = probabilities(image, model, job, planes_count=len(job.labels) + 1)
     if job.crf is not None:
         found = _refined(resize(image, found.shape[1:]), found, job.crf)
-    label, confidence = winners(found, image.shape[:2])
+    label, confidence = planes.winners(found, image.shape[:2])
     return {"label": label, "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)}
-
-
-def winners(found: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """f32[p,gh,gw] ≥ 0 → label u8[h,w] and confidence f32[h,w], the winner's share of the sum. Ties go to the earlier plane.
-
-    Enlarges (bilinear) one plane at a time: p planes of a whole photograph never exist at once.
-    """
-    label, best, total = np.zeros(size, np.uint8), np.zeros(size, np.float32), np.zeros(size, np.float32)
-    for value, plane in enumerate(found):
-        full = plane if plane.shape == size else planes.upsample(plane[None], size)[0]
-        higher = full > best
-        label[higher], best[higher] = value, full[higher]
-        total += full
-    return label, np.clip(np.divide(best, total, out=np.ones_like(total), where=total > 0), 0, 1)
 
 
 def _refined(image: np.ndarray, found: np.ndarray, settings: CrfSettings) -> np.ndarray:

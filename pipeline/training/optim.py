@@ -9,7 +9,7 @@ import torch
 
 from pipeline.core.contracts import ParamGroup, Phase
 
-POLY_POWER = 0.9  # DeepLab; every method here that decays polynomially uses it
+POLY_POWER = 0.9  # DeepLab; AFA has 1, which is `linear` here
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
 MOMENTUM = 0.9
@@ -38,6 +38,8 @@ def lr_factor(phase: Phase, step: int, steps: int) -> float:
     t = (step - phase.warmup) / max(1, steps - phase.warmup)
     if phase.schedule == "poly":
         share = (1 - t) ** POLY_POWER
+    elif phase.schedule == "linear":
+        share = 1 - t
     elif phase.schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * t))
     elif t < ONE_CYCLE_RISE:

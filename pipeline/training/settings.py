@@ -63,7 +63,7 @@ class Schedule:
     lr: AboveZero
     weight_decay: NonNegative
     optimiser: Literal["adamw", "sgd"]
-    schedule: Literal["poly", "cosine", "one_cycle"]
+    schedule: Literal["poly", "linear", "cosine", "one_cycle"]
     warmup: Count
     lr_floor: Share
 

@@ -1,32 +1,33 @@
-"""Mix Transformers B0-B5 → a feature map at stride 16. f32[b,3,h,w] in 0..1 → f32[b,dim,h/16,w/16]."""
+"""Mix Transformers B0-B5 → a feature map at stride 16. f32[b,3,h,w] in 0..1 → f32[b,dim,h/16,w/16] (scenes_mit: 8)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from pipeline.nn import family
-from pipeline.nn.mit.encoder import SIZES, MixTransformer
-
-STRIDE = 16
+from pipeline.nn.mit.encoder import SIZES, MixTransformer, Size
 
 
 class Backbone(nn.Module):
-    """dim: channels of the last map; dims: of all four; stride: px per cell of the last map."""
+    """dim: channels of the last map; dims: of all four; stride: px per cell of the last map; blocks, heads: attention of the
+    last stage."""
 
-    def __init__(self, net: MixTransformer, dims: tuple[int, int, int, int]) -> None:
+    def __init__(self, net: MixTransformer, size: Size) -> None:
         super().__init__()
-        self.net, self.dims, self.dim, self.stride = net, dims, dims[-1], STRIDE
+        self.net, self.dims, self.dim, self.stride = net, size.dims, size.dims[-1], size.stride
+        self.blocks, self.heads = size.depths[-1], size.heads[-1]
         self.normalise = family.Normalise()
 
     def forward(self, images: Tensor) -> Tensor:
-        """f32[b,3,h,w] RGB in 0..1, sides multiples of 16 → f32[b,dim,h/16,w/16]."""
-        return self.stages(images, keep_logits=0)[0][-1]
+        """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
+        return self.net(self.normalise(images))[0][-1]
 
-    def stages(self, images: Tensor, *, keep_logits: int) -> tuple[list[Tensor], list[Tensor]]:
-        """All four maps, finest first, and the raw attention logits of the last `keep_logits` blocks; as MixTransformer."""
-        return self.net(self.normalise(images), keep_logits=keep_logits)
+    def stages(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """All four maps, finest first, and queries and keys [b,heads,n,width] of the last stage's blocks."""
+        return self.net(self.normalise(images))
 
 
 def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
@@ -36,7 +37,20 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
         raise ValueError(
             f"there is no MiT {architecture!r}; there are {', '.join(SIZES)} (edit architecture in params.yaml)"
         )
-    return Backbone(MixTransformer(SIZES[architecture], drop_path), SIZES[architecture].dims)
+    return Backbone(MixTransformer(SIZES[architecture], drop_path), SIZES[architecture])
+
+
+def architecture_of(tensors: Mapping[str, Tensor]) -> str:
+    """Name of the size whose channels and numbers of blocks a state dict has. ValueError lists the sizes."""
+    for name, size in SIZES.items():
+        patches = [tensors.get(f"patch_embed{stage}.proj.weight") for stage in range(1, 5)]
+        dims = tuple(0 if weight is None else len(weight) for weight in patches)
+        depths = tuple(
+            len({key.split(".")[1] for key in tensors if key.startswith(f"block{stage}.")}) for stage in range(1, 5)
+        )
+        if (dims, depths) == (size.dims, size.depths):
+            return name
+    raise ValueError(f"this state dict has the channels of no MiT; there are {', '.join(SIZES)}")
 
 
 def load_initial(backbone: Backbone, init: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mix Transformer, SegFormer's encoder (Xie et al. 2021): images → four feature maps and, where asked, raw attention logits.
+"""Mix Transformer, SegFormer's encoder (Xie et al. 2021): images → four feature maps and, where asked, queries and keys.
 
 Parameters are named as in SegFormer's and AFA's checkpoints. As in AFA (section 1), the last stage keeps its resolution.
 Shape letters: b images, n tokens of a stage's grid.
@@ -6,7 +6,7 @@ Shape letters: b images, n tokens of a stage's grid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,20 +18,26 @@ from pipeline.nn.torchvision_guard import mend
 mend()
 from timm.layers.drop import DropPath  # noqa: E402
 
-STRIDES = (4, 2, 2, 1)  # SegFormer has 2 in the last place
 KERNELS = (7, 3, 3, 3)
-HEADS = (1, 2, 5, 8)
-REDUCTIONS = (8, 4, 2, 1)  # keys and values lie on a grid so many times coarser
 MLP_RATIO = 4
 BLOCK_EPS = 1e-6  # of norms in blocks and after stages; the others have torch's 1e-5
 
 
 @dataclass(frozen=True)
 class Size:
-    """Channels and number of blocks of the four stages."""
+    """Of the four stages: channels, number of blocks, strides, attention heads, and how many times coarser than its own the
+    grid is on which a stage's keys and values lie."""
 
     dims: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int] = (4, 2, 2, 1)  # SegFormer has 2 in the last place
+    heads: tuple[int, int, int, int] = (1, 2, 5, 8)
+    reductions: tuple[int, int, int, int] = (8, 4, 2, 1)
+
+    @property
+    def stride(self) -> int:
+        """px per cell of the last map."""
+        return math.prod(self.strides)
 
 
 SIZES = {
@@ -41,6 +47,8 @@ SIZES = {
     "mit_b3": Size((64, 128, 320, 512), (3, 4, 18, 3)),
     "mit_b4": Size((64, 128, 320, 512), (3, 8, 27, 3)),
     "mit_b5": Size((64, 128, 320, 512), (3, 6, 40, 3)),
+    # the demo's: its pictures are small, so its last two maps lie at stride 8
+    "scenes_mit": Size((32, 64, 96, 128), (1, 1, 2, 2), (4, 2, 1, 1), (1, 2, 4, 4), (8, 4, 2, 1)),
 }
 
 
@@ -71,8 +79,8 @@ class Attention(nn.Module):
         else:
             self.sr = None
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int], keep: bool) -> tuple[Tensor, Tensor | None]:
-        """→ [b,n,dim] and, if asked to keep them, the logits q·k before scale and softmax [b,heads,n,n]."""
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """→ [b,n,dim], and the queries [b,heads,n,dim/heads] and keys that made it."""
         b, n, dim = tokens.shape
         q = self.q(tokens).view(b, n, self.heads, -1).transpose(1, 2)
         coarse = tokens
@@ -82,9 +90,8 @@ class Attention(nn.Module):
             maps = F.pad(maps, (0, missing[1], 0, missing[0]))  # images below 32 px, which the original refuses
             coarse = self.norm(self.sr(maps).flatten(2).transpose(1, 2))
         k, v = self.kv(coarse).view(b, coarse.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        logits = q @ k.transpose(-1, -2) if keep else None
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(b, n, dim)), logits
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, dim)), (q, k)
 
 
 class Mlp(nn.Module):
@@ -111,10 +118,10 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(dim, heads, reduction), Mlp(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int], keep: bool) -> tuple[Tensor, Tensor | None]:
-        mixed, logits = self.attn(self.norm1(tokens), grid, keep)
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        mixed, pair = self.attn(self.norm1(tokens), grid)
         tokens = tokens + self.drop_path(mixed)
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens), grid)), logits
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens), grid)), pair
 
 
 class MixTransformer(nn.Module):
@@ -124,8 +131,9 @@ class MixTransformer(nn.Module):
         channels = (3, *size.dims[:3])
         for stage in range(4):
             dim, depth, before = size.dims[stage], size.depths[stage], sum(size.depths[:stage])
-            blocks = [Block(dim, HEADS[stage], REDUCTIONS[stage], rates[before + at]) for at in range(depth)]
-            self.add_module(f"patch_embed{stage + 1}", PatchEmbed(channels[stage], dim, KERNELS[stage], STRIDES[stage]))
+            heads, reduction = size.heads[stage], size.reductions[stage]
+            blocks = [Block(dim, heads, reduction, rates[before + at]) for at in range(depth)]
+            self.add_module(f"patch_embed{stage + 1}", PatchEmbed(channels[stage], dim, KERNELS[stage], size.strides[stage]))
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=BLOCK_EPS))
         for module in self.modules():
@@ -138,19 +146,17 @@ class MixTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor, *, keep_logits: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised f32[b,3,h,w] → four maps [b,dim,h/s,w/s] at strides 4, 8, 16, 16 (rounded up), and the attention logits
-        [b,heads,n,n] of the last `keep_logits` blocks of the last stage."""
-        maps, features, kept = images, [], []
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Normalised f32[b,3,h,w] → four maps [b,dim,h/s,w/s], finest first (sides rounded up), and queries and keys
+        [b,heads,n,dim/heads] of each block of the last stage, in order."""
+        maps, features, pairs = images, [], []
         for stage in range(1, 5):
             tokens, grid = self.get_submodule(f"patch_embed{stage}")(maps)
-            blocks: Sequence[Block] = self.get_submodule(f"block{stage}")  # type: ignore[assignment]
-            for number, block in enumerate(blocks):
-                keep = stage == 4 and number >= len(blocks) - keep_logits
-                tokens, logits = block(tokens, grid, keep)
-                if logits is not None:
-                    kept.append(logits)
+            pairs = []
+            for block in self.get_submodule(f"block{stage}").children():
+                tokens, pair = block(tokens, grid)
+                pairs.append(pair)
             tokens = self.get_submodule(f"norm{stage}")(tokens)
             maps = tokens.transpose(1, 2).reshape(len(images), -1, *grid)
             features.append(maps)
-        return features, kept
+        return features, pairs

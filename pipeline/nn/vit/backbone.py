@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from pipeline.nn.vit import bilinear_vit, scenes_vit  # noqa: E402
 OWN = {"scenes_vit": scenes_vit.scenes_vit} | bilinear_vit.named()
 
 
+PAIRS = 2  # last blocks whose queries and keys `stages` gives
+
+
 class Backbone(nn.Module):
     """A ViT whose patch tokens, after the final norm, are laid out as a map.
 
-    dim     channels of the map
+    dim     channels of the map; dims: of the maps of `stages`
     stride  px per cell; image sides must be multiples of it
     prefix  tokens before the patches (class token, registers)
+    blocks, heads   of the queries and keys that `stages` gives
     """
 
     def __init__(self, net: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -34,12 +39,44 @@ class Backbone(nn.Module):
         self.dim = int(net.embed_dim)
         self.stride = int(net.patch_embed.patch_size[0])
         self.prefix = int(net.num_prefix_tokens)
+        depth = len(net.blocks)
+        self.depths = sorted({max(0, depth * quarter // 4 - 1) for quarter in (1, 2, 3, 4)})
+        self.dims = (self.dim,) * len(self.depths)
+        self.blocks = min(PAIRS, depth)
+        self.heads = int(getattr(net.blocks[-1].attn, "num_heads", 0))
 
     def forward(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
         tokens = self.net.forward_features(self.normalise(images))[:, self.prefix :]
         h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
         return tokens.transpose(1, 2).reshape(len(images), self.dim, h, w)
+
+    def stages(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Maps after each quarter of the blocks, all at the same stride and through the final norm; and queries and keys
+        [b,heads,n,width] of the last blocks, patches only. ValueError for attention that has none.
+
+        They are caught where timm normalises them (an identity in most ViTs), so that timm's own attention runs.
+        """
+        caught: dict[str, list[Tensor]] = {"q_norm": [], "k_norm": []}
+
+        def catch(name: str) -> Callable[..., None]:
+            return lambda module, given, out: caught[name].append(out[:, :, self.prefix :])
+
+        watched = self.net.blocks[-self.blocks :]
+        if not all(hasattr(block.attn, name) for block in watched for name in caught):
+            raise ValueError(
+                f"the attention of this architecture ({type(watched[-1].attn).__name__}) shows no queries and keys; choose a "
+                "DeiT, ViT or DINOv2 in train.<m>.model.architecture of params.yaml"
+            )
+        hooks = [getattr(block.attn, name).register_forward_hook(catch(name)) for block in watched for name in caught]
+        try:
+            maps = self.net.forward_intermediates(
+                self.normalise(images), indices=self.depths, norm=True, intermediates_only=True
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return maps, list(zip(caught["q_norm"], caught["k_norm"], strict=True))
 
 
 def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:

@@ -1,4 +1,4 @@
-"""SegFormer's decoder (Xie et al. 2021; AFA, section 1): four feature maps → logits at the first one's resolution."""
+"""SegFormer's decoder (Xie et al. 2021; AFA, section 1): feature maps → logits at the first one's resolution."""
 
 from __future__ import annotations
 

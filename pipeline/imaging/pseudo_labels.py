@@ -1,0 +1,94 @@
+"""Score maps of one image in a training batch → a label map to learn from, made with a low and a high background (AFA, section 3).
+
+Shape letters: k classes present in the image, h w pixels, gh gw cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.core.config import AboveZero, Count, Range
+from pipeline.core.labels import IGNORE
+from pipeline.imaging.affinity import propagate
+from pipeline.imaging.par import ParSettings, refine_pixels
+from pipeline.imaging.planes import trinary_labels
+
+Window = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """low, high   background scores; above both a class is sure, between them it is ignored
+    radius      cells of the affinity's grid that one step reaches
+    power, eps  of the affinity (imaging.affinity.propagate)
+    par         the pixel-adaptive refinement that follows
+    """
+
+    low: Annotated[float, Range(above=0, high=1)]
+    high: Annotated[float, Range(above=0, high=1)]
+    radius: Count
+    power: AboveZero
+    eps: AboveZero
+    par: ParSettings
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+
+
+def with_backgrounds(scores: Tensor, settings: LabelSettings) -> Tensor:
+    """f32[k,gh,gw] in 0..1 → f32[2,k+1,gh,gw]: under the low and the high background, softmax over background and classes."""
+    levels = scores.new_tensor([settings.low, settings.high]).view(2, 1, 1, 1).expand(2, 1, *scores.shape[1:])
+    return torch.cat([levels, scores.expand(2, *scores.shape)], dim=1).softmax(dim=1)
+
+
+def plain_planes(scores: Tensor, settings: LabelSettings) -> Tensor:
+    """f32[k,h,w] in 0..1 → what is refined of them, f32[2,k+1,·,·] (step 7)."""
+    small = F.interpolate(
+        _some(scores), settings.par.size((scores.shape[-2], scores.shape[-1])), mode="bilinear", align_corners=False
+    )[0]
+    return with_backgrounds(small[: len(scores)], settings)
+
+
+def spread_planes(scores: Tensor, affinity: Tensor, grid: tuple[int, int], settings: LabelSettings) -> Tensor:
+    """The same after one step along affinity f32[n,n] of the cells of `grid`, at the scores' own size (step 4)."""
+    cells = F.interpolate(_some(scores), grid, mode="bilinear", align_corners=False)[0]
+    planes = with_backgrounds(cells[: len(scores)], settings)
+    spread = propagate(
+        planes.flatten(0, 1)[None], affinity[None], radius=settings.radius, power=settings.power, eps=settings.eps
+    )
+    full = F.interpolate(spread, scores.shape[-2:], mode="bilinear", align_corners=False)
+    return full.view(*planes.shape[:2], *scores.shape[-2:])
+
+
+def refined_labels(
+    pixels: Tensor, planes: Sequence[Tensor], classes: Tensor, window: Window, settings: LabelSettings
+) -> list[Tensor]:
+    """Planes f32[2,k+1,·,·] of one image f32[3,h,w] in 0..1 → a label map u8[h,w] each: PAR, argmax, three-way rule (steps 5-6).
+
+    All share the refinement's weights. classes: i64[k] 0-based. window: the valid pixels; all others become 255.
+    """
+    stacked = [
+        F.interpolate(one, settings.par.size((pixels.shape[-2], pixels.shape[-1])), mode="bilinear", align_corners=True)
+        for one in planes
+    ]
+    refined = refine_pixels(pixels, torch.cat(stacked).flatten(0, 1), settings.par)
+    found = refined.view(len(planes), 2, -1, *refined.shape[1:]).argmax(dim=2)
+    values = F.pad(classes + 1, (1, 0)).to(torch.uint8)  # plane number → mask value
+    labels = []
+    for low, high in values[found]:
+        out = torch.full_like(low, IGNORE)
+        out[window] = trinary_labels(low, high)[window]
+        labels.append(out)
+    return labels
+
+
+def _some(scores: Tensor) -> Tensor:
+    """f32[1,k,h,w]; an image without classes gets a plane that nobody keeps, since torch resizes no empty tensor."""
+    return scores[None] if len(scores) else scores.new_zeros(1, 1, *scores.shape[1:])

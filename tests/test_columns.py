@@ -1,0 +1,123 @@
+"""The matrix: any method takes any refiner and any segmenter, by one word in params.yaml."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from pipeline.core import plugins, store
+from tests.toys import SCRATCH, toy_folder, toy_params
+
+METHODS, REFINERS, SEGMENTERS = (plugins.available(kind) for kind in ("methods", "refiners", "segmenters"))
+WITHOUT_AFFINITY = {"cam"}
+CRF = {
+    "iterations": 2,
+    "gaussian_sxy": 1,
+    "gaussian_compat": 3,
+    "bilateral_sxy": 25,
+    "bilateral_srgb": 13,
+    "bilateral_compat": 10,
+}
+PAR = {"scale": 0.5, "dilations": [1, 2], "iterations": 2, "w1": 0.3, "w2": 0.01}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF},
+    "par": {"planes": "share", "par": PAR},
+    "walk": {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.001, "par": PAR},
+}
+SEGMENTER_OF = {"vit": "cam", "mit": "afa"}  # the column of presets/scenes-all.yaml that has it
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Toys with records, and a model and score maps of each method."""
+    folder = tmp_path_factory.mktemp("columns")
+    toy_folder(folder / "raw", train=5, val=2)
+    values = toy_params(folder / "raw", METHODS)
+    for key in METHODS:
+        values["extract"][key]["keep_affinity"] = key not in WITHOUT_AFFINITY
+        values["fit_refiner"][key]["background"] = {"rule": "fixed", "level": 0.3}
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        write(values)
+        run("prepare", "--raw", "raw", "--records", "records.h5", "--truth", "truth.h5")
+        for key in METHODS:
+            run("train", key, "--records", "records.h5", "--init", str(SCRATCH), "--model", f"{key}/model.safetensors",
+                "--log", f"{key}/log.csv")  # fmt: skip
+            run("extract", key, "--records", "records.h5", "--model", f"{key}/model.safetensors", "--scoremaps",
+                f"{key}/scoremaps", "--inspection", f"{key}/inspection.h5")  # fmt: skip
+    return folder
+
+
+def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.chdir(folder)
+    patch.setenv("TAG2MASK_LAUNCHER", "inline")
+    patch.setenv("TAG2MASK_DEVICE", "cpu")
+
+
+def write(values: dict[str, Any]) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def invoked(stage: str, *words: str) -> Result:
+    return CliRunner().invoke(import_module(f"stages.{stage}").main, list(words))
+
+
+def run(stage: str, *words: str) -> None:
+    result = invoked(stage, *words)
+    assert result.exit_code == 0, (stage, result.output, result.exception)
+
+
+def refine(key: str, refiner: str, segmenter: str) -> Path:
+    """Params of that column, and its pseudo-masks in a folder of their own."""
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    values["methods"][key] |= {"refiner": refiner, "segmenter": segmenter}
+    values["refine"][key]["options"] = OPTIONS[refiner]
+    source = toy_params(Path("raw"), [SEGMENTER_OF[segmenter]])
+    for section in ("retrain", "segment"):
+        values[section][key] = copy.deepcopy(source[section][SEGMENTER_OF[segmenter]])
+    write(values)
+    out = Path(key) / refiner / segmenter
+    given = ("--records", "records.h5", "--scoremaps", f"{key}/scoremaps", "--refiner", f"{out}/refiner.safetensors")
+    run("fit_refiner", key, *given)
+    run("refine", key, *given, "--refined", f"{out}/refined")
+    run("export", key, "--records", "records.h5", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks",
+        "--exports", f"{out}/exports")  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("refiner", REFINERS)
+@pytest.mark.parametrize("key", METHODS)
+def test_any_method_takes_any_refiner(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, refiner: str) -> None:
+    enter(monkeypatch, project)
+    if refiner == "walk" and key in WITHOUT_AFFINITY:
+        with pytest.raises(AssertionError, match=r"keep_affinity to true in params\.yaml"):
+            refine(key, refiner, "vit")
+        return
+    masks = store.Store(refine(key, refiner, "vit") / "pseudo_masks", store.PSEUDO_MASKS)
+    assert len(masks.ids) == 5
+
+
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("key", METHODS)
+def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, segmenter: str) -> None:
+    enter(monkeypatch, project)
+    out = refine(key, "none", segmenter)
+    run("retrain", key, "--records", "records.h5", "--pseudo-masks", f"{out}/pseudo_masks", "--init", str(SCRATCH),
+        "--segmenter", f"{out}/segmenter.safetensors", "--log", f"{out}/log.csv")  # fmt: skip
+    run("segment", key, "--records", "records.h5", "--segmenter", f"{out}/segmenter.safetensors", "--predictions",
+        f"{out}/predictions")  # fmt: skip
+    run("evaluate", key, "--records", "records.h5", "--truth", "truth.h5", "--scoremaps", f"{key}/scoremaps", "--refiner",
+        f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks", "--predictions",
+        f"{out}/predictions", "--metrics", f"{out}/metrics.json", "--strips", f"{out}/strips.h5", "--thresholds",
+        f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion", f"{out}/confusion.csv")  # fmt: skip
+    stages = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["stages"]
+    assert {"score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions"} <= set(stages)
+    assert ("decoder_val" in stages) == (key == "afa")
