@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Memory, Timing, measure, pair, photograph
+from benchmarks.timing import Memory, Timing, main_of, pair, photograph
 from pipeline.core import plugins
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
@@ -114,7 +114,7 @@ def step_of(kind: type[afa.Method], clock: Clock) -> Callable[[], dict[str, Tens
 
 
 VARIANTS = {
-    f"{stage}-{name}": (kind, clock)
+    f"{stage}-{name}": partial(step_of, kind, clock)
     for stage, clock in CLOCKS.items()
     for name, kind in (("ours", afa.Method), ("always", Always))
 }
@@ -135,14 +135,5 @@ def training(folder: Path) -> list[Timing | Memory]:
     return found
 
 
-@click.command()
-@click.argument("variant", type=click.Choice(list(VARIANTS)))
-def main(variant: str) -> None:
-    """Measures one VARIANT."""
-    torch.set_num_threads(1)
-    kind, clock = VARIANTS[variant]
-    click.echo(measure(step_of(kind, clock)))
-
-
 if __name__ == "__main__":
-    main()
+    main_of(VARIANTS)()

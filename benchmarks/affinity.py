@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Memory, Timing, measure, pair, photograph
+from benchmarks.timing import Memory, Timing, main_of, pair, photograph
 from pipeline.imaging.affinity import propagate
 from pipeline.imaging.par import AROUND, pixel_adaptive_refine
 
@@ -112,13 +111,5 @@ def propagation(folder: Path) -> list[Timing | Memory]:
     return pair(NAME, "spread-near", "spread-whole", "propagation, 48 × 48 cells", 1, "steps", "whole matrices")[:1]
 
 
-@click.command()
-@click.argument("variant", type=click.Choice(list(VARIANTS)))
-def main(variant: str) -> None:
-    """Measures one VARIANT."""
-    torch.set_num_threads(1)
-    click.echo(measure(VARIANTS[variant]()))
-
-
 if __name__ == "__main__":
-    main()
+    main_of(VARIANTS)()

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
+import torch
 from PIL import Image
 
 SIZE = (375, 500)
@@ -103,6 +105,19 @@ def measure(run: Callable[[], object]) -> str:
     before = _peak_kib()
     seconds = best_of(run, 4)
     return json.dumps({"seconds": seconds, "mib": (_peak_kib() - before) / 1024})
+
+
+def main_of(variants: Mapping[str, Callable[[], Callable[[], object]]]) -> click.Command:
+    """The command line of a module that `pair` calls: measures one variant, made by calling it, on one thread."""
+
+    @click.command()
+    @click.argument("variant", type=click.Choice(list(variants)))
+    def main(variant: str) -> None:
+        """Measures one VARIANT."""
+        torch.set_num_threads(1)
+        click.echo(measure(variants[variant]()))
+
+    return main
 
 
 def _peak_kib() -> int:

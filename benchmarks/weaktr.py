@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Memory, Timing, measure, pair, photograph
+from benchmarks.timing import Memory, Timing, main_of, pair, photograph
 from pipeline.core import plugins
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
@@ -142,13 +141,5 @@ def fused(folder: Path) -> list[Timing | Memory]:
     return pair(NAME, "fusion-lean", "fusion-direct", "fusion alone, training", BATCH, "images", "stack, clone, weigh twice")
 
 
-@click.command()
-@click.argument("variant", type=click.Choice(list(VARIANTS)))
-def main(variant: str) -> None:
-    """Measures one VARIANT."""
-    torch.set_num_threads(1)
-    click.echo(measure(VARIANTS[variant]()))
-
-
 if __name__ == "__main__":
-    main()
+    main_of(VARIANTS)()

@@ -68,7 +68,7 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
         if refine is not None:
             tried(lambda: config.parse(refiner.Params, refine.options, f"refine.{key}.options"))
         if extraction is not None:
-            tried(lambda: _affinity_is_kept(refiner, extraction, key))
+            tried(lambda: _affinity_is_kept(refiner, column.refiner, extraction, key))
     export = parsed(sections.Export, "export")
     for name in export.formats if export is not None else ():
         tried(lambda name=name: plugins.load("exporters", name))
@@ -78,11 +78,10 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
         tried(lambda: segment.options_of(column.segmenter, segmentation, key))
 
 
-def _affinity_is_kept(refiner: Any, extraction: sections.Extract, key: str) -> None:
+def _affinity_is_kept(refiner: Any, name: str, extraction: sections.Extract, key: str) -> None:
     if getattr(refiner, "NEEDS_AFFINITY", False) and not extraction.keep_affinity:
         raise ParamsError(
-            f"extract.{key}.keep_affinity: got false, allowed is true, since refiner {refiner.__name__.split('.')[-1]} needs it "
-            "(edit params.yaml)"
+            f"extract.{key}.keep_affinity: got false, allowed is true, since refiner {name} needs it (edit params.yaml)"
         )
 
 

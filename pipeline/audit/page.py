@@ -77,6 +77,7 @@ def render(
         pictures=pictures,
         inner={method: inspected(inspection_folder / f"{method}.h5", records) for method in found},
         stages=shown_stages(found),
+        splits=splits_of(found),
         setbacks={method: setbacks(facts) for method, facts in found.items()},
         kinds=KINDS,
         height=strip_height,
@@ -86,6 +87,11 @@ def render(
 def shown_stages(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Stages that at least one column has, in the order of the pipeline."""
     return [stage for stage in STAGES if any(stage in facts["stages"] for facts in found.values())]
+
+
+def splits_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The split that each stage's masks are of."""
+    return {stage: one["split"] for facts in found.values() for stage, one in facts["stages"].items()}
 
 
 def setbacks(facts: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.audit.page import figure, read_metrics, setbacks, shown_stages
+from pipeline.audit.page import figure, read_metrics, setbacks, shown_stages, splits_of
 from pipeline.core import sections
 
 
@@ -26,7 +26,7 @@ def main(metrics: Path) -> None:
     for method, facts in found.items():
         table.add_row(method, *(figure(facts["stages"].get(stage, {}).get("miou")) for stage in stages))
     nothing = found[methods[0]].get("everything_background", {})
-    splits = {stage: facts["stages"][stage]["split"] for facts in found.values() for stage in facts["stages"]}
+    splits = splits_of(found)
     table.add_row("everything background", *(figure(nothing.get(splits[stage])) for stage in stages), style="dim")
     console = Console(width=110)
     console.print(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,15 @@ def upsample(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def with_background(scores: np.ndarray, level: float) -> np.ndarray:
     """f32[k,h,w] → f32[k+1,h,w] with a constant background plane of height `level` in front."""
     return np.concatenate([np.full((1, *scores.shape[1:]), level, np.float32), scores])
+
+
+Probabilities = Literal["softmax", "share"]
+
+
+def probabilities(stacked: Any, kind: Probabilities) -> Any:
+    """Tensor f32[k+1,·,·] ≥ 0 with background in front → the same, summing to 1: softmax of the planes (AFA, which flattens
+    them), or each one's share of the sum."""
+    return stacked.softmax(dim=0) if kind == "softmax" else stacked / stacked.sum(dim=0)
 
 
 def labels_of(planes: np.ndarray, classes: np.ndarray) -> np.ndarray:

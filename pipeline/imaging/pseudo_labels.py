@@ -18,6 +18,7 @@ from pipeline.core.labels import IGNORE
 from pipeline.imaging.affinity import propagate
 from pipeline.imaging.par import ParSettings, refine_pixels
 from pipeline.imaging.planes import trinary_labels
+from pipeline.imaging.scoremaps import resized
 
 Window = tuple[slice, slice]
 
@@ -50,16 +51,13 @@ def with_backgrounds(scores: Tensor, settings: LabelSettings) -> Tensor:
 
 def plain_planes(scores: Tensor, settings: LabelSettings) -> Tensor:
     """f32[k,h,w] in 0..1 → what is refined of them, f32[2,k+1,·,·] (step 7)."""
-    small = F.interpolate(
-        _some(scores), settings.par.size((scores.shape[-2], scores.shape[-1])), mode="bilinear", align_corners=False
-    )[0]
-    return with_backgrounds(small[: len(scores)], settings)
+    small = resized(scores[None], settings.par.size((scores.shape[-2], scores.shape[-1])))[0]
+    return with_backgrounds(small, settings)
 
 
 def spread_planes(scores: Tensor, affinity: Tensor, grid: tuple[int, int], settings: LabelSettings) -> Tensor:
     """The same after one step along affinity f32[n,n] of the cells of `grid`, at the scores' own size (step 4)."""
-    cells = F.interpolate(_some(scores), grid, mode="bilinear", align_corners=False)[0]
-    planes = with_backgrounds(cells[: len(scores)], settings)
+    planes = with_backgrounds(resized(scores[None], grid)[0], settings)
     spread = propagate(
         planes.flatten(0, 1)[None], affinity[None], radius=settings.radius, power=settings.power, eps=settings.eps
     )
@@ -87,8 +85,3 @@ def refined_labels(
         out[window] = trinary_labels(low, high)[window]
         labels.append(out)
     return labels
-
-
-def _some(scores: Tensor) -> Tensor:
-    """f32[1,k,h,w]; an image without classes gets a plane that nobody keeps, since torch resizes no empty tensor."""
-    return scores[None] if len(scores) else scores.new_zeros(1, 1, *scores.shape[1:])

@@ -48,8 +48,9 @@ def normalise(total: Tensor, rule: Rule) -> Tensor:
     return (total - low) / (high - low + 1e-8)
 
 
-def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if maps.shape[1] == 0:  # no class is present
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """f32[v,k,gh,gw] → f32[v,k,*size], bilinear (align_corners False); k may be 0, which torch itself refuses."""
+    if maps.shape[1] == 0:
         return maps.new_zeros(maps.shape[0], 0, *size)
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
@@ -57,17 +58,17 @@ def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def _irn(view: Tensor, size: tuple[int, int]) -> Tensor:
     view = view.relu()
     both = view[:1] if len(view) == 1 else view[:1] + view[1:].flip(-1)
-    return _bilinear(both, size)[0]
+    return resized(both, size)[0]
 
 
 def _afa(view: Tensor, size: tuple[int, int]) -> Tensor:
-    view = _bilinear(view, size)
+    view = resized(view, size)
     best = view[0] if len(view) == 1 else torch.maximum(view[0], view[1].flip(-1))
     return best.relu()
 
 
 def _sum(view: Tensor, size: tuple[int, int]) -> Tensor:
-    view = _bilinear(view, size)
+    view = resized(view, size)
     return view[0] if len(view) == 1 else view[0] + view[1].flip(-1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,6 +31,21 @@ class Background:
     def __post_init__(self) -> None:
         if self.rule == "fixed" and self.level >= 1:
             raise ValueError(f"level {self.level} with rule fixed: allowed is between 0 and 1, since scores end at 1")
+
+
+@dataclass(frozen=True)
+class FitParams:
+    """fit_refiner.<m> of the refiners that have nothing to fit but the background level."""
+
+    background: Background
+
+
+def fit_background(
+    params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The `fit` of such refiners."""
+    del images
+    return fit(params.background, maps)
 
 
 def fit(background: Background, maps: Iterable[ImageMaps]) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from pipeline.imaging.pseudo_labels import LabelSettings, Window
 from pipeline.imaging.scoremaps import merge_views
 from pipeline.nn import family as weights_file
 from pipeline.nn.segformer_head import SegFormerHead
+from pipeline.training.optim import decayed
 from pipeline.training.pixel_losses import balanced_cross_entropy, dense_energy
 from pipeline.training.settings import Schedule
 
@@ -136,13 +137,8 @@ class Method(nn.Module):
     def load_initial(self, family: Any, init: Path) -> None:
         """The backbone's weights; or the authors' checkpoint, or a model.safetensors of this method (train either for 0 epochs to
         use it as it is)."""
-        if init.suffix not in (weights_file.SCRATCH, weights_file.HUB):
-            tensors = weights_file.read_weights(init)
-            if "attn_proj.weight" in tensors:
-                own = any(name.startswith("backbone.") for name in tensors)
-                given, spoken = (tensors, str) if own else (renamed(tensors), published_name)
-                return weights_file.load_exactly(self, given, str(init), spoken=spoken)
-        return family.load_initial(self.backbone, init)
+        if not weights_file.load_whole(self, init, "attn_proj.weight", renamed, published_name):
+            family.load_initial(self.backbone, init)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any]) -> Method:
@@ -190,17 +186,12 @@ class Method(nn.Module):
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
         norms = {id(p) for name, p in self.backbone.named_parameters() if self.params.freeze_norms and "norm" in name}
         heads = [*self.classifier.parameters(), *self.decoder.parameters()]
-        groups = []
-        for factor, parameters in (
-            (1.0, heads),
-            (self.params.affinity_lr_factor, list(self.attn_proj.parameters())),
-            (self.params.backbone_lr_factor, list(self.backbone.parameters())),
-        ):
-            chosen = [p for p in parameters if id(p) not in norms]
-            if factor > 0:
-                groups.append(ParamGroup([p for p in chosen if p.ndim > 1], factor, 1.0))
-                groups.append(ParamGroup([p for p in chosen if p.ndim <= 1], factor, 0.0))
-        return groups
+        fine_tuned = [p for p in self.backbone.parameters() if id(p) not in norms]
+        return (
+            decayed(heads, 1.0)
+            + decayed(self.attn_proj.parameters(), self.params.affinity_lr_factor)
+            + decayed(fine_tuned, self.params.backbone_lr_factor)
+        )
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Classification; from cam_iters on also segmentation and affinity, whose labels are made on the spot (section 3).
@@ -223,8 +214,14 @@ class Method(nn.Module):
         }
         energy = self.params.energy
         if energy is not None:
-            given = {"cells": energy.cells, "sigma_rgb": energy.sigma_rgb, "sigma_xy": energy.sigma_xy}
-            found["energy"] = energy.weight * dense_energy(batch.images, logits.softmax(dim=1), batch.valid, **given)
+            found["energy"] = energy.weight * dense_energy(
+                batch.images,
+                logits.softmax(dim=1),
+                batch.valid,
+                cells=energy.cells,
+                sigma_rgb=energy.sigma_rgb,
+                sigma_xy=energy.sigma_xy,
+            )
         return found
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from pipeline.core.config import NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging.pooling import Pool, pooled
+from pipeline.training.optim import decayed
 from pipeline.training.settings import Schedule
 
 
@@ -62,13 +63,7 @@ class Method(nn.Module):
         return [self.schedule.phase("classify")]
 
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
-        groups = [ParamGroup(list(self.head.parameters()), 1.0, 1.0)]
-        if self.params.backbone_lr_factor > 0:
-            matrices = [p for p in self.backbone.parameters() if p.ndim > 1]
-            vectors = [p for p in self.backbone.parameters() if p.ndim <= 1]  # biases and norms are not decayed
-            groups.append(ParamGroup(matrices, self.params.backbone_lr_factor, 1.0))
-            groups.append(ParamGroup(vectors, self.params.backbone_lr_factor, 0.0))
-        return groups
+        return decayed(self.head.parameters(), 1.0) + decayed(self.backbone.parameters(), self.params.backbone_lr_factor)
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Multi-label soft margin (IRN, PSA) on the pooled class map; padding takes no part in the pooling."""

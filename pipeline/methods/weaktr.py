@@ -24,6 +24,7 @@ from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import fusion as fuse
 from pipeline.nn.vit.class_tokens import ClassTokenVit
 from pipeline.nn.vit.coco_ids import COCO_UNUSED_IDS, COCO_USED_IDS
+from pipeline.training.optim import decayed
 from pipeline.training.settings import Schedule
 
 
@@ -109,14 +110,9 @@ class Method(nn.Module):
         """A plain ViT's weights, a model.safetensors of this method, or the authors' checkpoint (train it for 0 epochs to
         use it as it is)."""
         del family
-        if init.suffix in (weights_file.SCRATCH, weights_file.HUB):
-            return self.backbone.load_initial(init)
-        tensors = weights_file.read_weights(init)
-        if any(name.startswith("adaptive_attention_fusion.") for name in tensors):
-            own = any(name.startswith("backbone.") for name in tensors)
-            given, spoken = (tensors, str) if own else (renamed(tensors), published_name)
-            return weights_file.load_exactly(self, given, str(init), spoken=spoken)
-        return self.backbone.load_initial(init)
+        mark = "adaptive_attention_fusion.attn_head_ffn.0.weight"
+        if not weights_file.load_whole(self, init, mark, renamed, published_name):
+            self.backbone.load_initial(init)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any]) -> Method:
@@ -165,13 +161,9 @@ class Method(nn.Module):
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
         """Class tokens learn as fast as the heads: they start all alike, and at a fine-tuning rate stay so for long."""
         backbone = {id(parameter) for parameter in self.backbone.parameters()} - {id(self.backbone.net.cls_token)}
-        groups = []
-        for factor, inside in ((1.0, False), (self.params.backbone_lr_factor, True)):
-            chosen = [p for p in self.parameters() if (id(p) in backbone) == inside]
-            if factor > 0:
-                groups.append(ParamGroup([p for p in chosen if p.ndim > 1], factor, 1.0))
-                groups.append(ParamGroup([p for p in chosen if p.ndim <= 1], factor, 0.0))
-        return groups
+        fine_tuned = [p for p in self.parameters() if id(p) in backbone]
+        new = [p for p in self.parameters() if id(p) not in backbone]
+        return decayed(new, 1.0) + decayed(fine_tuned, self.params.backbone_lr_factor)
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Three multi-label soft margins of weight 1: class tokens, coarse CAM, fine CAM (section 1.4).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -70,6 +71,41 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
             f"{source} does not fit: {'; '.join(problems[:PROBLEMS_TOLD])}{more}; check architecture in params.yaml"
         )
     module.load_state_dict(dict(tensors))
+
+
+def load_whole(
+    module: nn.Module,
+    init: Path,
+    mark: str,
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    published_name: Callable[[str], str] = str,
+) -> bool:
+    """Loads a file that holds the whole module rather than a bare backbone; false where it does not: then the backbone is for
+    the caller to load.
+
+    mark: a key that only whole files have. Files of ours have `backbone.` keys; of others, `renamed` gives ours, and
+    `published_name` turns ours back for errors.
+    """
+    if init.suffix in (SCRATCH, HUB):
+        return False
+    tensors = read_weights(init)
+    if mark not in tensors:
+        return False
+    own = renamed is None or any(name.startswith("backbone.") for name in tensors)
+    given = tensors if own or renamed is None else renamed(tensors)
+    load_exactly(module, given, str(init), spoken=str if own else published_name)
+    return True
+
+
+def pad_to_stride(images: Tensor, backbone: Any) -> Tensor:
+    """f32[b,3,h,w] → both sides multiples of the backbone's stride: padded right and bottom with what the network sees as 0."""
+    h, w = images.shape[-2:]
+    ph, pw = -h % backbone.stride, -w % backbone.stride
+    if not ph and not pw:
+        return images
+    padded = backbone.normalise.mean.expand(len(images), 3, h + ph, w + pw).clone()
+    padded[..., :h, :w] = images
+    return padded
 
 
 def unwrapped(state: Mapping[str, object]) -> dict[str, Tensor]:

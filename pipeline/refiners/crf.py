@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,14 +11,11 @@ import numpy as np
 from pipeline.core.config import Range
 from pipeline.core.contracts import ImageMaps
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels, unary_from_probabilities
-from pipeline.imaging import planes, threshold
+from pipeline.imaging import planes
+from pipeline.imaging.threshold import FitParams
+from pipeline.imaging.threshold import fit_background as fit
 
-
-@dataclass(frozen=True)
-class FitParams:
-    """fit_refiner.<m>."""
-
-    background: threshold.Background
+__all__ = ["FitParams", "Params", "Refiner", "fit"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,6 @@ class Params:
     gt_prob: Annotated[float, Range(low=0.5, high=0.999)]
     sharpness: Annotated[float, Range(low=0.1, high=32)]
     crf: CrfSettings
-
-
-def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """The background level; the CRF itself has nothing to fit."""
-    del images
-    return threshold.fit(params.background, maps)
 
 
 class Refiner:

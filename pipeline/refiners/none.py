@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.core.contracts import ImageMaps
-from pipeline.imaging import planes, threshold
+from pipeline.imaging import planes
+from pipeline.imaging.threshold import FitParams
+from pipeline.imaging.threshold import fit_background as fit
 
-
-@dataclass(frozen=True)
-class FitParams:
-    """fit_refiner.<m>."""
-
-    background: threshold.Background
+__all__ = ["FitParams", "Params", "Refiner", "fit"]
 
 
 @dataclass(frozen=True)
 class Params:
     """refine.<m>.options: none."""
-
-
-def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """The background level."""
-    del images
-    return threshold.fit(params.background, maps)
 
 
 class Refiner:

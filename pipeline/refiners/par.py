@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pipeline.core.contracts import ImageMaps
-from pipeline.imaging import planes, threshold
+from pipeline.imaging import planes
 from pipeline.imaging.par import ParSettings, refine_image
+from pipeline.imaging.planes import Probabilities
+from pipeline.imaging.threshold import FitParams
+from pipeline.imaging.threshold import fit_background as fit
 
-
-@dataclass(frozen=True)
-class FitParams:
-    """fit_refiner.<m>."""
-
-    background: threshold.Background
+__all__ = ["FitParams", "Params", "Refiner", "fit"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +27,8 @@ class Params:
     par     the refinement
     """
 
-    planes: Literal["softmax", "share"]
+    planes: Probabilities
     par: ParSettings
-
-
-def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """The background level; the refinement itself has nothing to fit."""
-    del images
-    return threshold.fit(params.background, maps)
 
 
 class Refiner:
@@ -50,6 +41,5 @@ class Refiner:
         """f32[k+1,h,w] that sums to 1, plane 0 background."""
         full = torch.from_numpy(planes.with_background(planes.upsample(maps.scores, maps.size), level))[None]
         small = F.interpolate(full, self.params.par.size(maps.size), mode="bilinear", align_corners=False)[0]
-        shares = small.softmax(dim=0) if self.params.planes == "softmax" else small / small.sum(dim=0)
-        refined = refine_image(image, shares, self.params.par)
+        refined = refine_image(image, planes.probabilities(small, self.params.planes), self.params.par)
         return (refined / refined.sum(dim=0)).numpy()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,18 +11,16 @@ import torch.nn.functional as F
 
 from pipeline.core.config import AboveZero, Count
 from pipeline.core.contracts import ImageMaps
-from pipeline.imaging import planes, threshold
+from pipeline.imaging import planes
 from pipeline.imaging.affinity import propagate
 from pipeline.imaging.par import ParSettings, refine_image
+from pipeline.imaging.planes import Probabilities
+from pipeline.imaging.threshold import FitParams
+from pipeline.imaging.threshold import fit_background as fit
+
+__all__ = ["NEEDS_AFFINITY", "FitParams", "Params", "Refiner", "fit"]
 
 NEEDS_AFFINITY = True  # stages/check.py then tells before anything is trained if extract would keep none
-
-
-@dataclass(frozen=True)
-class FitParams:
-    """fit_refiner.<m>."""
-
-    background: threshold.Background
 
 
 @dataclass(frozen=True)
@@ -38,17 +35,11 @@ class Params:
     par     null, or the pixel-adaptive refinement that follows
     """
 
-    planes: Literal["softmax", "share"]
+    planes: Probabilities
     radius: Count
     power: AboveZero
     eps: AboveZero
     par: ParSettings | None
-
-
-def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """The background level; the walk itself has nothing to fit."""
-    del images
-    return threshold.fit(params.background, maps)
 
 
 class Refiner:
@@ -65,8 +56,8 @@ class Refiner:
                 "(weaktr has an affinity, cam has none), or choose refiner par"
             )
         full = torch.from_numpy(planes.with_background(maps.scores, level))[None]
-        grid = F.interpolate(full, maps.grid, mode="bilinear", align_corners=False)
-        shares = grid.softmax(dim=1) if self.params.planes == "softmax" else grid / grid.sum(dim=1, keepdim=True)
+        grid = F.interpolate(full, maps.grid, mode="bilinear", align_corners=False)[0]
+        shares = planes.probabilities(grid, self.params.planes)[None]
         affinity = torch.from_numpy(maps.affinity)[None]
         spread = propagate(shares, affinity, radius=self.params.radius, power=self.params.power, eps=self.params.eps)
         refined = F.interpolate(spread, maps.size, mode="bilinear", align_corners=False)[0]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from pipeline.core.config import NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.labels import LabelSpace
-from pipeline.nn.family import HUB, SCRATCH, load_exactly, read_weights
+from pipeline.nn.family import load_whole, pad_to_stride
 from pipeline.nn.segformer_head import SegFormerHead
+from pipeline.training.optim import decayed
 from pipeline.training.pixel_losses import balanced_cross_entropy, mean_cross_entropy
 from pipeline.training.settings import Schedule
 
@@ -60,22 +61,14 @@ class Segmenter(nn.Module):
 
     def load_initial(self, family: Any, init: Path) -> None:
         """The encoder's weights, or those of a whole segmenter.safetensors of ours."""
-        if init.suffix not in (SCRATCH, HUB):
-            tensors = read_weights(init)
-            if any(name.startswith("backbone.") for name in tensors):
-                return load_exactly(self, tensors, str(init))
-        return family.load_initial(self.backbone, init)
+        if not load_whole(self, init, "decoder.linear_c1.proj.weight"):
+            family.load_initial(self.backbone, init)
 
     def phases(self) -> list[Phase]:
         return [self.schedule.phase("segment")]
 
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
-        groups = []
-        for part, factor in ((self.decoder, 1.0), (self.backbone, self.params.encoder_lr_factor)):
-            if factor > 0:
-                groups.append(ParamGroup([p for p in part.parameters() if p.ndim > 1], factor, 1.0))
-                groups.append(ParamGroup([p for p in part.parameters() if p.ndim <= 1], factor, 0.0))
-        return groups
+        return decayed(self.decoder.parameters(), 1.0) + decayed(self.backbone.parameters(), self.params.encoder_lr_factor)
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Cross-entropy against pseudo-masks; 255, which padding is too, does not count."""
@@ -91,12 +84,7 @@ class Segmenter(nn.Module):
         return self._logits(images)
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Padded right and bottom to the stride with what the network sees as 0, and cut back."""
         h, w = images.shape[-2:]
-        ph, pw = -h % self.backbone.stride, -w % self.backbone.stride
-        padded = images
-        if ph or pw:
-            padded = self.backbone.normalise.mean.expand(len(images), 3, h + ph, w + pw).clone()
-            padded[..., :h, :w] = images
+        padded = pad_to_stride(images, self.backbone)
         grid = self.decoder(self.backbone.stages(padded)[0])
-        return F.interpolate(grid, (h + ph, w + pw), mode="bilinear", align_corners=False)[..., :h, :w]
+        return F.interpolate(grid, padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]

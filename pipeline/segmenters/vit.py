@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from pipeline.core.config import AboveZero, NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.labels import IGNORE, LabelSpace
-from pipeline.nn.family import HUB, SCRATCH, load_exactly, read_weights, unwrapped
+from pipeline.nn.family import load_exactly, load_whole, pad_to_stride, unwrapped
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit.bilinear_vit import PATCH, WIDTHS
 from pipeline.nn.vit.coco_ids import COCO_UNUSED_IDS, COCO_USED_IDS
 from pipeline.nn.vit.mask_transformer import MaskTransformer
+from pipeline.training.optim import decayed
 from pipeline.training.pixel_losses import balanced_cross_entropy, mean_cross_entropy
 from pipeline.training.settings import Schedule
 
@@ -145,25 +146,14 @@ class Segmenter(nn.Module):
     def load_initial(self, family: Any, init: Path) -> None:
         """The encoder's weights, or those of a whole segmenter: our own segmenter.safetensors, or the authors' checkpoint
         (architecture segmenter_vit_small_patch16 is theirs; train it for 0 epochs to use it as it is)."""
-        if init.suffix not in (SCRATCH, HUB):
-            tensors = read_weights(init)
-            if "decoder.cls_emb" in tensors:
-                own = any(name.startswith("backbone.") for name in tensors)
-                return load_exactly(
-                    self, tensors if own else renamed(tensors), str(init), spoken=str if own else published_name
-                )
-        return family.load_initial(self.backbone, init)
+        if not load_whole(self, init, "decoder.cls_emb", renamed, published_name):
+            family.load_initial(self.backbone, init)
 
     def phases(self) -> list[Phase]:
         return [self.schedule.phase("segment")]
 
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
-        groups = []
-        for part, factor in ((self.decoder, 1.0), (self.backbone, self.params.encoder_lr_factor)):
-            if factor > 0:
-                groups.append(ParamGroup([p for p in part.parameters() if p.ndim > 1], factor, 1.0))
-                groups.append(ParamGroup([p for p in part.parameters() if p.ndim <= 1], factor, 0.0))
-        return groups
+        return decayed(self.decoder.parameters(), 1.0) + decayed(self.backbone.parameters(), self.params.encoder_lr_factor)
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Cross-entropy against pseudo-masks; 255, which padding is too, does not count."""
@@ -200,19 +190,12 @@ class Segmenter(nn.Module):
         return torch.stack(shares).sum(dim=0).clamp(min=SMALLEST).log()
 
     def _logits(self, images: Tensor, blocks: Sequence[int] | None) -> list[Tensor]:
-        """f32[b,c+1,h,w] by the last decoder block, or after each of some blocks.
-
-        Padded right and bottom to the stride with what the network sees as 0 (weaktr.md section 2.1), and cut back.
-        """
+        """f32[b,c+1,h,w] by the last decoder block, or after each of some blocks (padded as in weaktr.md section 2.1)."""
         h, w = images.shape[-2:]
-        ph, pw = -h % self.backbone.stride, -w % self.backbone.stride
-        padded = images
-        if ph or pw:
-            padded = self.backbone.normalise.mean.expand(len(images), 3, h + ph, w + pw).clone()
-            padded[..., :h, :w] = images
+        padded = pad_to_stride(images, self.backbone)
         features = self.backbone(padded)
         grids = [self.decoder(features)] if blocks is None else self.decoder.after_blocks(features, blocks)
-        return [F.interpolate(grid, (h + ph, w + pw), mode="bilinear", align_corners=False)[..., :h, :w] for grid in grids]
+        return [F.interpolate(grid, padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w] for grid in grids]
 
 
 def published_name(name: str) -> str:

@@ -90,7 +90,7 @@ def _items(records: Sequence[ImageRecord], method: Any, options: Any, job: Job) 
         groups.setdefault(record.size, []).append(record)
     batches = [group[at : at + together] for group in groups.values() for at in range(0, len(group), together)]
     batch_of = {record.id: number for number, batch in enumerate(batches) for record in batch}
-    ready: dict[str, dict[str, np.ndarray]] = {}  # at most the part's score maps: a few planes at stride 4 each
+    ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
     for record in records:
         if record.id not in ready:
             batch = batches[batch_of[record.id]]
@@ -116,7 +116,7 @@ def score(
     h, w = records[0].size
     grid = -(-h // settings.stride), -(-w // settings.stride)
     maps: list[ScoreMaps] = []
-    batch = torch.empty(0)
+    size = (h, w)
     for scale in settings.scales:
         size = transforms.view_size((h, w), scale, method.stride, settings.long_side)
         views = np.stack([transforms.resize(image, size) for image in images])
@@ -128,7 +128,7 @@ def score(
             last = len(maps) + 1 == len(settings.scales)
             maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
     logits = torch.stack([_views(found.tag_logits, len(images)) for found in maps]).mean(dim=(0, 2))  # [b,c]
-    cells = batch.shape[-2] // method.stride, batch.shape[-1] // method.stride
+    cells = size[0] // method.stride, size[1] // method.stride  # of the last scale, whose affinity is kept
     return [_one(row, record, maps, logits[row], grid, cells, settings, len(images)) for row, record in enumerate(records)]
 
 

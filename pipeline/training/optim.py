@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
 from pipeline.core.contracts import ParamGroup, Phase
 
@@ -13,6 +14,13 @@ POLY_POWER = 0.9  # DeepLab; AFA has 1, which is `linear` here
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
 MOMENTUM = 0.9
+
+
+def decayed(parameters: Iterable[nn.Parameter], factor: float) -> list[ParamGroup]:
+    """Groups at `factor` times the learning rate, none where it is 0. Matrices are decayed, vectors (biases and norms) are not."""
+    chosen = list(parameters) if factor > 0 else []
+    kinds = (([p for p in chosen if p.ndim > 1], 1.0), ([p for p in chosen if p.ndim <= 1], 0.0))
+    return [ParamGroup(kind, factor, decay) for kind, decay in kinds if kind]
 
 
 def make(phase: Phase, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
