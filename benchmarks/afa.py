@@ -31,11 +31,11 @@ class Always(afa.Method):
     """The reference: all views with decoder and single heads' logits, both kinds of labels at both levels one by one, at each step."""
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        made = self.training_labels(batch, spread=afa._reached(self.params.aff_iters, clock))
+        made = self.training_labels(batch, spread=clock.reached(self.params.aff_iters))
         counted = Clock(clock.phase, clock.steps, clock.steps)
         self.labels_made = made
         found = super().losses(batch, counted)
-        return found if afa._reached(self.params.cam_iters, clock) else {"classification": found["classification"]}
+        return found if clock.reached(self.params.cam_iters) else {"classification": found["classification"]}
 
     def training_labels(self, batch: Batch, *, spread: bool) -> tuple[Tensor, Tensor]:
         if hasattr(self, "labels_made"):

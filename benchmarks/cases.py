@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import afa, affinity, weaktr
+from benchmarks import afa, affinity, apc, walks, weaktr
 from benchmarks.timing import CLASSES, SIZE, Memory, Timing, best_of, mask, photograph
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
@@ -153,7 +153,7 @@ def evaluate(folder: Path) -> list[Timing]:
     best = np.random.default_rng(0).random(SIZE, np.float32)
 
     def ours() -> np.ndarray:
-        return step.threshold_curve(step._histogram(truth, winner, best, CLASSES + 1, 100))
+        return step.threshold_curve(step.level_histogram(truth, winner, best, CLASSES + 1, 100))
 
     def level_by_level() -> np.ndarray:
         values = []
@@ -173,5 +173,6 @@ def evaluate(folder: Path) -> list[Timing]:
 CASES: dict[str, Callable[[Path], list[Timing] | list[Timing | Memory]]] = {
     "prepare": prepare, "score_maps": score_maps, "crf": crf, "stores": stores, "evaluate": evaluate,
     "weaktr_training": weaktr.training, "weaktr_score_maps": weaktr.score_maps, "weaktr_fusion": weaktr.fused,
-    "par": affinity.par, "propagation": affinity.propagation, "afa_training": afa.training,
+    "par": affinity.par, "propagation": affinity.propagation, "edge_walk": walks.edges, "afa_training": afa.training,
+    "apc_pooling": apc.adaptive_k, "apc_contrast": apc.contrast,
 }  # fmt: skip

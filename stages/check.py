@@ -10,7 +10,7 @@ import click
 
 from pipeline.core import config, plugins, sections
 from pipeline.core.config import PARAMS_FILE, ParamsError
-from pipeline.steps import extract, segment, train
+from pipeline.steps import extract, fit_refiner, segment, train
 
 
 def problems(path: Path = PARAMS_FILE) -> list[str]:
@@ -64,7 +64,9 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
     refiner = tried(lambda: plugins.load("refiners", column.refiner))
     refine = parsed(sections.Refine, "refine")
     if refiner is not None:
-        parsed(refiner.FitParams, "fit_refiner")
+        fitted = parsed(refiner.FitParams, "fit_refiner")
+        if fitted is not None:
+            tried(lambda: fit_refiner.check(column.refiner, fitted, f"fit_refiner.{key}"))
         if refine is not None:
             tried(lambda: config.parse(refiner.Params, refine.options, f"refine.{key}.options"))
         if extraction is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from pipeline import runtime
-from pipeline.core import config, sections, store
+from pipeline.core import config, plugins, sections, store
 from pipeline.core import records as records_file
 from pipeline.steps import refine
 
@@ -29,9 +29,12 @@ def main(method: str, records: Path, scoremaps: Path, refiner: Path, refined: Pa
     """
     with runtime.stage():
         values = sections.read()
-        name = sections.column(values, method).refiner
+        column = sections.column(values, method)
+        name = column.refiner
         settings = config.parse(sections.Refine, config.section(values, "refine", method), f"refine.{method}")
         params = refine.params_of(name, settings, method)
+        if refine.has_network(name):
+            plugins.load("nn", column.backbone)  # before its code is digested
         read = records_file.read(records)
         train = read.split("train")
         parts = store.parts_of([record.id for record in train], settings.images_per_part)
@@ -42,8 +45,10 @@ def main(method: str, records: Path, scoremaps: Path, refiner: Path, refined: Pa
             [digest, runtime.code_digest(), store.file_digest(records), maps.logical_digest, store.file_digest(refiner)]
         )
         with store.Workspace(refined, key) as work:
+            device = runtime.device() if refine.has_network(name) else "cpu"
             job = refine.Job(
                 refiner=name,
+                backbone=column.backbone,
                 settings=settings,
                 params=params,
                 scoremaps=scoremaps,
@@ -53,10 +58,11 @@ def main(method: str, records: Path, scoremaps: Path, refiner: Path, refined: Pa
                 parts=len(parts),
                 params_digest=digest,
                 out=work.result,
+                device=device,
             )
             todo = list(refine.train_items(train, parts, store.missing_parts(work.result, parts)))
             function = partial(refine.refine_part, job=job)
-            for _ in runtime.each(function, todo, processes=runtime.workers(), what=f"refine {method}"):
+            for _ in runtime.each(function, todo, processes=runtime.workers(device), what=f"refine {method}"):
                 pass
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from stages import export, fit_refiner, refine
+from tests.toys import SCRATCH, learned_fit
 
 LABELS = LabelSpace(("boat", "car", "sheep"))
 CRF = {
@@ -23,7 +24,12 @@ CRF = {
 SETTINGS = {"scale": 0.5, "dilations": [1, 2, 4], "iterations": 3, "w1": 0.3, "w2": 0.01}
 PAR = {"planes": "softmax", "par": SETTINGS}
 WALK = {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.01, "par": SETTINGS}
-OPTIONS = {"crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR, "walk": WALK}
+AFFINITYNET = {"power": 4.0, "beta": 4.0, "steps": 8, "long_side": 512}
+IRN = {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512}
+OPTIONS = {
+    "crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR, "walk": WALK,
+    "affinitynet": AFFINITYNET, "irn": IRN,
+}  # fmt: skip
 STORAGE = {"images_per_part": 2, "compression": "gzip"}
 
 # id, (h, w), split, tags; the names and sizes that break things
@@ -60,8 +66,15 @@ def scores_of(rng: np.random.Generator, k: int, size: tuple[int, int]) -> np.nda
     return scores.astype(np.float16)
 
 
+def fit_params(refiner: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """fit_refiner.cam; a learned refiner's network is small, on a ViT. changes: background, and whatever the refiner has."""
+    settings = learned_fit("scenes_vit", CRF).get(refiner, {})
+    settings |= {"background": {"rule": "fixed", "level": 0.4}}
+    return settings | {name: value for name, value in changes.items() if name in settings}
+
+
 def build(root: Path, **changes: Any) -> None:
-    """Fills `root`; changes: refiner, background, disagree_at, ignore_below, ignore_disagreement, formats."""
+    """Fills `root`; changes: those of fit_params, refiner, disagree_at, ignore_below, ignore_disagreement, formats."""
     rng = np.random.default_rng(0)
     (root / "raw").mkdir(parents=True)
     found, maps = [], []
@@ -90,7 +103,7 @@ def build(root: Path, **changes: Any) -> None:
     values = {
         "dataset": {"name": "folder", "root": "raw", "options": {}},
         "methods": {"cam": column},
-        "fit_refiner": {"cam": {"background": changes.get("background", {"rule": "fixed", "level": 0.4})}},
+        "fit_refiner": {"cam": fit_params(refiner, changes)},
         "refine": {"cam": {"disagree_at": changes.get("disagree_at"), "options": OPTIONS[refiner], **STORAGE}},
         "export": {
             "cam": {
@@ -108,7 +121,7 @@ def build(root: Path, **changes: Any) -> None:
 def run(stage: str) -> Result:
     """One stage in the current folder."""
     paths = {
-        "fit_refiner": ["--scoremaps", "scoremaps", "--refiner", "out/refiner.safetensors"],
+        "fit_refiner": ["--scoremaps", "scoremaps", "--init", str(SCRATCH), "--refiner", "out/refiner.safetensors"],
         "refine": ["--scoremaps", "scoremaps", "--refiner", "out/refiner.safetensors", "--refined", "out/refined"],
         "export": ["--refined", "out/refined", "--pseudo-masks", "out/pseudo_masks", "--exports", "out/exports"],
     }

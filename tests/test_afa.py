@@ -137,7 +137,7 @@ def test_losses_set_in_one_after_the_other(backbone: str, architecture: str) -> 
     ("iters", "step", "expected"), [(0, 0, True), (0.3, 29, False), (0.3, 30, True), (5, 4, False), (5, 5, True)]
 )
 def test_a_warm_up_is_told_in_steps_or_as_a_share(iters: float, step: int, expected: bool) -> None:
-    assert afa._reached(iters, Clock(0, step, 100)) is expected
+    assert Clock(0, step, 100).reached(iters) is expected
 
 
 def test_nothing_is_computed_before_its_loss_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from pipeline.core import plugins, store
-from tests.toys import SCRATCH, toy_folder, toy_params
+from tests.toys import SCRATCH, learned_fit, toy_folder, toy_params
 
 METHODS, REFINERS, SEGMENTERS = (plugins.available(kind) for kind in ("methods", "refiners", "segmenters"))
-WITHOUT_AFFINITY = {"cam"}
+WITHOUT_AFFINITY = {"cam", "apc", "ppl"}
 CRF = {
     "iterations": 2,
     "gaussian_sxy": 1,
@@ -31,8 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF},
     "par": {"planes": "share", "par": PAR},
     "walk": {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.001, "par": PAR},
+    "affinitynet": {"power": 4.0, "beta": 4.0, "steps": 8, "long_side": 512},
+    "irn": {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512},
 }
-SEGMENTER_OF = {"vit": "cam", "mit": "afa"}  # the column of presets/scenes-all.yaml that has it
+SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # the column of presets/scenes-all.yaml that has it
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +82,15 @@ def refine(key: str, refiner: str, segmenter: str) -> Path:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["methods"][key] |= {"refiner": refiner, "segmenter": segmenter}
     values["refine"][key]["options"] = OPTIONS[refiner]
+    learned = learned_fit(values["train"][key]["model"]["architecture"], CRF)
+    values["fit_refiner"][key] = learned.get(refiner, {"background": {"rule": "fixed", "level": 0.3}})
     source = toy_params(Path("raw"), [SEGMENTER_OF[segmenter]])
     for section in ("retrain", "segment"):
         values[section][key] = copy.deepcopy(source[section][SEGMENTER_OF[segmenter]])
     write(values)
     out = Path(key) / refiner / segmenter
     given = ("--records", "records.h5", "--scoremaps", f"{key}/scoremaps", "--refiner", f"{out}/refiner.safetensors")
-    run("fit_refiner", key, *given)
+    run("fit_refiner", key, *given, "--init", str(SCRATCH))
     run("refine", key, *given, "--refined", f"{out}/refined")
     run("export", key, "--records", "records.h5", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks",
         "--exports", f"{out}/exports")  # fmt: skip
@@ -120,4 +124,4 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
         f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion", f"{out}/confusion.csv")  # fmt: skip
     stages = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["stages"]
     assert {"score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions"} <= set(stages)
-    assert ("decoder_val" in stages) == (key == "afa")
+    assert ("decoder_val" in stages) == (key in {"afa", "apc"})

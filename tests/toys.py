@@ -77,3 +77,35 @@ def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
             "short_side": None,
         }
     return values
+
+
+def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """fit_refiner.<m> of the refiners that are trained, cut down to toys. architecture: of the column's backbone family."""
+    training = {
+        "seed": 0,
+        "precision": "fp32",
+        "augment": {
+            "size": 64, "scale_min": 0.8, "scale_max": 1.2, "area_min": None, "flip": 0.5, "jitter": 0.2, "rand_augment": None,
+            "erase": 0.0,
+        },
+        "schedule": {
+            "epochs": 1, "batch_size": 4, "shards": 2, "lr": 0.01, "weight_decay": 0.0001, "optimiser": "adamw",
+            "schedule": "poly", "warmup": 0, "lr_floor": 0.0,
+        },
+    }  # fmt: skip
+    base = {"architecture": architecture, "image_size": 64}
+    level = {"background": {"rule": "fixed", "level": 0.3}}
+    return {
+        "affinitynet": level
+        | training
+        | {
+            "labels": {"powers": [2, 8], "crf": crf},
+            "model": base | {"stride": 8, "widths": [4, 6], "radius": 3, "backbone_lr_factor": 0.1},
+        },
+        "irn": level
+        | training
+        | {
+            "labels": {"factors": [0.5, 2.0], "gt_prob": 0.7, "crf": crf},
+            "model": base | {"stride": 4, "radius": 4, "displacement_weight": 1.0, "displacement_lr_factor": 10.0},
+        },
+    }

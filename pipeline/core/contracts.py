@@ -47,6 +47,10 @@ class Clock:
     def fraction(self) -> float:
         return self.step / max(1, self.steps)
 
+    def reached(self, iters: float) -> bool:
+        """Whether a warm-up of so many steps, or below 1 of such a share of all steps, is over."""
+        return self.step >= (iters if iters >= 1 else iters * self.steps)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -160,6 +164,14 @@ class Refiner(Protocol):
     fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]
         sees every train image once (no ground truth), images(i) being the photograph u8[h,w,3] of the i-th of `maps`;
         the state has at least `background` f32[1] > 0, the fitted background level.
+
+    A refiner that is learned has, instead of fit, a Trainable Network(params.model, params.schedule, family), whose FitParams are
+    background, seed, precision, augment, schedule, model and its own; and
+
+    training_labels(params: FitParams, image, maps, level) -> u8[h,w] mask values
+        what the network learns of one train image; 255 where it is not sure.
+
+    Its Refiner is given the trained network as a third argument.
     """
 
     def __init__(self, params: Any, state: Mapping[str, np.ndarray]) -> None: ...

@@ -200,9 +200,9 @@ class Method(nn.Module):
         """
         grid = batch.images.shape[-2] // self.stride, batch.images.shape[-1] // self.stride
         seen = F.adaptive_max_pool2d(batch.valid[:, None].float(), grid)[:, 0] > 0
-        if not _reached(self.params.cam_iters, clock):
+        if not clock.reached(self.params.cam_iters):
             return {"classification": self._classification(self.backbone(batch.images), seen, batch.tags)}
-        targets, pair_targets = self.training_labels(batch, spread=_reached(self.params.aff_iters, clock))
+        targets, pair_targets = self.training_labels(batch, spread=clock.reached(self.params.aff_iters))
         features, asked = self.backbone.stages(batch.images)
         logits = F.interpolate(self.decoder(features).float(), batch.images.shape[-2:], mode="bilinear", align_corners=False)
         cells = pair_targets[:, :: self.stride, :: self.stride]
@@ -342,11 +342,6 @@ class Method(nn.Module):
             best = pooled(features, seen, pool="gmp", topk_share=1.0)
             return self.classifier(best[..., None, None])[..., 0, 0].float()
         return pooled(self.classifier(features).float(), seen, pool=self.params.pool, topk_share=self.params.topk_share)
-
-
-def _reached(iters: float, clock: Clock) -> bool:
-    """Whether a warm-up of so many steps, or of such a share of all steps, is over."""
-    return clock.step >= (iters if iters >= 1 else iters * clock.steps)
 
 
 def _window(valid: Tensor) -> Window:

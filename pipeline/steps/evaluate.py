@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from pipeline import metrics
 from pipeline.core import store
@@ -103,7 +103,8 @@ def open_stores(inputs: Inputs) -> Stores:
 
 def chosen_level(refiner: Path) -> float:
     """The background level that fit_refiner found."""
-    return float(load_file(refiner)["background"][0])
+    with safe_open(refiner, "np") as file:  # a learned refiner's network stays where it is
+        return float(file.get_tensor("background")[0])
 
 
 _OPENED: dict[str, Stores] = {}  # one per process
@@ -135,7 +136,7 @@ def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
         _count(tally, "refined", record, truth, refined["label"], sure)
         counts = _count(tally, "pseudo_masks", record, truth, mask, sure)
         if truth is not None:
-            tally.histogram += _histogram(truth, winner, best, len(inputs.labels) + 1, inputs.settings.threshold_bins)
+            tally.histogram += level_histogram(truth, winner, best, len(inputs.labels) + 1, inputs.settings.threshold_bins)
         protocol = inputs.settings.ignored_prediction
         tally.quality.append((record.id, float(sure.mean()) if counts is None else metrics.miou(counts, protocol=protocol)))
     return tally
@@ -169,7 +170,7 @@ def _count(
     return counts
 
 
-def _histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, classes: int, bins: int) -> np.ndarray:
+def level_histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, classes: int, bins: int) -> np.ndarray:
     """i64[bins, truth, winner]: all that every threshold needs, from one pass."""
     kept = truth != IGNORE
     at = np.clip((best[kept] * bins).astype(np.int64), 0, bins - 1)

@@ -20,6 +20,7 @@ from pipeline.core.sections import Refine
 from pipeline.imaging import planes
 
 METADATA_KEY = "refiner"
+NETWORK = "network."  # before the key names of a learned refiner's network, in its state
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
     """All that one process needs, picklable."""
 
     refiner: str
+    backbone: str  # name of the family in pipeline/nn, for refiners with a network
     settings: Refine
     params: Any  # the refiner's Params
     scoremaps: Path
@@ -36,6 +38,7 @@ class Job:
     parts: int
     params_digest: str
     out: Path
+    device: str
 
 
 def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
@@ -55,12 +58,24 @@ def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageReco
     )
 
 
-def write_state(path: Path, name: str, state: Mapping[str, np.ndarray]) -> None:
-    """safetensors with the refiner's name; one metadata key, since several would come in random order."""
+def has_network(name: str) -> bool:
+    """Whether refiner `name` is learned by the training loop."""
+    return hasattr(plugins.load("refiners", name), "Network")
+
+
+def network_state(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A network's tensors as part of a refiner's state."""
+    return {NETWORK + name: value.numpy() for name, value in tensors.items()}
+
+
+def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: str = "{}") -> None:
+    """safetensors with the refiner's name and FitParams (JSON); one metadata key, since several would come in random order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(
-        {key: np.ascontiguousarray(state[key]) for key in sorted(state)}, partial, metadata={METADATA_KEY: json.dumps(name)}
+        {key: np.ascontiguousarray(state[key]) for key in sorted(state)},
+        partial,
+        metadata={METADATA_KEY: json.dumps([name, params])},
     )
     partial.replace(path)
 
@@ -68,10 +83,34 @@ def write_state(path: Path, name: str, state: Mapping[str, np.ndarray]) -> None:
 def read_state(path: Path, name: str) -> dict[str, np.ndarray]:
     """ValueError if the state belongs to another refiner."""
     with safe_open(path, "np") as file:
-        found = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+        found = json.loads((file.metadata() or {}).get(METADATA_KEY, "[null]"))[0]
         if found != name:
             raise ValueError(f"{path} was fitted for refiner {found!r}, not {name!r}; run fit_refiner again")
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def fitted_params(path: Path) -> Any:
+    """The FitParams, as plain values, that a state was fitted with."""
+    with safe_open(path, "np") as file:
+        return json.loads(json.loads((file.metadata() or {})[METADATA_KEY])[1])
+
+
+def load(job: Job) -> tuple[Any, float]:
+    """The refiner, ready to be called, and its background level."""
+    state = read_state(job.state, job.refiner)
+    module, level = plugins.load("refiners", job.refiner), float(state["background"][0])
+    if not has_network(job.refiner):
+        return module.Refiner(job.params, state), level
+    import torch  # refiners without a network do not pay for it
+
+    torch.set_num_threads(1)  # images share the cores
+    params = config.parse(module.FitParams, fitted_params(job.state), "fit_refiner", job.state)
+    network = module.Network(params.model, params.schedule, plugins.load("nn", job.backbone))
+    tensors = {
+        name.removeprefix(NETWORK): torch.from_numpy(value) for name, value in state.items() if name.startswith(NETWORK)
+    }
+    network.load_state_dict(tensors)
+    return module.Refiner(job.params, state, network.to(job.device).eval()), level
 
 
 _READY: dict[str, tuple[Any, store.Store, float]] = {}  # one per process
@@ -82,9 +121,8 @@ def refine_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     part, records = item
     key = str(job.out.resolve())  # the work space's name stands for all inputs
     if key not in _READY:
-        state = read_state(job.state, job.refiner)
-        refiner = plugins.load("refiners", job.refiner).Refiner(job.params, state)
-        _READY[key] = refiner, store.Store(job.scoremaps, store.SCORE_MAPS), float(state["background"][0])
+        refiner, level = load(job)
+        _READY[key] = refiner, store.Store(job.scoremaps, store.SCORE_MAPS), level
     refiner, scores, level = _READY[key]
     items = ((record.id, refine_one(refiner, maps_of(scores, record), record, job, level)) for record in records)
     store.write_part(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,18 +14,23 @@ from pipeline.nn.mit.encoder import SIZES, MixTransformer, Size
 
 
 class Backbone(nn.Module):
-    """dim: channels of the last map; dims: of all four; stride: px per cell of the last map; blocks, heads: attention of the
-    last stage."""
+    """dim: channels of the last map; dims: of all four; stride: px per cell of the last map, strides: of all four; blocks, heads:
+    attention of the last stage."""
 
     def __init__(self, net: MixTransformer, size: Size) -> None:
         super().__init__()
         self.net, self.dims, self.dim, self.stride = net, size.dims, size.dims[-1], size.stride
+        self.strides = tuple(accumulate(size.strides, mul))
         self.blocks, self.heads = size.depths[-1], size.heads[-1]
         self.normalise = family.Normalise()
 
     def forward(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
         return self.net(self.normalise(images))[0][-1]
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """All four maps, finest first."""
+        return self.net(self.normalise(images))[0]
 
     def stages(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """All four maps, finest first, and queries and keys [b,heads,n,width] of the last stage's blocks."""

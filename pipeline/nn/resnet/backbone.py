@@ -1,7 +1,9 @@
-"""timm ResNets → a feature map at stride 16. f32[b,3,h,w] in 0..1 → f32[b,dim,h/16,w/16]."""
+"""ResNets → a feature map: timm's at stride 16, ResNet38d and the demo's at 8. f32[b,3,h,w] in 0..1 → f32[b,dim,h/s,w/s]."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,40 @@ from pipeline.nn.torchvision_guard import mend
 
 mend()
 import timm  # noqa: E402
+from timm.models.resnet import ResNet  # noqa: E402
+
+from pipeline.nn.resnet import resnet38d  # noqa: E402
+from pipeline.nn.resnet.resnet38d import ResNet38d  # noqa: E402
+from pipeline.nn.resnet.scenes_resnet import scenes_resnet  # noqa: E402
 
 OUTPUT_STRIDE = 16  # IRN: the last stage keeps its resolution
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+# IRN's classifier holds each tensor under up to three names (methods/baselines.md section 6)
+STAGE = re.compile(r"^(?:backbone\.(\d)|stage(\d))\.(\d)\.(.+)$")
+STAGE1 = {"0": "conv1", "1": "bn1", "4": "layer1"}  # the others hold one layer each
 
 
 class Backbone(nn.Module):
-    """A ResNet whose batch norms keep their pre-trained statistics, as all of the field's classifiers do."""
+    """A ResNet whose batch norms keep their pre-trained statistics, as those of all of the field's classifiers do.
 
-    def __init__(self, net: Any) -> None:
+    dim     channels of the map; stride: px per cell, image sides must be multiples of it
+    dims    channels, and strides px per cell, of `feature_maps`
+    splits  places at which a pass can be cut: place i lies after group i of splits + 1, the stem being part of the first
+    """
+
+    def __init__(self, net: ResNet | ResNet38d) -> None:
         super().__init__()
         self.net = net
         self.normalise = family.Normalise()
-        self.dim = int(net.num_features)
-        self.stride = OUTPUT_STRIDE
+        if isinstance(net, ResNet38d):
+            self.dims, self.strides = resnet38d.TAP_DIMS, resnet38d.TAP_STRIDES
+            self.splits = len(resnet38d.GROUPS) - 1
+        else:
+            told: list[dict[str, Any]] = net.feature_info
+            self.dims = tuple(int(one["num_chs"]) for one in told)
+            self.strides = (2 * int(told[0]["reduction"]), *(int(one["reduction"]) for one in told[1:]))  # after max-pool
+            self.splits = len(LAYERS) - 1
+        self.dim, self.stride = self.dims[-1], self.strides[-1]
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
@@ -34,28 +57,115 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """f32[b,3,h,w] RGB in 0..1, sides multiples of 16 → f32[b,dim,h/16,w/16]."""
-        return self.net.forward_features(self.normalise(images))
+        """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
+        return self._groups(self.normalise(images), 0, self.splits + 1)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Maps of all depths, finest first: the stem's after max-pool and those of layer1 … layer4, or ResNet38d's taps."""
+        maps = self.normalise(images)
+        if isinstance(self.net, ResNet38d):
+            return self.net.taps(maps)
+        found = [self._stem(maps)]
+        for name in LAYERS:
+            found.append(self.net.get_submodule(name)(found[-1]))
+        return found
+
+    def trunk(self, images: Tensor, positions: Sequence[int]) -> list[tuple[Tensor, None]]:
+        """States [b,·,·,·] after the groups of `positions` (1 … splits, any order), and the final map as the last; one pass.
+
+        A state is a map and, for a ViT, the tokens that belong to no cell; a ResNet has none.
+        """
+        maps, at, states = self.normalise(images), 0, {}
+        for position in sorted({*positions, self.splits + 1}):
+            maps, at = self._groups(maps, at, position), position
+            states[position] = maps
+        return [(states[position], None) for position in (*positions, self.splits + 1)]
+
+    def rest(self, state: tuple[Tensor, None], position: int) -> Tensor:
+        """The groups after `position`, on a state of that place or on any cut-out of it → f32[b,dim,·,·]."""
+        return self._groups(state[0], position, self.splits + 1)
+
+    def leading(self, groups: int) -> list[nn.Parameter]:
+        """Parameters of the first so many groups."""
+        if isinstance(self.net, ResNet38d):
+            modules = self.net.members(range(groups))
+        else:
+            modules = [module for name, module in self.net.named_children() if name not in LAYERS[groups:]] if groups else []
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def _groups(self, maps: Tensor, first: int, end: int) -> Tensor:
+        for number in range(first, end):
+            if isinstance(self.net, ResNet38d):
+                maps = self.net.group(number, maps)
+            else:
+                maps = self.net.get_submodule(LAYERS[number])(maps if number else self._stem(maps))
+        return maps
+
+    def _stem(self, images: Tensor) -> Tensor:
+        net: Any = self.net
+        return net.maxpool(net.act1(net.bn1(net.conv1(images))))
 
 
 def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
-    """A backbone with random weights; image_size does not matter to a ResNet. ValueError where timm has no such model."""
+    """A backbone with random weights; image_size does not matter to a ResNet.
+
+    architecture: resnet38d, scenes_resnet or a ResNet of timm, whose stride other than 16 is told as in `resnet50@8`. ValueError
+    where timm has no such model.
+    """
     del image_size
-    if not timm.is_model(architecture):
+    if architecture == "resnet38d":
+        if drop_path > 0:
+            raise ValueError("resnet38d has dropout of its own and no stochastic depth: set drop_path to 0 in params.yaml")
+        return Backbone(ResNet38d())
+    if architecture == "scenes_resnet":
+        return Backbone(scenes_resnet(drop_path))
+    name, _, stride = architecture.partition("@")
+    if not timm.is_model(name) or stride not in ("", "8", "16", "32"):
         near = ", ".join(timm.list_models("resnet*")[:8])
-        raise ValueError(f"timm has no model {architecture!r}; there are {near} … (edit architecture in params.yaml)")
-    net = timm.create_model(
-        architecture, pretrained=False, num_classes=0, output_stride=OUTPUT_STRIDE, drop_path_rate=drop_path
-    )
+        raise ValueError(
+            f"timm has no model {architecture!r}; there are {near} …, with @8 or @32 behind the name for another stride than "
+            f"{OUTPUT_STRIDE}, and resnet38d, scenes_resnet (edit architecture in params.yaml)"
+        )
+    try:
+        net = timm.create_model(
+            name,
+            pretrained=False,
+            num_classes=0,
+            output_stride=int(stride or OUTPUT_STRIDE),
+            drop_path_rate=drop_path,
+        )
+    except TypeError:  # other networks know no output_stride
+        net = None
+    if not isinstance(net, ResNet):
+        raise ValueError(f"{architecture} is no ResNet; for a ViT set methods.<m>.backbone to vit in params.yaml")
     return Backbone(net)
 
 
 def load_initial(backbone: Backbone, init: Path) -> None:
-    """Initial weights from a local file in timm's key names, from timm's hub (.hub file), or none (.txt file)."""
+    """Initial weights from a local file, from timm's hub (.hub file), or none (.txt file).
+
+    A file has timm's key names, which are torchvision's, PSA's (resnet38d) or one of IRN's aliases. Counters of batch norms may be
+    missing, as they are in old files: fixed norms do not read them.
+    """
     if init.suffix == family.SCRATCH and init.is_file():
         return
     if init.suffix == family.HUB and init.is_file():
         tensors = timm.create_model(family.hub_name(init), pretrained=True, num_classes=0).state_dict()
     else:
         tensors = family.read_weights(init)
-    family.load_matching(backbone.net, tensors, init)
+    counters = {name: v for name, v in backbone.net.state_dict().items() if name.endswith("num_batches_tracked")}
+    family.load_matching(backbone.net, counters | renamed(tensors), init)
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """IRN's key names (resnet50.*, else stage1.* … stage4.* or backbone.0.* … backbone.3.*) → timm's; others stay as they are."""
+    plain = {name.removeprefix("resnet50."): value for name, value in tensors.items() if name.startswith("resnet50.")}
+    return plain or {_renamed(name): value for name, value in tensors.items()}
+
+
+def _renamed(name: str) -> str:
+    found = STAGE.match(name)
+    if found is None:
+        return name
+    stage = int(found[2] or int(found[1]) + 1)
+    return f"{STAGE1.get(found[3], found[3]) if stage == 1 else f'layer{stage}'}.{found[4]}"

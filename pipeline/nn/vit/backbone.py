@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.nn import family
@@ -14,6 +15,7 @@ from pipeline.nn.torchvision_guard import mend
 mend()
 import timm  # noqa: E402
 from timm.layers.pos_embed import resample_abs_pos_embed  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 from pipeline.nn.vit import bilinear_vit, scenes_vit  # noqa: E402
 
@@ -26,10 +28,11 @@ PAIRS = 2  # last blocks whose queries and keys `stages` gives
 class Backbone(nn.Module):
     """A ViT whose patch tokens, after the final norm, are laid out as a map.
 
-    dim     channels of the map; dims: of the maps of `stages`
-    stride  px per cell; image sides must be multiples of it
+    dim     channels of the map; dims: of the maps of `stages` and `feature_maps`
+    stride  px per cell; image sides must be multiples of it; strides: of `feature_maps`
     prefix  tokens before the patches (class token, registers)
     blocks, heads   of the queries and keys that `stages` gives
+    splits  places at which a pass can be cut: place i lies after block i; 0 where timm runs the blocks in another way
     """
 
     def __init__(self, net: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -42,14 +45,55 @@ class Backbone(nn.Module):
         depth = len(net.blocks)
         self.depths = sorted({max(0, depth * quarter // 4 - 1) for quarter in (1, 2, 3, 4)})
         self.dims = (self.dim,) * len(self.depths)
+        self.strides = (self.stride,) * len(self.depths)
+        self.splits = depth - 1 if isinstance(self.net, VisionTransformer) else 0
         self.blocks = min(PAIRS, depth)
         self.heads = int(getattr(net.blocks[-1].attn, "num_heads", 0))
 
     def forward(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
-        tokens = self.net.forward_features(self.normalise(images))[:, self.prefix :]
-        h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
-        return tokens.transpose(1, 2).reshape(len(images), self.dim, h, w)
+        return self._laid(self.net.forward_features(self.normalise(images)), self._grid(images))
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Maps after each quarter of the blocks, all at the same stride and through the final norm."""
+        return self.net.forward_intermediates(
+            self.normalise(images), indices=self.depths, norm=True, intermediates_only=True
+        )
+
+    def trunk(self, images: Tensor, positions: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """States after the blocks of `positions` (1 … splits, any order), and the final one, normed, as the last; one pass.
+
+        A state is the patch tokens as a map f32[b,dim,gh,gw], and the tokens before them f32[b,prefix,dim].
+        """
+        net, grid, states = self.net, self._grid(images), {}
+        tokens = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(self.normalise(images)))))
+        for number, block in enumerate(net.blocks, start=1):
+            tokens = block(tokens)
+            if number in positions:
+                states[number] = tokens
+        found = [*(states[position] for position in positions), net.norm(tokens)]
+        return [(self._laid(tokens, grid), tokens[:, : self.prefix]) for tokens in found]
+
+    def rest(self, state: tuple[Tensor, Tensor], position: int) -> Tensor:
+        """The blocks after `position` and the final norm → f32[b,dim,·,·], on a state of that place or on a cut-out of its map,
+        whose patches then attend to each other and to the tokens before them alone."""
+        maps, before = state
+        tokens = torch.cat([before, maps.flatten(2).transpose(1, 2)], dim=1)
+        for block in self.net.blocks[position:]:
+            tokens = block(tokens)
+        return self._laid(self.net.norm(tokens), (maps.shape[-2], maps.shape[-1]))
+
+    def leading(self, groups: int) -> list[nn.Parameter]:
+        """Parameters of the embedding and the first so many blocks; none of 0."""
+        late = {id(p) for module in (*self.net.blocks[groups:], self.net.norm) for p in module.parameters()}
+        return [p for p in self.net.parameters() if id(p) not in late] if groups else []
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.stride, images.shape[-1] // self.stride
+
+    def _laid(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """f32[b,prefix+n,dim] → the patches as a map."""
+        return tokens[:, self.prefix :].transpose(1, 2).reshape(len(tokens), self.dim, *grid)
 
     def stages(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Maps after each quarter of the blocks, all at the same stride and through the final norm; and queries and keys

@@ -1,0 +1,192 @@
+"""`python -m benchmarks.ablation benchmarks/ablations/NAME.yaml --out FOLDER`: rows of changes to params → mIoU of each, over seeds.
+
+A file names a preset, a column, seeds and rows; each row sets some keys of params. Rows whose training is the same share it, and
+what is finished is kept in FOLDER. Masks are only read to score, as in evaluate; no row chooses by them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import PROJECT
+from pipeline import metrics
+from pipeline.core import config, records, store
+from pipeline.steps import evaluate
+
+log = logging.getLogger("ablation")
+PROTOCOL = "background"
+FIGURES = ("score maps", "best level", "pseudo-masks", "score maps, val", "decoder, val")
+
+
+@dataclass(frozen=True)
+class Row:
+    """name: as the table shows it; set: dotted key of params → its value."""
+
+    name: str
+    set: Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """preset: file; column: of it; common: set in every row; images: train images at most, the first by id, or null for all."""
+
+    preset: str
+    column: str
+    seeds: tuple[int, ...]
+    images: int | None
+    common: Any
+    rows: tuple[Row, ...]
+
+
+def read(path: Path) -> Plan:
+    return config.parse(Plan, config.read(path), "plan", path)
+
+
+def params_of(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
+    """The preset cut down to the column, with the row's changes. A key that the preset lacks is an error."""
+    values = copy.deepcopy(config.read(PROJECT / plan.preset))
+    for section in ("methods", "train", "extract", "fit_refiner", "refine", "export", "retrain", "segment"):
+        values[section] = {plan.column: values[section][plan.column]}
+    for key, value in (plan.common | row.set).items():
+        *path, last = key.split(".")
+        at = values
+        for part in path:
+            at = at[part]
+        if last not in at and path[0] != "fit_refiner":
+            raise config.ParamsError(f"row {row.name!r} sets {key}, which {plan.preset} does not have")
+        at[last] = value
+    values["train"][plan.column]["seed"] = seed
+    values["dataset"]["root"] = str(PROJECT / values["dataset"]["root"])
+    column = values["methods"][plan.column]
+    column["init"] = str(PROJECT / column["init"])
+    return values
+
+
+def stage(folder: Path, name: str, *words: object) -> None:
+    command = [sys.executable, "-m", f"stages.{name}", *map(str, words)]
+    environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"{folder}, {name}: {done.stderr[-2000:]}")
+
+
+def run(values: dict[str, Any], column: str, folder: Path, data: Path) -> dict[str, float]:
+    """Trains, extracts, fits, refines and scores one set of params, or what of it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    part = store.digest([values[name] for name in ("dataset", "methods", "train")])[:16]
+    model, told = folder.parent / "models" / f"{part}.safetensors", ("--records", data / "records.h5")
+    init = values["methods"][column]["init"]
+    if not model.exists():
+        stage(folder, "train", column, *told, "--init", init, "--model", model.resolve(), "--log", "train.csv")
+    stage(
+        folder, "extract", column, *told, "--model", model.resolve(), "--scoremaps", "scoremaps", "--inspection", "inner.h5"
+    )
+    maps = ("--scoremaps", "scoremaps", "--refiner", "refiner.safetensors")
+    stage(folder, "fit_refiner", column, *told, "--init", init, *maps)
+    stage(folder, "refine", column, *told, *maps, "--refined", "refined")
+    return score(folder, data)
+
+
+def score(folder: Path, data: Path) -> dict[str, float]:
+    """mIoU with background of what a folder holds, 255 of the truth excluded."""
+    read_records, truth = records.read(data / "records.h5"), store.Store(data / "truth.h5", store.TRUTH)
+    maps = store.Store(folder / "scoremaps", store.SCORE_MAPS)
+    refined, level = store.Store(folder / "refined", store.REFINED), evaluate.chosen_level(folder / "refiner.safetensors")
+    classes, bins = len(read_records.labels) + 1, 100
+    counts: dict[str, np.ndarray] = {}
+    histogram = np.zeros((bins, classes, classes), np.int64)
+
+    def add(name: str, mask: np.ndarray, label: np.ndarray) -> None:
+        counts.setdefault(name, np.zeros((classes, classes + 1), np.int64))
+        counts[name] += metrics.confusion(mask, label, classes)
+
+    for record in read_records:
+        if record.id not in truth:
+            continue
+        mask = truth.read(record.id, "mask")
+        winner, best = evaluate.winner_of(maps, record)
+        ending = "" if record.split == "train" else ", val"
+        add("score maps" + ending, mask, np.where(best > level, winner, 0).astype(np.uint8))
+        decoded = maps.read(record.id, "decoded")
+        if decoded.size:
+            add("decoder" + ending, mask, decoded)
+        if record.split == "train":
+            add("pseudo-masks", mask, refined.read(record.id, "label"))
+            histogram += evaluate.level_histogram(mask, winner, best, classes, bins)
+    found = {name: float(metrics.miou(count, protocol=PROTOCOL)) for name, count in counts.items()}
+    return found | {"best level": float(evaluate.threshold_curve(histogram).max()), "level": level}
+
+
+def limited(source: Path, data: Path, images: int | None) -> None:
+    """records.h5 with the first train images by id, and truth.h5, of a prepared folder."""
+    whole = records.read(source / "records.h5")
+    train = sorted((record for record in whole if record.split == "train"), key=lambda record: record.id)
+    kept = {record.id for record in train[:images]}
+    chosen = tuple(record for record in whole if record.split != "train" or record.id in kept)
+    data.mkdir(parents=True, exist_ok=True)
+    records.write(data / "records.h5", records.Records(whole.labels, chosen, whole.skipped))
+    (data / "truth.h5").unlink(missing_ok=True)
+    (data / "truth.h5").symlink_to((source / "truth.h5").resolve())
+
+
+def shown(values: Sequence[float]) -> str:
+    """Median, and what the seeds reach from and to."""
+    middle = statistics.median(values)
+    return f"{middle:.3f}" if len(values) == 1 else f"{middle:.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+@click.command()
+@click.argument("plan_file", type=click.Path(path_type=Path, exists=True))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for what is made; finished rows stay.")
+@click.option("--only", multiple=True, help="Names of rows to run; all without.")
+def main(plan_file: Path, out: Path, only: tuple[str, ...]) -> None:
+    """Runs the rows of PLAN_FILE and prints a table; FOLDER/results.json holds every figure."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    plan, out = read(plan_file), out.resolve()
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    data = out / "data"
+    for row in plan.rows:
+        if only and row.name not in only:
+            continue
+        for seed in plan.seeds:
+            values = params_of(plan, row, seed)
+            folder = out / store.digest(values)[:16]
+            if not (data / "records.h5").exists():
+                whole = out / "whole"
+                whole.mkdir(parents=True, exist_ok=True)
+                (whole / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+                stage(whole, "prepare", "--raw", values["dataset"]["root"], "--records", "records.h5", "--truth", "truth.h5")
+                limited(whole, data, plan.images)
+            done = folder / "figures.json"
+            if not done.exists():
+                done.write_text(json.dumps(run(values, plan.column, folder, data)), encoding="utf-8")
+            results.setdefault(row.name, {})[str(seed)] = json.loads(done.read_text(encoding="utf-8"))
+            log.info("%s, seed %d: %s", row.name, seed, {k: round(v, 3) for k, v in results[row.name][str(seed)].items()})
+            (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    table = Table(title=f"{plan_file.stem}: mIoU, median and range of {len(plan.seeds)} seeds")
+    for name in ("row", *FIGURES):
+        table.add_column(name)
+    for name, seeds in results.items():
+        cells = [[one[figure] for one in seeds.values() if figure in one] for figure in FIGURES]
+        table.add_row(name, *(shown(cell) if cell else "–" for cell in cells))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
