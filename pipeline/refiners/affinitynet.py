@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Range
+from pipeline.core.config import AboveZero, NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import pair_walk
-from pipeline.imaging.threshold import Background
 from pipeline.nn.family import load_exactly, unwrapped
 from pipeline.training.optim import decayed
-from pipeline.training.settings import Augment, Schedule
+from pipeline.training.settings import LearnedFit, Schedule
 
 Power = Annotated[float, Range(above=0, high=128)]
 
@@ -61,15 +60,10 @@ class Model:
 
 
 @dataclass(frozen=True)
-class FitParams:
-    """fit_refiner.<m>: the level, the labels that the network learns from, and its training, as in train.<m>."""
+class FitParams(LearnedFit):
+    """fit_refiner.<m>: beside the level and the training, the labels that the network learns from, and the network."""
 
-    background: Background
     labels: Labels
-    seed: Count
-    precision: Literal["fp32", "bf16", "fp16"]
-    augment: Augment
-    schedule: Schedule
     model: Model
 
 
@@ -195,8 +189,8 @@ class Refiner:
         """f32[k+1,h,w] that sums to 1, plane 0 background (PSA, section 3.3)."""
         model = self.network.params
         step = max(model.stride, self.network.backbone.stride)
-        view = transforms.resize(image, transforms.view_size(maps.size, 1.0, step, self.params.long_side))
-        pixels = torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))[None].to(self.device).float() / 255
+        size = transforms.view_size(maps.size, 1.0, step, self.params.long_side)
+        pixels = torch.from_numpy(transforms.resize(image, size).copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
         features = self.network.features(pixels)
         near = pairs.offsets(model.radius)
         affinities = [pairs.feature_affinity(features, offset)[0] for offset in near]

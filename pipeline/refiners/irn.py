@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Range
+from pipeline.core.config import AboveZero, NonNegative, Positive, Range
 from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import edge_walk
-from pipeline.imaging.threshold import Background
 from pipeline.nn.family import load_exactly, unwrapped
 from pipeline.training.optim import decayed
-from pipeline.training.settings import Augment, Schedule
+from pipeline.training.settings import LearnedFit, Schedule
 
 EDGE_WIDTH, EDGE_GROUPS = 32, 4
 FINE_WIDTHS, COARSE_WIDTH = (64, 128), 256  # of the displacement branch
@@ -65,15 +64,10 @@ class Model:
 
 
 @dataclass(frozen=True)
-class FitParams:
-    """fit_refiner.<m>: the level, the labels that the network learns from, and its training, as in train.<m>."""
+class FitParams(LearnedFit):
+    """fit_refiner.<m>: beside the level and the training, the labels that the network learns from, and the network."""
 
-    background: Background
     labels: Labels
-    seed: Count
-    precision: Literal["fp32", "bf16", "fp16"]
-    augment: Augment
-    schedule: Schedule
     model: Model
 
 
@@ -244,8 +238,8 @@ class Refiner:
     def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background (IRN, section 5.3)."""
         step = max(self.network.params.stride, self.network.backbone.stride)
-        view = transforms.resize(image, transforms.view_size(maps.size, 1.0, step, self.params.long_side))
-        pixels = torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))[None].to(self.device).float() / 255
+        size = transforms.view_size(maps.size, 1.0, step, self.params.long_side)
+        pixels = torch.from_numpy(transforms.resize(image, size).copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
         logits = self.network.edge_logits(torch.cat([pixels, pixels.flip(-1)]) if self.params.flip else pixels)
         mean = (logits[0] + logits[1].flip(-1)) / 2 if self.params.flip else logits[0]
         edge = torch.sigmoid(mean.float())

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.core.config import NonNegative, Positive, Range
-from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.labels import LabelSpace
-from pipeline.nn.family import load_whole, pad_to_stride
 from pipeline.nn.resnet.deeplab_head import GROUPS, DeepLabV2, DeepLabV3Plus
-from pipeline.training.optim import decayed
-from pipeline.training.pixel_losses import balanced_cross_entropy, mean_cross_entropy
+from pipeline.training.map_segmenter import MapSegmenter
 from pipeline.training.settings import Schedule
 
 
@@ -58,54 +53,21 @@ class Options:
     """segment.<m>.options: none."""
 
 
-class Segmenter(nn.Module):
+class Segmenter(MapSegmenter):
     """family: pipeline.nn.resnet.backbone. Its batch norms keep their statistics."""
 
     def __init__(self, labels: LabelSpace, params: Params, schedule: Schedule, family: Any) -> None:
-        super().__init__()
-        self.params, self.schedule = params, schedule
-        self.backbone = family.create(params.architecture, params.image_size, drop_path=params.drop_path)
-        if params.encoder_lr_factor == 0:
-            self.backbone.requires_grad_(False)
+        backbone = family.create(params.architecture, params.image_size, drop_path=params.drop_path)
         if params.head == "deeplab_v2":
-            self.decoder: nn.Module = DeepLabV2(self.backbone.dims, len(labels) + 1, dilations=params.dilations)
+            decoder: nn.Module = DeepLabV2(backbone.dims, len(labels) + 1, dilations=params.dilations)
         else:
-            self.decoder = DeepLabV3Plus(
-                self.backbone.dims,
+            decoder = DeepLabV3Plus(
+                backbone.dims,
                 len(labels) + 1,
                 dilations=params.dilations,
                 width=params.width,
                 low_width=params.low_width,
                 dropout=params.dropout,
             )
-
-    def load_initial(self, family: Any, init: Path) -> None:
-        """The encoder's weights, or those of a whole segmenter.safetensors of ours."""
-        mark = next(name for name in self.state_dict() if name.startswith("decoder."))
-        if not load_whole(self, init, mark):
-            family.load_initial(self.backbone, init)
-
-    def phases(self) -> list[Phase]:
-        return [self.schedule.phase("segment")]
-
-    def param_groups(self, phase: Phase) -> list[ParamGroup]:
-        return decayed(self.decoder.parameters(), 1.0) + decayed(self.backbone.parameters(), self.params.encoder_lr_factor)
-
-    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """Cross-entropy against pseudo-masks; 255, which padding is too, does not count."""
-        del clock
-        assert batch.masks is not None  # the loop was given pseudo-masks
-        balanced = self.params.balance == "background_foreground"
-        loss = (balanced_cross_entropy if balanced else mean_cross_entropy)(self._logits(batch.images).float(), batch.masks)
-        return {"segmentation": loss}
-
-    def segment(self, images: Tensor, options: Options) -> Tensor:
-        """f32[b,3,h,w] RGB in 0..1, any size → logits f32[b,c+1,h,w], plane 0 background."""
-        del options
-        return self._logits(images)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        h, w = images.shape[-2:]
-        padded = pad_to_stride(images, self.backbone)
-        grid = self.decoder(self.backbone.feature_maps(padded))
-        return F.interpolate(grid, padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]
+        balanced = params.balance == "background_foreground"
+        super().__init__(backbone, decoder, schedule, encoder_lr_factor=params.encoder_lr_factor, balanced=balanced)
