@@ -15,7 +15,6 @@ from pipeline.core import config, plugins, store
 from pipeline.core.contracts import Batch, Clock, ImageMaps
 from pipeline.core.labels import IGNORE
 from pipeline.refiners import affinitynet, irn
-from pipeline.steps import refine
 from tests.shared_data import shared
 from tests.toys import SCRATCH, learned_fit
 
@@ -27,6 +26,7 @@ FAMILIES = {"vit": "scenes_vit", "mit": "scenes_mit", "resnet": "resnet18"}
 def one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TAG2MASK_LAUNCHER", "inline")
     monkeypatch.setenv("TAG2MASK_DEVICE", "cpu")
+    monkeypatch.setenv("TAG2MASK_RANKS", "1")
     monkeypatch.delenv("DVC_STAGE", raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -216,10 +216,3 @@ def test_a_published_file_that_lacks_a_key_is_named() -> None:
     del tensors["fc_edge6.bias"]
     with torch.device("meta"), pytest.raises(ValueError, match=r"edge\.bias is missing"):
         irn.Network.from_official(tensors)
-
-
-def test_refine_says_so_where_the_state_is_of_another_refiner(tmp_path: Path) -> None:
-    case.build(tmp_path, refiner="irn")
-    case.run_well("fit_refiner")
-    with pytest.raises(ValueError, match="irn"):
-        refine.read_state(Path("out/refiner.safetensors"), "crf")
