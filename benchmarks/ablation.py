@@ -67,7 +67,7 @@ def params_of(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         at = values
         for part in path:
             at = at[part]
-        if last not in at and path[0] != "fit_refiner":
+        if last not in at:
             raise config.ParamsError(f"row {row.name!r} sets {key}, which {plan.preset} does not have")
         at[last] = value
     values["train"][plan.column]["seed"] = seed
@@ -78,9 +78,12 @@ def params_of(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 
 
 def stage(folder: Path, name: str, *words: object) -> None:
+    """Runs a stage in `folder`, which is given the project's code by a link: params.yaml is read where a stage runs."""
+    for code in ("pipeline", "stages"):
+        if not (folder / code).exists():
+            (folder / code).symlink_to(PROJECT / code)
     command = [sys.executable, "-m", f"stages.{name}", *map(str, words)]
-    environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{folder}, {name}: {done.stderr[-2000:]}")
 
