@@ -1,7 +1,8 @@
 """`python -m benchmarks.ablation benchmarks/ablations/NAME.yaml --out FOLDER`: rows of changes to params → mIoU of each, over seeds.
 
 A file names a preset, a column, seeds and rows; each row sets some keys of params. Rows whose training is the same share it, and
-what is finished is kept in FOLDER. Masks are only read to score, as in evaluate; no row chooses by them.
+what is finished is kept in FOLDER, under a key of its params alone: take a new FOLDER after a change of code or of `images`.
+Masks are only read to score, as in evaluate; no row chooses by them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +29,12 @@ from pipeline.core import config, records, store
 from pipeline.steps import evaluate
 
 log = logging.getLogger("ablation")
-PROTOCOL = "background"
+PROTOCOL, BINS = "background", 100
+# evaluate's name → ours; refined labels are what export would make pseudo-masks of
+SCORED = {
+    "score_maps": "score maps", "decoder": "decoder", "refined": "pseudo-masks", "score_maps_val": "score maps, val",
+    "decoder_val": "decoder, val",
+}  # fmt: skip
 FIGURES = ("score maps", "best level", "pseudo-masks", "score maps, val", "decoder, val")
 
 
@@ -89,7 +94,7 @@ def stage(folder: Path, name: str, *words: object) -> None:
 
 
 def run(values: dict[str, Any], column: str, folder: Path, data: Path) -> dict[str, float]:
-    """Trains, extracts, fits, refines and scores one set of params, or what of it is not there yet."""
+    """Trains, unless a row with the same training has, extracts, fits, refines and scores one set of params."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     part = store.digest([values[name] for name in ("dataset", "methods", "train")])[:16]
@@ -111,29 +116,21 @@ def score(folder: Path, data: Path) -> dict[str, float]:
     read_records, truth = records.read(data / "records.h5"), store.Store(data / "truth.h5", store.TRUTH)
     maps = store.Store(folder / "scoremaps", store.SCORE_MAPS)
     refined, level = store.Store(folder / "refined", store.REFINED), evaluate.chosen_level(folder / "refiner.safetensors")
-    classes, bins = len(read_records.labels) + 1, 100
-    counts: dict[str, np.ndarray] = {}
-    histogram = np.zeros((bins, classes, classes), np.int64)
-
-    def add(name: str, mask: np.ndarray, label: np.ndarray) -> None:
-        counts.setdefault(name, np.zeros((classes, classes + 1), np.int64))
-        counts[name] += metrics.confusion(mask, label, classes)
-
+    tally = evaluate.Tally.empty(len(read_records.labels) + 1, BINS)
     for record in read_records:
         if record.id not in truth:
             continue
         mask = truth.read(record.id, "mask")
-        winner, best = evaluate.winner_of(maps, record)
-        ending = "" if record.split == "train" else ", val"
-        add("score maps" + ending, mask, np.where(best > level, winner, 0).astype(np.uint8))
-        decoded = maps.read(record.id, "decoded")
-        if decoded.size:
-            add("decoder" + ending, mask, decoded)
+        evaluate.count_maps(tally, record, mask, maps, level)
         if record.split == "train":
-            add("pseudo-masks", mask, refined.read(record.id, "label"))
-            histogram += evaluate.level_histogram(mask, winner, best, classes, bins)
-    found = {name: float(metrics.miou(count, protocol=PROTOCOL)) for name, count in counts.items()}
-    return found | {"best level": float(evaluate.threshold_curve(histogram).max()), "level": level}
+            labels = refined[record.id]
+            evaluate.count(tally, "refined", record, mask, labels["label"], labels["confidence"] / store.CONFIDENCE_STEPS)
+    found = {
+        name: float(metrics.miou(tally.confusion[stage], protocol=PROTOCOL))
+        for stage, name in SCORED.items()
+        if tally.scored[stage]
+    }
+    return found | {"best level": float(evaluate.threshold_curve(tally.histogram).max()), "level": level}
 
 
 def limited(source: Path, data: Path, images: int | None) -> None:

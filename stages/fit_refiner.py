@@ -37,10 +37,11 @@ def main(method: str, records: Path, scoremaps: Path, init: Path, refiner: Path)
         scores.require(record.id for record in read)
         train = read.split("train")
         told = fit_refiner.described(params)
+        state = refine.fit(name, params, scores, train, root)
+        level = float(state["background"][0])
+        runtime.log.info("background level %.4f", level)
         if not refine.has_network(name):
-            state = refine.fit(name, params, scores, train, root)
             refine.write_state(refiner, name, state, told)
-            runtime.log.info("background level %.4f", float(state["background"][0]))
             return
         plugins.load("nn", column.backbone)  # before its code is digested
         key = store.digest([
@@ -48,7 +49,6 @@ def main(method: str, records: Path, scoremaps: Path, init: Path, refiner: Path)
             store.file_digest(init),
         ])  # fmt: skip
         with store.Workspace(refiner, key) as work:
-            level = fit_refiner.background_level(params, scores, train)
             labels = work.folder / "labels"
             parts = store.parts_of([record.id for record in train], fit_refiner.LABELS_PER_PART)
             made = fit_refiner.LabelJob(name, params, level, scoremaps, root, read.labels, len(parts), key, labels)
@@ -61,9 +61,8 @@ def main(method: str, records: Path, scoremaps: Path, init: Path, refiner: Path)
                 name, params, family=column.backbone, init=init, records=train, root=root, classes=len(read.labels),
                 labels=labels, work=work.folder, device=device, ranks=runtime.ranks, loaders=runtime.loaders(device),
             )  # fmt: skip
-            state = fit_refiner.train(job, lambda notes, steps: runtime.progress(notes, steps, f"fit_refiner {method}"))
-            refine.write_state(work.result / refiner.name, name, state | fit_refiner.background(level), told)
-        runtime.log.info("background level %.4f", level)
+            state |= fit_refiner.train(job, lambda notes, steps: runtime.progress(notes, steps, f"fit_refiner {method}"))
+            refine.write_state(work.result / refiner.name, name, state, told)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.core import config, plugins
-from pipeline.core.contracts import Batch, Clock
+from pipeline.core.contracts import Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
@@ -25,6 +25,7 @@ from pipeline.training.checkpoint import save_tensors
 from pipeline.training.pixel_losses import dense_energy
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights
+from tests.toy_batches import batch
 from tests.toys import toy_params
 
 LABELS = LabelSpace(("disc", "square", "star"))
@@ -38,14 +39,6 @@ def made(backbone: str = "mit", architecture: str = "scenes_mit", **changes: Any
     model |= {"architecture": architecture, "image_size": 64, "cam_iters": 0.3, "aff_iters": 0.5, **changes}
     torch.manual_seed(0)
     return afa.Method(LABELS, config.parse(afa.Params, model, "model"), SCHEDULE, plugins.load("nn", backbone))
-
-
-def batch(tags: Any = ((1, 0, 0), (0, 1, 1)), size: int = 64, padding: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    valid = torch.ones(len(tags), size, size, dtype=torch.bool)
-    if padding:
-        valid[:, :, -padding:] = False
-    return Batch(torch.rand(len(tags), 3, size, size, generator=generator), torch.tensor(tags).float(), valid, None)
 
 
 def official() -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:

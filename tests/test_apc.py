@@ -23,6 +23,7 @@ from pipeline.methods import apc
 from pipeline.steps import extract
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
+from tests.toy_batches import batch
 from tests.toys import toy_params
 
 LABELS = LabelSpace(("disc", "square", "star"))
@@ -50,14 +51,6 @@ def parsed(**changes: Any) -> apc.Params:
 def made(backbone: str = "vit", architecture: str = "scenes_vit", **changes: Any) -> apc.Method:
     torch.manual_seed(0)
     return apc.Method(LABELS, parsed(architecture=architecture, **changes), SCHEDULE, plugins.load("nn", backbone))
-
-
-def batch(tags: Any = ((1, 0, 0), (0, 1, 1)), size: int = 64, padding: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    valid = torch.ones(len(tags), size, size, dtype=torch.bool)
-    if padding:
-        valid[:, :, -padding:] = False
-    return Batch(torch.rand(len(tags), 3, size, size, generator=generator), torch.tensor(tags).float(), valid, None)
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -247,10 +240,10 @@ def test_labels_are_made_without_dropout() -> None:
 def test_labels_hold_the_tags_alone_and_255_on_padding() -> None:
     method = made()
     assert method.params.decoder is not None
-    labels = method.training_labels(batch(padding=20), drawn(0, 2, 3, 8, 8), method.params.decoder.labels)
+    labels = method.training_labels(batch(padding=20), drawn(0, 2, 3, 8, 8), method.params.decoder)
     assert set(labels[0].unique().tolist()) <= {0, 1, IGNORE} and set(labels[1].unique().tolist()) <= {0, 2, 3, IGNORE}
     assert (labels[:, :, -20:] == IGNORE).all() and (labels[:, :, :-20] != IGNORE).any()
-    untagged = method.training_labels(batch(((0, 0, 0),)), drawn(0, 1, 3, 8, 8), method.params.decoder.labels)
+    untagged = method.training_labels(batch(((0, 0, 0),)), drawn(0, 1, 3, 8, 8), method.params.decoder)
     assert (untagged == 0).all()
 
 

@@ -276,3 +276,11 @@ def test_views_have_sides_that_the_backbone_can_cut_into_patches(
 
 def test_a_huge_image_is_scaled_down_to_the_long_side() -> None:
     assert transforms.view_size((6000, 8000), 1.0, 16, long_side=1024) == (768, 1024)
+
+
+def test_images_become_tensors_alone_as_in_a_stack() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    stacked = transforms.tensor_of(images, "cpu")
+    assert stacked.shape == (2, 3, 5, 7) and stacked.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.stack([transforms.tensor_of(image, "cpu") for image in images]), stacked)
+    np.testing.assert_array_equal((stacked[1, 2] * 255).round().numpy(), images[1, ..., 2])

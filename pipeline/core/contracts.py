@@ -109,6 +109,7 @@ class ImageMaps:
 
     classes  i64[k] 0-based class positions, ascending; scores f32[k,gh,gw] in 0..1; size (h, w) px of the image
     affinity f32[n,n] of all pairs of cells of `grid` (rows, columns), or None where the method kept none
+    id       of the image, for refiners that know more of it than its maps; "" where nobody asks
     """
 
     classes: np.ndarray
@@ -116,6 +117,7 @@ class ImageMaps:
     size: tuple[int, int]
     affinity: np.ndarray | None = None
     grid: tuple[int, int] = (0, 0)
+    id: str = ""
 
 
 class Trainable(Protocol):
@@ -165,8 +167,11 @@ class Refiner(Protocol):
         sees every train image once (no ground truth), images(i) being the photograph u8[h,w,3] of the i-th of `maps`;
         the state has at least `background` f32[1] > 0, the fitted background level.
 
-    A refiner that is learned has, instead of fit, a Trainable Network(params.model, params.schedule, family), whose FitParams are
-    background, seed, precision, augment, schedule, model and its own; and
+    check(params: FitParams), where there is something to check: ValueError, before anything is trained, if what the params name
+        outside the project is missing or not what they say.
+
+    A refiner that is learned also has a Trainable Network(params.model, params.schedule, family), whose FitParams are background,
+    seed, precision, augment, schedule, model and its own; and
 
     training_labels(params: FitParams, image, maps, level) -> u8[h,w] mask values
         what the network learns of one train image; 255 where it is not sure.

@@ -26,21 +26,29 @@ Window = tuple[slice, slice]
 @dataclass(frozen=True)
 class LabelSettings:
     """low, high   background scores; above both a class is sure, between them it is ignored
-    radius      cells of the affinity's grid that one step reaches
-    power, eps  of the affinity (imaging.affinity.propagate)
-    par         the pixel-adaptive refinement that follows
+    par         the pixel-adaptive refinement of background and classes
     """
 
     low: Annotated[float, Range(above=0, high=1)]
     high: Annotated[float, Range(above=0, high=1)]
-    radius: Count
-    power: AboveZero
-    eps: AboveZero
     par: ParSettings
 
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}")
+
+
+@dataclass(frozen=True)
+class SpreadSettings(LabelSettings):
+    """The same of labels that are spread along an affinity, and
+
+    radius      cells of the affinity's grid that one step reaches
+    power, eps  of the affinity (imaging.affinity.propagate)
+    """
+
+    radius: Count
+    power: AboveZero
+    eps: AboveZero
 
 
 def with_backgrounds(scores: Tensor, settings: LabelSettings) -> Tensor:
@@ -55,7 +63,7 @@ def plain_planes(scores: Tensor, settings: LabelSettings) -> Tensor:
     return with_backgrounds(small, settings)
 
 
-def spread_planes(scores: Tensor, affinity: Tensor, grid: tuple[int, int], settings: LabelSettings) -> Tensor:
+def spread_planes(scores: Tensor, affinity: Tensor, grid: tuple[int, int], settings: SpreadSettings) -> Tensor:
     """The same after one step along affinity f32[n,n] of the cells of `grid`, at the scores' own size (step 4)."""
     planes = with_backgrounds(resized(scores[None], grid)[0], settings)
     spread = propagate(

@@ -1,11 +1,13 @@
-"""Photographs and masks as arrays → resized views and augmented square crops. Pure: every draw comes from the caller's rng."""
+"""Photographs and masks as arrays → resized views, what networks read, augmented square crops. Pure: draws are the caller's rng's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.core.labels import IGNORE
 
@@ -29,6 +31,12 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == size:
         return image
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def tensor_of(pixels: np.ndarray, device: str | torch.device) -> Tensor:
+    """One or more images u8[…,h,w,3] → f32[…,3,h,w] RGB in 0..1 on `device`, as networks read them."""
+    # channels stay innermost in memory, since convolutions may round otherwise in another layout; a copy, since Pillow's are read-only
+    return torch.tensor(pixels, device=device).movedim(-1, -3).float() / 255
 
 
 def crop(

@@ -24,7 +24,7 @@ from pipeline.imaging import pseudo_labels, transforms
 from pipeline.imaging.affinity import affinity_labels, affinity_loss, propagate
 from pipeline.imaging.par import ParSettings
 from pipeline.imaging.pooling import Pool, pooled
-from pipeline.imaging.pseudo_labels import LabelSettings, Window
+from pipeline.imaging.pseudo_labels import LabelSettings, SpreadSettings, Window
 from pipeline.imaging.scoremaps import merge_views
 from pipeline.nn import family as weights_file
 from pipeline.nn.segformer_head import SegFormerHead
@@ -79,7 +79,7 @@ class Params:
     cam_scales: tuple[Annotated[float, Range(low=0.25, high=3)], ...]
     pseudo_label_mode: Literal["eval", "train"]
     affinity_from: Literal["cam", "spread"]
-    labels: LabelSettings
+    labels: SpreadSettings
     affinity_start: Literal["random", "zero"]
     decoder_width: Positive
     decoder_dropout: Annotated[float, Range(low=0, high=0.9)]
@@ -111,7 +111,7 @@ PUBLISHED_SCHEDULE = Schedule(
     epochs=7.6, batch_size=4, shards=1, lr=6e-4, lr_floor=0.0, weight_decay=0.01, optimiser="adamw", schedule="linear",
     warmup=1500,
 )  # fmt: skip
-PUBLISHED_LABELS = LabelSettings(0.35, 0.55, 8, 2.0, 0.1, ParSettings(0.5, (1, 2, 4, 8, 12, 24), 10, 0.3, 0.01))
+PUBLISHED_LABELS = SpreadSettings(0.35, 0.55, ParSettings(0.5, (1, 2, 4, 8, 12, 24), 10, 0.3, 0.01), 8, 2.0, 0.1)
 SCORE_EPS = 1e-4  # of the affinity when score maps are spread: the authors' validation has it instead of 0.1
 HEAD_STD = 3**-0.5  # Kaiming normal with a = √5 and one output
 

@@ -21,7 +21,6 @@ from pipeline.core.config import AboveZero, NonNegative, Positive, Range, Share
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.imaging import pseudo_labels, transforms
-from pipeline.imaging.par import ParSettings
 from pipeline.imaging.patch_pooling import Pooling, adaptive_k_pooled, chosen_patches, patch_contrast
 from pipeline.imaging.pseudo_labels import LabelSettings
 from pipeline.imaging.scoremaps import resized
@@ -68,30 +67,18 @@ class Equivariance:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """iters   when it starts to learn: steps, or below 1 a share of all steps of the last phase
-    weight     of its loss
+class Decoder(LabelSettings):
+    """How its labels are made, low and high being set against a patch's score over its class's maximum, and
+
+    iters   when it starts to learn: steps, or below 1 a share of all steps of the last phase
+    weight  of its loss
     width, dropout   of SegFormer's head
-    low, high  background scores: a patch score (over its class's maximum) below low makes background, between them nothing
-    par        the pixel-adaptive refinement of the labels
     """
 
     iters: NonNegative
     weight: AboveZero
     width: Positive
     dropout: Dropout
-    low: Annotated[float, Range(above=0, high=1)]
-    high: Annotated[float, Range(above=0, high=1)]
-    par: ParSettings
-
-    def __post_init__(self) -> None:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}")
-
-    @property
-    def labels(self) -> LabelSettings:
-        """APC has no affinity: what would be its settings is never read."""
-        return LabelSettings(self.low, self.high, radius=0, power=1.0, eps=1.0, par=self.par)
 
 
 @dataclass(frozen=True)
@@ -291,7 +278,7 @@ class Method(nn.Module):
             found["equivariance"] = params.equivariance.weight * self._equivariance(batch, scores, frozen)
         if decoder is not None:
             assert self.decoder is not None
-            targets = self.training_labels(batch, scores[:, 1:], decoder.labels)
+            targets = self.training_labels(batch, scores[:, 1:], decoder)
             decoded = F.interpolate(
                 self.decoder(maps).float(), batch.images.shape[-2:], mode="bilinear", align_corners=False
             )

@@ -21,9 +21,12 @@ from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import pair_walk
+from pipeline.imaging.threshold import fit_background as fit
 from pipeline.nn.family import load_exactly, unwrapped
 from pipeline.training.optim import decayed
 from pipeline.training.settings import LearnedFit, Schedule
+
+__all__ = ["FitParams", "Network", "Params", "Refiner", "fit", "training_labels"]
 
 Power = Annotated[float, Range(above=0, high=128)]
 
@@ -190,7 +193,7 @@ class Refiner:
         model = self.network.params
         step = max(model.stride, self.network.backbone.stride)
         size = transforms.view_size(maps.size, 1.0, step, self.params.long_side)
-        pixels = torch.from_numpy(transforms.resize(image, size).copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = transforms.tensor_of(transforms.resize(image, size), self.device)[None]
         features = self.network.features(pixels)
         near = pairs.offsets(model.radius)
         affinities = [pairs.feature_affinity(features, offset)[0] for offset in near]

@@ -21,9 +21,12 @@ from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import edge_walk
+from pipeline.imaging.threshold import fit_background as fit
 from pipeline.nn.family import load_exactly, unwrapped
 from pipeline.training.optim import decayed
 from pipeline.training.settings import LearnedFit, Schedule
+
+__all__ = ["FitParams", "Network", "Params", "Refiner", "fit", "training_labels"]
 
 EDGE_WIDTH, EDGE_GROUPS = 32, 4
 FINE_WIDTHS, COARSE_WIDTH = (64, 128), 256  # of the displacement branch
@@ -239,7 +242,7 @@ class Refiner:
         """f32[k+1,h,w] that sums to 1, plane 0 background (IRN, section 5.3)."""
         step = max(self.network.params.stride, self.network.backbone.stride)
         size = transforms.view_size(maps.size, 1.0, step, self.params.long_side)
-        pixels = torch.from_numpy(transforms.resize(image, size).copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = transforms.tensor_of(transforms.resize(image, size), self.device)[None]
         logits = self.network.edge_logits(torch.cat([pixels, pixels.flip(-1)]) if self.params.flip else pixels)
         mean = (logits[0] + logits[1].flip(-1)) / 2 if self.params.flip else logits[0]
         edge = torch.sigmoid(mean.float())

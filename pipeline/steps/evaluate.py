@@ -119,27 +119,32 @@ def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
     for record in records:
         truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
-        winner, best = winner_of(stores.scoremaps, record)
-        thresholded = np.where(best > inputs.level, winner, 0).astype(np.uint8)
-        decoded = stores.scoremaps.read(record.id, "decoded")
-        if decoded.size:
-            stage = "decoder_val" if record.split == "val" else "decoder"
-            _count(tally, stage, record, truth, decoded, np.zeros(record.size, np.float32))
+        count_maps(tally, record, truth, stores.scoremaps, inputs.level)
         if record.split == "val":
             predicted = stores.predictions[record.id]
-            _count(tally, "score_maps_val", record, truth, thresholded, best)
-            _count(tally, "predictions", record, truth, predicted["label"], predicted["confidence"] / store.CONFIDENCE_STEPS)
+            count(tally, "predictions", record, truth, predicted["label"], predicted["confidence"] / store.CONFIDENCE_STEPS)
             continue
         refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
         sure = refined["confidence"] / store.CONFIDENCE_STEPS
-        _count(tally, "score_maps", record, truth, thresholded, best)
-        _count(tally, "refined", record, truth, refined["label"], sure)
-        counts = _count(tally, "pseudo_masks", record, truth, mask, sure)
-        if truth is not None:
-            tally.histogram += level_histogram(truth, winner, best, len(inputs.labels) + 1, inputs.settings.threshold_bins)
+        count(tally, "refined", record, truth, refined["label"], sure)
+        counts = count(tally, "pseudo_masks", record, truth, mask, sure)
         protocol = inputs.settings.ignored_prediction
         tally.quality.append((record.id, float(sure.mean()) if counts is None else metrics.miou(counts, protocol=protocol)))
     return tally
+
+
+def count_maps(tally: Tally, record: ImageRecord, truth: np.ndarray | None, scoremaps: store.Store, level: float) -> None:
+    """Adds what one image's score maps say to the tally: their winners above `level`, the winners by score (split train), and the
+    method's own mask where it has a decoder. truth: u8[h,w], or None where there is none."""
+    ending = "_val" if record.split == "val" else ""
+    winner, best = winner_of(scoremaps, record)
+    count(tally, "score_maps" + ending, record, truth, np.where(best > level, winner, 0).astype(np.uint8), best)
+    decoded = scoremaps.read(record.id, "decoded")
+    if decoded.size:
+        count(tally, "decoder" + ending, record, truth, decoded, np.zeros(record.size, np.float32))
+    if truth is not None and record.split != "val":
+        bins, classes, _ = tally.histogram.shape
+        tally.histogram += level_histogram(truth, winner, best, classes, bins)
 
 
 def winner_of(scoremaps: store.Store, record: ImageRecord) -> tuple[np.ndarray, np.ndarray]:
@@ -152,9 +157,10 @@ def winner_of(scoremaps: store.Store, record: ImageRecord) -> tuple[np.ndarray, 
     return (found["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0]
 
 
-def _count(
+def count(
     tally: Tally, stage: str, record: ImageRecord, truth: np.ndarray | None, label: np.ndarray, confidence: np.ndarray
 ) -> np.ndarray | None:
+    """Adds one image's mask values u8[h,w], with a confidence f[h,w] in 0..1, to the tally; its own confusion if there is truth."""
     present = np.bincount(label.ravel(), minlength=256)
     foreground = int(label.size - present[0] - present[IGNORE])
     summed = int(np.round(confidence.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))

@@ -120,7 +120,7 @@ def score(
     for scale in settings.scales:
         size = transforms.view_size((h, w), scale, method.stride, settings.long_side)
         views = np.stack([transforms.resize(image, size) for image in images])
-        batch = torch.from_numpy(views).to(device).permute(0, 3, 1, 2).float() / 255
+        batch = transforms.tensor_of(views, device)
         if settings.flip:
             batch = torch.cat([batch, batch.flip(-1)])
         dtype = PRECISIONS[settings.precision]

@@ -1,4 +1,4 @@
-"""Score maps → what a learned refiner learns from, and its training. Refiners without a Network have a `fit` instead.
+"""Score maps → what a learned refiner learns from, and its training. `fit`, which every refiner has, is called by steps/refine.
 
 Torch is imported where it is needed, since the stage fits those without it as well.
 """
@@ -18,7 +18,6 @@ import numpy as np
 from pipeline.core import plugins, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
-from pipeline.imaging import threshold
 from pipeline.steps.refine import has_network, maps_of, network_state
 
 if TYPE_CHECKING:
@@ -43,22 +42,14 @@ class LabelJob:
 
 
 def check(name: str, params: Any, where: str) -> None:
-    """ValueError if a learned refiner's augmentation would change pixels whose labels do not follow."""
+    """ValueError if a learned refiner's augmentation would change pixels whose labels do not follow, or the refiner says no."""
+    refiner = plugins.load("refiners", name)
+    if hasattr(refiner, "check"):
+        refiner.check(params)
     if has_network(name) and (params.augment.rand_augment is not None or params.augment.erase > 0):
         raise ValueError(
             f"{where}.augment: rand_augment must be null and erase 0, since labels would not follow (edit params.yaml)"
         )
-
-
-def background_level(params: Any, scores: store.Store, records: Sequence[ImageRecord]) -> float:
-    """The column's background level, streamed."""
-    found = threshold.fit(params.background, (maps_of(scores, record) for record in records))
-    return float(found["background"][0])
-
-
-def background(level: float) -> dict[str, np.ndarray]:
-    """The level's part of the refiner's state."""
-    return {"background": np.array([level], np.float32)}
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.core import store
 from pipeline.core.records import ImageRecord, read_image
@@ -35,7 +34,7 @@ def inspections(
         assert record.tags  # as `chosen` gives them
         photograph = read_image(record, root)
         view = transforms.resize(photograph, transforms.view_size(record.size, 1.0, method.stride, longest))
-        batch = torch.tensor(view, device=device).permute(2, 0, 1)[None].float() / 255
+        batch = transforms.tensor_of(view, device)[None]
         found = {name: value[0].float().cpu().numpy() for name, value in method.inspect(batch).items()}
         maps = {name: value[record.tags[0]] for name, value in found.items() if value.ndim == 3 and len(value) == classes}
         tables = [value for name, value in found.items() if name.endswith(WEIGHTS)]

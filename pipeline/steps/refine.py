@@ -47,8 +47,8 @@ def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     affinity = found["affinity"].astype(np.float32) if found["affinity"].size else None
     rows, columns = (int(side) for side in found["grid"])
     return ImageMaps(
-        found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity, (rows, columns)
-    )
+        found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
+    )  # fmt: skip
 
 
 def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageRecord], root: Path) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
-from pipeline.imaging import planes
+from pipeline.imaging import planes, transforms
 from pipeline.training import checkpoint
 from pipeline.training.loop import PRECISIONS
 from pipeline.training.settings import Training
@@ -149,7 +149,7 @@ def probabilities(image: np.ndarray, model: Any, job: Job, *, planes_count: int)
     total: Tensor | None = None
     for scale in settings.scales:
         size = bounded((max(1, round(h * base * scale)), max(1, round(w * base * scale))), planes_count)
-        view = torch.tensor(resize(image, size), device=job.device).permute(2, 0, 1).float() / 255
+        view = transforms.tensor_of(resize(image, size), job.device)
         for mirrored in (False, True) if settings.flip else (False,):
             share = _share(view, mirrored, model, job, canvas)
             total = share if total is None else total.add_(share)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Range, Share
 from pipeline.core.contracts import Phase
-from pipeline.imaging.threshold import Background
+from pipeline.imaging.threshold import FitParams
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,5 @@ class Training:
 
 
 @dataclass(frozen=True)
-class LearnedFit:
+class LearnedFit(Training, FitParams):
     """The part of fit_refiner.<m> that every learned refiner shares: the background level, and its network's training as in train.<m>."""
-
-    background: Background
-    seed: Count
-    precision: Literal["fp32", "bf16", "fp16"]
-    augment: Augment
-    schedule: Schedule
