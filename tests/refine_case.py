@@ -26,9 +26,10 @@ PAR = {"planes": "softmax", "par": SETTINGS}
 WALK = {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.01, "par": SETTINGS}
 AFFINITYNET = {"power": 4.0, "beta": 4.0, "steps": 8, "long_side": 512}
 IRN = {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512}
+SEGMENTS = {"normalise": "minmax", "power": None, "uncovered": "scores"}
 OPTIONS = {
     "crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR, "walk": WALK,
-    "affinitynet": AFFINITYNET, "irn": IRN,
+    "affinitynet": AFFINITYNET, "irn": IRN, "segments": SEGMENTS,
 }  # fmt: skip
 STORAGE = {"images_per_part": 2, "compression": "gzip"}
 

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "walk": {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.001, "par": PAR},
     "affinitynet": {"power": 4.0, "beta": 4.0, "steps": 8, "long_side": 512},
     "irn": {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512},
+    "segments": {"normalise": "minmax", "power": None, "uncovered": "scores"},
 }
 SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # the column of presets/scenes-all.yaml that has it
 

@@ -80,7 +80,7 @@ def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
 
 
 def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """fit_refiner.<m> of the refiners that are trained, cut down to toys. architecture: of the column's backbone family."""
+    """fit_refiner.<m> of the refiners that fit more than a level, cut down to toys. architecture: of the column's backbone family."""
     training = {
         "seed": 0,
         "precision": "fp32",
@@ -96,6 +96,7 @@ def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, A
     base = {"architecture": architecture, "image_size": 64}
     level = {"background": {"rule": "fixed", "level": 0.3}}
     return {
+        "segments": level | {"segments": {"source": "felzenszwalb", "scale": 50.0, "sigma": 0.8, "min_size": 8}},
         "affinitynet": level
         | training
         | {
