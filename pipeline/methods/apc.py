@@ -92,6 +92,7 @@ class Params:
     context_width       channels of each of the four LSTM directions; only bilstm uses it
     dropout             of the tokens before context and classifier, and of what enters the LSTMs
     pooling             patches → image
+    classifier_std      of the classifier's start; 0.05 is ViT-PCM's. Long tokens make its first choice of patches mere chance: smaller
     background_tag      always: every image is tagged with background; none: the background's channel is not in the loss
     classifier_l2       times the sum of the classifier's squared weights, as a loss
     warm_head           null, or a first phase with a frozen backbone
@@ -108,6 +109,7 @@ class Params:
     context_width: Positive
     dropout: Dropout
     pooling: Pooling
+    classifier_std: NonNegative
     background_tag: Literal["always", "none"]
     classifier_l2: NonNegative
     warm_head: WarmHead | None
@@ -140,7 +142,6 @@ PUBLISHED_SCHEDULE = Schedule(
     schedule="linear",
     warmup=0,
 )
-CLASSIFIER_STD = 0.05  # ViT-PCM
 KERAS_SUFFIX = ".h5"  # of ViT-PCM's weights
 SMALLEST = 1e-12  # of a probability whose logarithm is taken, and of a maximum that is divided by
 LOGIT_EPS = 1e-6  # tag logits lie within ±13.8
@@ -186,7 +187,7 @@ class Method(nn.Module):
         self.context = PatchContext(self.backbone.dim, params.context_width) if params.context == "bilstm" else None
         dim = self.backbone.dim if self.context is None else 4 * params.context_width
         self.classifier = nn.Conv2d(dim, len(labels) + 1, 1, bias=False)
-        nn.init.normal_(self.classifier.weight, std=CLASSIFIER_STD)
+        nn.init.normal_(self.classifier.weight, std=params.classifier_std)
         self.decoder = None
         if params.decoder is not None:
             width, dropout = params.decoder.width, params.decoder.dropout
@@ -225,6 +226,7 @@ class Method(nn.Module):
             context_width=1 if recurrent is None else recurrent.shape[1],
             dropout=0.2,
             pooling=Pooling("max", 1.0, 1),
+            classifier_std=0.05,
             background_tag="always",
             classifier_l2=0.01,
             warm_head=WarmHead(epochs=1.0, lr=1e-3),
