@@ -48,12 +48,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """preset: file; column: of it; common: set in every row; images: train images at most, the first by id, or null for all."""
+    """preset: file; column: of it; common: set in every row; images: train images at most, the first by id, or null for all;
+    classes: those whose own IoU of the score maps is shown, too."""
 
     preset: str
     column: str
     seeds: tuple[int, ...]
     images: int | None
+    classes: tuple[str, ...]
     common: Any
     rows: tuple[Row, ...]
 
@@ -130,7 +132,14 @@ def score(folder: Path, data: Path) -> dict[str, float]:
         for stage, name in SCORED.items()
         if tally.scored[stage]
     }
+    rates = metrics.iou(tally.confusion["score_maps"], protocol=PROTOCOL)
+    found |= {of_class(name): float(value) for name, value in zip(read_records.labels.names, rates[1:], strict=True)}
     return found | {"best level": float(evaluate.threshold_curve(tally.histogram).max()), "level": level}
+
+
+def of_class(name: str) -> str:
+    """What the IoU of a class is called among the figures."""
+    return f"IoU of {name}"
 
 
 def limited(source: Path, data: Path, images: int | None) -> None:
@@ -180,10 +189,11 @@ def main(plan_file: Path, out: Path, only: tuple[str, ...]) -> None:
             log.info("%s, seed %d: %s", row.name, seed, {k: round(v, 3) for k, v in results[row.name][str(seed)].items()})
             (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     table = Table(title=f"{plan_file.stem}: mIoU, median and range of {len(plan.seeds)} seeds")
-    for name in ("row", *FIGURES):
+    figures = (*FIGURES, *map(of_class, plan.classes))
+    for name in ("row", *figures):
         table.add_column(name)
     for name, seeds in results.items():
-        cells = [[one[figure] for one in seeds.values() if figure in one] for figure in FIGURES]
+        cells = [[one[figure] for one in seeds.values() if figure in one] for figure in figures]
         table.add_row(name, *(shown(cell) if cell else "–" for cell in cells))
     Console(width=140).print(table)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import afa, affinity, apc, walks, weaktr
+from benchmarks import afa, affinity, apc, semples, walks, weaktr
 from benchmarks.timing import CLASSES, SIZE, Memory, Timing, best_of, mask, photograph
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
@@ -175,4 +175,5 @@ CASES: dict[str, Callable[[Path], list[Timing] | list[Timing | Memory]]] = {
     "weaktr_training": weaktr.training, "weaktr_score_maps": weaktr.score_maps, "weaktr_fusion": weaktr.fused,
     "par": affinity.par, "propagation": affinity.propagation, "edge_walk": walks.edges, "afa_training": afa.training,
     "apc_pooling": apc.adaptive_k, "apc_contrast": apc.contrast,
+    "semples_refine": semples.refinement,
 }  # fmt: skip

@@ -36,7 +36,7 @@ def test_a_plan_runs_on_toys_and_what_is_finished_is_not_run_again(tmp_path: Pat
     values = toy_params(toy_folder(tmp_path / "raw", train=5, val=2), ["cam"])
     (tmp_path / "toys.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     plan = {
-        "preset": str(tmp_path / "toys.yaml"), "column": "cam", "seeds": [0], "images": 4,
+        "preset": str(tmp_path / "toys.yaml"), "column": "cam", "seeds": [0], "images": 4, "classes": ["disc"],
         "common": {"methods.cam.init": str(SCRATCH), "methods.cam.refiner": "none", "refine.cam.options": {}},
         "rows": [{"name": "as it is", "set": {}}, {"name": "one scale more", "set": {"extract.cam.scales": [1.0, 0.5]}}],
     }  # fmt: skip

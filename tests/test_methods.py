@@ -30,7 +30,10 @@ ARCHITECTURES = {
     "mit": ["mit_b0", "scenes_mit"],
 }
 # class tokens need a ViT, affinities attention, and PPL cuts between blocks of one kind
-REFUSED = {("weaktr", "resnet"), ("weaktr", "mit"), ("afa", "resnet"), ("ppl", "mit")}
+REFUSED = {(name, other) for name in ("weaktr", "semples") for other in ("resnet", "mit")} | {
+    ("afa", "resnet"),
+    ("ppl", "mit"),
+}
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 BACKBONES = [(name, architecture) for name, found in ARCHITECTURES.items() for architecture in found]
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})

@@ -65,8 +65,10 @@ def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
         for section in ("train", "retrain"):
             part = values[section][key]
             part["augment"]["size"] = 64
-            part["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
             part["model"]["image_size"] = 64
+            inner = [value for value in part["model"].values() if isinstance(value, dict) and "schedule" in value]
+            for scheduled in (part, *inner):  # a method may have schedules of further phases
+                scheduled["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
         values["extract"][key] |= {"images_per_part": 4, "scales": [1.0], "inspect": 2}
         values["refine"][key]["images_per_part"] = 4
         values["segment"][key] |= {

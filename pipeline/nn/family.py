@@ -52,10 +52,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, spoken: Callable[[str], str] = str) -> None:
+def load_exactly(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    spoken: Callable[[str], str] = str,
+    advice: str = "check architecture in params.yaml",
+) -> None:
     """Every key of the module and no other. ValueError lists the keys that miss, are unknown, or have another shape.
 
-    spoken: our key names → those of the file, for the error.
+    spoken: our key names → those of the file, for the error, which ends with the advice.
     """
     own = module.state_dict()
     problems = [f"{spoken(name)} is missing" for name in own if name not in tensors]
@@ -67,9 +73,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
     ]
     if problems:
         more = f" and {len(problems) - PROBLEMS_TOLD} more" if len(problems) > PROBLEMS_TOLD else ""
-        raise ValueError(
-            f"{source} does not fit: {'; '.join(problems[:PROBLEMS_TOLD])}{more}; check architecture in params.yaml"
-        )
+        raise ValueError(f"{source} does not fit: {'; '.join(problems[:PROBLEMS_TOLD])}{more}; {advice}")
     module.load_state_dict(dict(tensors))
 
 

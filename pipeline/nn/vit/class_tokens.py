@@ -17,6 +17,7 @@ from pipeline.nn.vit import backbone as plain
 
 mend()
 from timm.layers.attention import Attention  # noqa: E402
+from timm.layers.pos_embed import resample_abs_pos_embed  # noqa: E402
 
 # The published resize of position embeddings samples at grid + 0.1 cells; kept, so that published weights give published maps
 RESIZE_MARGIN = 0.1
@@ -94,6 +95,20 @@ class ClassTokenVit(nn.Module):
         tensors = plain.initial_tensors(self.net, self.registers + 1, init)
         if tensors is not None:
             family.load_matching(self.net, self._repeated(tensors), init)
+
+    def plain_weights(self, net: Any) -> dict[str, Tensor]:
+        """State dict of this network for `net`, a timm ViT of the same architecture with one class token, of any grid: the mean of the
+        class tokens takes its place. Without a final norm, if this network applies none."""
+        found = dict(self.net.state_dict())
+        found["cls_token"] = found["cls_token"].mean(dim=1, keepdim=True)
+        before = 0
+        if not self.net.no_embed_class:
+            first, rest = found["pos_embed"][:, : self.classes], found["pos_embed"][:, self.classes :]
+            found["pos_embed"], before = torch.cat([first.mean(dim=1, keepdim=True), rest], dim=1), 1 + self.registers
+        grid = list(net.patch_embed.grid_size)
+        if found["pos_embed"].shape[1] != before + grid[0] * grid[1]:
+            found["pos_embed"] = resample_abs_pos_embed(found["pos_embed"], grid, num_prefix_tokens=before)
+        return found
 
     def _use_tokens(self, tensors: Mapping[str, Tensor]) -> None:
         repeated = self._repeated(tensors)

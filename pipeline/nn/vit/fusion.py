@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 KEPT_BYTES = 2**29  # the most that the maps of one image may take; those of larger images are recomputed
 TOGETHER_BYTES = 2**26  # images share a batch up to here: larger batches run no faster
+Split = Literal["interleaved", "heads"]
 CACHE_BYTES = 2**21  # of maps that are made at a time on a CPU: what stays in its cache is cheap
 ROWS = 256  # rows of a map that Recomputed makes at a time
 
@@ -29,12 +30,25 @@ class AttentionFusion(nn.Module):
     """What each attention branch put out → how much its maps count. Parameters are named as published."""
 
     def __init__(
-        self, dim: int, heads: int, layers: int, *, reduction: int, feature_reduction: int, pool: Literal["max", "avg"]
+        self,
+        dim: int,
+        heads: int,
+        layers: int,
+        *,
+        reduction: int,
+        feature_reduction: int,
+        pool: Literal["max", "avg"],
+        split: Split = "interleaved",
     ) -> None:
-        """reduction, feature_reduction: how many times narrower the two hidden layers are."""
+        """reduction, feature_reduction: how many times narrower the two hidden layers are.
+
+        split: what tells of a head. interleaved: every heads-th channel of the branch's output, which the projection has mixed: no
+        true slice of a head, but what the published weights were trained with. heads: what the head itself gathered, before the
+        projection.
+        """
         super().__init__()
         maps, width = heads * layers, dim // heads
-        self.heads, self.layers, self.pool = heads, layers, pool
+        self.heads, self.layers, self.pool, self.split = heads, layers, pool, split
         hidden = max(1, maps // reduction)
         self.attn_head_ffn = nn.Sequential(
             nn.Linear(maps, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, maps, bias=False), nn.Sigmoid()
@@ -43,17 +57,18 @@ class AttentionFusion(nn.Module):
         self.attn_feat_ffn = nn.Sequential(nn.Linear(width, narrow), nn.Linear(narrow, 1))
 
     def pooled(self, branch: Tensor) -> Tensor:
-        """Output of one attention branch [b,n,dim] → f32[b,dim], without gradient."""
+        """Output of one attention branch, or of its heads laid end to end, [b,n,dim] → f32[b,dim], without gradient."""
         branch = branch.detach().float()
         return branch.amax(dim=1) if self.pool == "max" else branch.mean(dim=1)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """f32[b,layers,dim] → weights [b,k] in 0..1.
-
-        Channel i goes to pseudo-head i mod heads: no true slice of a head, but what the published weights were trained with.
-        """
+        """f32[b,layers,dim] → weights [b,k] in 0..1."""
         b = len(pooled)
-        features = pooled.view(b, self.layers, -1, self.heads).permute(0, 3, 1, 2).flatten(1, 2)  # [b,k,dim/heads]
+        if self.split == "interleaved":  # channel i goes to pseudo-head i mod heads
+            by_head = pooled.view(b, self.layers, -1, self.heads).permute(0, 3, 1, 2)
+        else:
+            by_head = pooled.view(b, self.layers, self.heads, -1).transpose(1, 2)
+        features = by_head.flatten(1, 2)  # [b,k,dim/heads]
         return self.attn_head_ffn(self.attn_feat_ffn(features)[..., 0])
 
 
@@ -70,10 +85,12 @@ def _projected(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_norm(queries), attention.k_norm(keys), values
 
 
-def _branch(attention: Any, mixed: Tensor) -> Tensor:
-    """[b,heads,n,width] → [b,n,dim]: the last steps of an attention branch."""
+def _branch(fusion: AttentionFusion, attention: Any, mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """[b,heads,n,width] → [b,n,dim]: the last steps of an attention branch; and f32[b,dim], what the fusion weighs it by."""
     b, _, n, _ = mixed.shape
-    return attention.proj_drop(attention.proj(attention.norm(mixed.transpose(1, 2).reshape(b, n, -1))))
+    laid = mixed.transpose(1, 2).reshape(b, n, -1)
+    branch = attention.proj_drop(attention.proj(attention.norm(laid)))
+    return branch, fusion.pooled(branch if fusion.split == "interleaved" else laid)
 
 
 def _in_cache(maps: int, n: int, like: Tensor) -> Iterator[slice]:
@@ -104,8 +121,8 @@ class Sketch:
         dropped = attention.attn_drop.p if attention.training else 0.0
         mask = None if bias is None else bias.to(queries.dtype).expand(1, 1, len(bias), len(bias))
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropped)
-        branch = _branch(attention, mixed)
-        self.pooled.append(self.fusion.pooled(branch))
+        branch, pooled = _branch(self.fusion, attention, mixed)
+        self.pooled.append(pooled)
         self.keep(layer, queries.detach() * attention.scale, keys.detach(), bias)
         return branch
 
@@ -165,8 +182,8 @@ class Kept:
                     maps.add_(bias)
                 torch.softmax(maps, dim=-1, out=maps)
                 torch.bmm(maps, values[image, some], out=mixed[image, some])
-        branch = _branch(attention, mixed)
-        self.pooled.append(self.fusion.pooled(branch))
+        branch, pooled = _branch(self.fusion, attention, mixed)
+        self.pooled.append(pooled)
         return branch
 
     def weigh(self) -> Tensor:
@@ -202,8 +219,9 @@ class Recomputed:
         queries, keys, values = _projected(attention, tokens)
         self.bias, n = bias, tokens.shape[1]
         mask = None if bias is None else bias.to(queries.dtype).expand(1, 1, n, n)
-        branch = _branch(attention, F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
-        self.pooled.append(self.fusion.pooled(branch))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        branch, pooled = _branch(self.fusion, attention, mixed)
+        self.pooled.append(pooled)
         self.asked.append((queries * attention.scale, keys))
         return branch
 
