@@ -16,7 +16,7 @@ demo: data ## the whole pipeline on drawn scenes, and a table of its figures
 	@$(PY) -m pipeline.audit.summary metrics
 
 test: setup lint ## everything that CI runs
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	ruff check .
