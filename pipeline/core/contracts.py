@@ -63,6 +63,8 @@ class Phase:
                 floating-point result, so it is a param; how many processes share the shards is not.
     lr          peak learning rate; falls by `schedule` to lr * lr_floor after `warmup` steps of linear rise
     restart     prefixes of state-dict names that go back to their initial weights as the phase starts; the rest carries over
+    keep_best   prefixes of state-dict names that end the phase as they were after the epoch of the highest `score`, the earliest
+                such one (Trainable); (): as the last step left them. An epoch that ends within a step counts from that step on
     """
 
     name: str
@@ -76,6 +78,7 @@ class Phase:
     warmup: int
     lr_floor: float = 0.0
     restart: tuple[str, ...] = ()
+    keep_best: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,21 @@ class ScoreMaps:
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """What a method that suppresses what surrounds its classes says about p pairs of an image and a class that it is tagged with.
+
+    match    f32[p,c] cosine of the image without the class, and what is suppressed beside each class; f32[p,0] where nothing is
+             suppressed, and then nobody need ask again
+    outside  f32[p,s,s] in 0..1 how much is left of the image where the class is taken out; the image stretched to the square
+    told     what is suppressed, in words for the report
+    """
+
+    match: Tensor
+    outside: Tensor
+    told: str
+
+
+@dataclass(frozen=True)
 class ImageMaps:
     """Score maps of one image as refiners and evaluate read them.
 
@@ -121,7 +139,12 @@ class ImageMaps:
 
 
 class Trainable(Protocol):
-    """A torch module that the one training loop can train."""
+    """A torch module that the one training loop can train. One with a phase that has keep_best also has
+
+    score(batch: Batch) -> Tensor
+        f32[2], how good the weights are, told without masks: a sum over whatever the batch has, and of how many. The loop asks after
+        each epoch, in eval mode and without gradient, for the same training images each time, and divides the sums.
+    """
 
     def load_initial(self, family: Any, init: Path) -> None:
         """Weights to start from, a file; family is the column's module of pipeline/nn. ValueError if they do not fit."""
@@ -137,7 +160,14 @@ class Trainable(Protocol):
 
 
 class Method(Trainable, Protocol):
-    """Module-level names of pipeline/methods/<name>.py: Params, Options (frozen dataclasses) and Method."""
+    """Module-level names of pipeline/methods/<name>.py: Params, Options (frozen dataclasses) and Method.
+
+    A method that suppresses what surrounds its classes may also have
+
+    surroundings(images: Tensor, pairs: Tensor) -> Surroundings
+        of unmasked views f32[b,3,h,w] and pairs i64[p,2] of image in the batch and class, p >= 1. extract then looks once through the
+        train images, and the report shows, per class, those that match what is suppressed best.
+    """
 
     def __init__(self, labels: LabelSpace, params: Any, family: Any) -> None: ...
 

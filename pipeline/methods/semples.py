@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.core.config import NonNegative, Positive
-from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
+from pipeline.core.config import NonNegative
+from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, Surroundings
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging.masking import Contrast, masked, soft_masks
 from pipeline.nn import family as weights_file
@@ -26,6 +26,7 @@ from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import cam_network as network
 from pipeline.nn.vit import clip, local_critic
 from pipeline.nn.vit import fusion as fuse
+from pipeline.nn.vit import prompts as prompting
 from pipeline.training import checkpoint
 from pipeline.training.optim import decayed
 from pipeline.training.settings import Schedule
@@ -53,46 +54,10 @@ class Masks:
 
 
 @dataclass(frozen=True)
-class PromptFile:
-    """The authors' prompts: a file with `prompts` [c,k,w], and its sha256."""
+class Prompts(prompting.PromptParams):
+    """train.<m>.model.prompt: what is suppressed, and the schedule of phase `prompt`."""
 
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What is suppressed.
-
-    source    learned (published) | file: given, frozen | random: as drawn, frozen | words: the mean of some phrases, frozen
-    length    vectors of a prompt (published 30)
-    start     of the vectors: uniform in 0..1 (published) | normal, as CLIP starts its words: deviation 0.02
-    around    null (published), or a phrase whose tokens, repeated, are added to the vectors: with start normal, a prompt begins as that
-              phrase. A prompt that begins below a cosine of 0 with what it is to match has no gradient, and stays there
-    words     phrases that name surroundings; source words reads them
-    file      source file reads it
-    official_tokens   the full stop after the prompt is the one of the authors' program, not of English; for their files
-    schedule  of phase prompt
-    """
-
-    source: Literal["learned", "file", "random", "words"]
-    length: Positive
-    start: Literal["uniform", "normal"]
-    around: str | None
-    words: tuple[str, ...]
-    file: PromptFile | None
-    official_tokens: bool
     schedule: Schedule
-
-    def __post_init__(self) -> None:
-        if (self.source == "words") != bool(self.words):
-            raise ValueError(
-                f"source {self.source} with words {list(self.words)}: words are for source words, which needs some"
-            )
-        if self.around is not None and not self.around.strip():
-            raise ValueError("around '': allowed is null, or a phrase")
-        if (self.source == "file") != (self.file is not None):
-            raise ValueError(f"source {self.source} with file {self.file}: file is for source file, which needs it")
 
 
 @dataclass(frozen=True)
@@ -109,6 +74,8 @@ class Params(network.CamParams):
     background_weight    of the class in what was masked out (published 2.4 on VOC, 0.75 on COCO)
     text_weight          of a prompt's likeness to its class' own text, which it is to lack (0.02, 0.01)
     suppression_weight   of the prompt in what was masked in (0.05, 0.2); 0: no prompt is learned
+    select               last: phase refine ends with its last step's weights | critic: with those after its epoch of the highest
+                         `Method.score`. Neither looks at a mask (published: the epoch with the best masks)
     """
 
     fusion_features: fuse.Split
@@ -122,6 +89,7 @@ class Params(network.CamParams):
     background_weight: NonNegative
     text_weight: NonNegative
     suppression_weight: NonNegative
+    select: Literal["last", "critic"]
 
     def __post_init__(self) -> None:
         if (self.critic is None) == (self.local_critic is None):
@@ -209,8 +177,7 @@ class Method(network.CamNetwork):
         self.local_critic = None if local is None else self._local(local, family)
         if params.prompt.source != "words":
             width = clip.text_width(params.critic.model) if params.critic else self._critic().embedding.embedding_dim
-            size = (len(labels), params.prompt.length, width)
-            self.prompts = nn.Parameter(torch.rand(size) if params.prompt.start == "uniform" else 0.02 * torch.randn(size))
+            self.prompts = nn.Parameter(prompting.drawn(params.prompt, len(labels), width))
         self._texts, self._unwanted = clip.Remembered(), clip.Remembered()
         self._entered = ""
 
@@ -232,9 +199,8 @@ class Method(network.CamNetwork):
                 return
             self._load_network(init)
         self._begin()
-        if (file := prompt.file) is not None:
-            clip.check_file(Path(file.path), file.sha256, "train.<m>.model.prompt.file of params.yaml")
-            self._use_prompts(weights_file.read_weights(Path(file.path)).get("prompts"), file.path)
+        if prompt.file is not None:
+            self.prompts.data.copy_(prompting.read(prompt.file, self.prompts.shape))
 
     def _begin(self) -> None:
         """The network as it now is, is where refinement and local critic start."""
@@ -260,17 +226,6 @@ class Method(network.CamNetwork):
             rest |= {f"{network.FUSION}{name}": value for name, value in self.adaptive_attention_fusion.state_dict().items()}
         weights_file.load_exactly(self, given | rest, str(init), spoken=str if own else network.published_name)
 
-    def _use_prompts(self, given: Tensor | None, source: str) -> None:
-        if given is not None and len(given) == network.COCO_IDS:
-            given = given[[number - 1 for number in network.COCO_USED_IDS]]
-        if given is None or given.shape != self.prompts.shape:
-            found = "none" if given is None else f"some of shape {tuple(given.shape)}"
-            raise ValueError(
-                f"{source} should hold `prompts` of shape {tuple(self.prompts.shape)} (classes, prompt.length, channels of a token), but "
-                f"holds {found}: edit train.<m>.model.prompt in params.yaml"
-            )
-        self.prompts.data.copy_(given)
-
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any], prompts: Mapping[str, Tensor] | None = None) -> Method:
         """The authors' checkpoint of stage (a) or (c), in a wrapper {"model": …} or not, and their btp.pth → a method with the published
@@ -292,13 +247,14 @@ class Method(network.CamNetwork):
             background_weight=0.75 if coco else 2.4,
             text_weight=0.01 if coco else 0.02,
             suppression_weight=0.2 if coco else 0.05,
+            select="last",
         )
         made = cls(labels, params, PUBLISHED_SCHEDULE, vit)
         rest = {name: value for name, value in made.state_dict().items() if not name.startswith(NETWORK)}
         weights_file.load_exactly(made, given | rest, "this state dict", spoken=network.published_name)
         made._begin()
         if prompts is not None:
-            made._use_prompts(prompts.get("prompts"), "btp.pth")
+            made.prompts.data.copy_(prompting.fitting(prompts, made.prompts.shape, "btp.pth"))
         return made.eval()
 
     def phases(self) -> list[Phase]:
@@ -306,7 +262,8 @@ class Method(network.CamNetwork):
         found = [] if self.params.local_critic is None else [self.params.local_critic.schedule.phase("critic")]
         if self.params.prompt.source == "learned" and self.params.suppression_weight > 0:
             found += [self.schedule.phase("align"), self.params.prompt.schedule.phase("prompt")]
-        return [*found, self.schedule.phase("refine", restart=LEARNING)]
+        best = LEARNING if self.params.select == "critic" else ()
+        return [*found, self.schedule.phase("refine", restart=LEARNING, keep_best=best)]
 
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
         if phase.name == "prompt":
@@ -367,18 +324,32 @@ class Method(network.CamNetwork):
         return contrastive_prompt(outside, texts, self._prompt_vectors(self.prompts[classes])[place], text_weight=weight)
 
     def _mask_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Of align and refine. The critic looks at all masked-in and masked-out images in one pass."""
-        critic, pairs, params = self._critic(), torch.nonzero(batch.tags), self.params
-        texts, maps = self._class_vectors()[pairs[:, 1]], self._maps(batch)
-        inside = outside = texts + maps.sum() * 0
-        if len(pairs):
-            masks = self._masks(maps, pairs, critic.side, params.masks.eps)
-            both = masked(self._prepared(critic, batch), pairs[:, 0].repeat(2), torch.cat([masks, 1 - masks]))
-            inside, outside = critic.images(both).chunk(2)
+        """Of align and refine."""
+        pairs, params = torch.nonzero(batch.tags), self.params
+        inside, outside, texts = self._matched(batch, pairs)
         found = segment_label_matching(inside, outside, texts, background_weight=params.background_weight)
         if self._entered == "refine" and params.suppression_weight > 0:
             found |= prompt_suppression(inside, self._unwanted_vectors()[pairs[:, 1]], weight=params.suppression_weight)
         return found
+
+    def _matched(self, batch: Batch, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors f32[p,d] of masked-in images, of masked-out ones, and of the classes' texts. The critic looks at all images in
+        one pass."""
+        critic, texts, maps = self._critic(), self._class_vectors()[pairs[:, 1]], self._maps(batch)
+        if not len(pairs):
+            none = texts + maps.sum() * 0
+            return none, none, texts
+        masks = self._masks(maps, pairs, critic.side, self.params.masks.eps)
+        both = masked(self._prepared(critic, batch), pairs[:, 0].repeat(2), torch.cat([masks, 1 - masks]))
+        inside, outside = critic.images(both).chunk(2)
+        return inside, outside, texts
+
+    def score(self, batch: Batch) -> Tensor:
+        """f32[2]: the sum of s(v⁺,t) - s(v⁻,t) over all pairs of an image and a class that it is tagged with, and the number of pairs.
+        s(v⁺,t) is the critic's cosine of the masked-in image and the class' text, s(v⁻,t) that of the masked-out one and the text;
+        neither is clamped. Masks are those of refine (masks.eps); prompts take no part."""
+        inside, outside, texts = self._matched(batch, torch.nonzero(batch.tags))
+        return torch.stack([((inside - outside) * texts).sum(), texts.new_tensor(len(texts))])
 
     def _maps(self, batch: Batch) -> Tensor:
         """Fine CAM f32[b,c,gh,gw], with gradient to head and fusion; the ViT runs once, without."""
@@ -413,12 +384,9 @@ class Method(network.CamNetwork):
     def _class_vectors(self) -> Tensor:
         return self._texts(self._critic().parameters(), lambda: self._critic().means(self._said.of_classes()))
 
-    def _prompt_vectors(self, prompts: Tensor) -> Tensor:
+    def _prompt_vectors(self, given: Tensor) -> Tensor:
         """Vectors f32[·,k,w] of prompts → f32[·,d]."""
-        critic, prompt = self._critic(), self.params.prompt
-        if prompt.around is not None:
-            prompts = prompts + critic.words(prompt.around, prompt.length)
-        return critic.prompts(prompts, self.params.templates[0], official=prompt.official_tokens)
+        return prompting.vectors(self._critic(), self.params.prompt, self.params.templates[0], given)
 
     def _unwanted_vectors(self) -> Tensor:
         """f32[c,d]: what is suppressed beside each class."""
@@ -448,3 +416,16 @@ class Method(network.CamNetwork):
         names = ("match_inside", "match_outside", "match_prompt")
         values = torch.cat(parts, dim=1).view(-1, *found["fine"].shape[:2])
         return found | dict(zip(names, values, strict=False))
+
+    @torch.no_grad()
+    def surroundings(self, images: Tensor, pairs: Tensor) -> Surroundings:
+        """The critic's cosine of each masked-out image with what is suppressed beside each class; the masks are those of `inspect`."""
+        if not self.params.suppression_weight:
+            told = "nothing, since suppression_weight is 0"
+            return Surroundings(images.new_zeros(len(pairs), 0), images.new_ones(len(pairs), 1, 1), told)
+        critic, maps = self._critic(), self.score_maps(images, Options()).scores
+        prepared, match, outside = critic.prepared(images), [], []
+        for some in pairs.split(AT_ONCE):
+            outside.append(1 - self._masks(maps, some, critic.side, self.params.masks.prompt_eps))
+            match.append(critic.images(masked(prepared, some[:, 0], outside[-1])) @ self._unwanted_vectors().t())
+        return Surroundings(torch.cat(match), torch.cat(outside), prompting.told(self.params.prompt))

@@ -2,11 +2,15 @@
 
 A step is cut into `shards`; every shard is computed by itself, with one torch thread on CPU, and their gradients are summed in
 shard order. Ranks (processes) only share out the shards, so the result does not depend on how many there are.
+
+A phase with `keep_best` is scored after each epoch, on at most SCORED training images that are always the same, each seen in the same
+crop without augmentation, shared out over the ranks as shards are. It ends with the weights of the best epoch. No mask is involved.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -23,10 +27,11 @@ from torch import Tensor
 
 from pipeline.core.contracts import Batch, Clock, Phase
 from pipeline.training import checkpoint, optim
-from pipeline.training.data import TrainingImages, order, seed_of
+from pipeline.training.data import Draw, TrainingImages, order, seed_of
 
 CHECKPOINT_SECONDS = 45.0
 LOG_STEPS = 10
+SCORED = 512  # images
 GROW_SCALE_AFTER = 2000  # fp16: good steps in a row before the loss scale doubles
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,6 +93,7 @@ class _Shared:
 
     flat: Tensor  # f32[2, shards, gradients + buffers]
     losses: Tensor  # f64[2, shards, names]
+    scores: Tensor  # f64[shards, 2], a sum and of how many
     barrier: Any
 
     @staticmethod
@@ -95,10 +101,11 @@ class _Shared:
         shards = max(phase.shards for phase in trainable.phases())
         size = sum(p.numel() for p in trainable.parameters()) + sum(b.numel() for b in _buffers(trainable))
         flat, losses = torch.zeros(2, shards, size), torch.zeros(2, shards, 16, dtype=torch.float64)
+        scores = torch.zeros(shards, 2, dtype=torch.float64)
         if job.ranks > 1:
-            flat.share_memory_()
-            losses.share_memory_()
-        return _Shared(flat, losses, None)
+            for shared in (flat, losses, scores):
+                shared.share_memory_()
+        return _Shared(flat, losses, scores, None)
 
     def meet(self) -> None:
         # parity makes one meeting per step enough: a row is written again only after the next meeting
@@ -176,12 +183,53 @@ def _run_phase(
                 "lower schedule.lr or raise schedule.warmup in params.yaml"
             )
         state.after_step(step + 1, finite, job.precision)
+        score = None
+        if phase.keep_best and _ends_epoch(phase, step, steps, len(job.images)):
+            score = _score(job, trainable, shared, mine, number, phase, device)
+            state.keep(phase.keep_best, score)
         if rank == 0:
-            state.log(phase, step, steps, dict(zip(names, means, strict=True)), optimiser)
+            state.log(phase, step, steps, dict(zip(names, means, strict=True)), optimiser, score)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 state.save(optimiser)
                 saved = time.monotonic()
         yield f"{phase.name} loss {sum(means):.4f}"
+    state.put_best()
+
+
+def _ends_epoch(phase: Phase, step: int, steps: int, count: int) -> bool:
+    """Whether a pass over the images ends within this step. The last step always counts: steps are a rounded number."""
+    return step + 1 == steps or (step + 1) * phase.batch_size // count > step * phase.batch_size // count
+
+
+def _score(
+    job: Job, trainable: Any, shared: _Shared, mine: Sequence[int], number: int, phase: Phase, device: str
+) -> float | None:
+    """The mean score of the weights as they are, the same in all ranks; None where nothing could be scored."""
+    images, each = scored_images(job.images), phase.batch_size // phase.shards
+    modes = [(module, module.training) for module in trainable.modules()]
+    trainable.eval()
+    for shard in mine:
+        torch.manual_seed(seed_of("score", job.seed, number, shard))
+        total = torch.zeros(2, dtype=torch.float64)
+        for at in range(shard * each, len(images), each * phase.shards):
+            draws = [Draw(index, 0) for index in range(at, min(at + each, len(images)))]
+            with torch.no_grad(), _autocast(job.precision, device):
+                total += trainable.score(_to(images.batch(number, draws), device)).double().cpu()
+        shared.scores[shard] = total
+    for module, mode in modes:
+        module.training = mode
+    shared.meet()  # the steps of an epoch meet too, so nobody writes again before all have read
+    total, count = shared.scores[: phase.shards].sum(dim=0).tolist()
+    return total / count if count and math.isfinite(total) else None
+
+
+def scored_images(images: TrainingImages) -> TrainingImages:
+    """At most SCORED of them, fixed by their ids, with augmentation off: a square of the short side, at a place fixed by the id."""
+    some = sorted(images.records, key=lambda record: hashlib.sha256(record.id.encode("utf-8")).digest())[:SCORED]
+    plain = replace(
+        images.augment, scale_min=1.0, scale_max=1.0, area_min=None, flip=0.0, jitter=0.0, rand_augment=None, erase=0.0
+    )
+    return replace(images, records=sorted(some, key=lambda record: record.id), augment=plain)
 
 
 def _batches(
@@ -207,9 +255,13 @@ def _batches(
             yield step, [future.result() for future in waiting.pop(step)]
 
 
-def _losses(trainable: Any, batch: Batch, clock: Clock, precision: str, device: str) -> dict[str, Tensor]:
+def _autocast(precision: str, device: str) -> torch.autocast:
     dtype = PRECISIONS[precision]
-    with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+    return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None)
+
+
+def _losses(trainable: Any, batch: Batch, clock: Clock, precision: str, device: str) -> dict[str, Tensor]:
+    with _autocast(precision, device):
         return {name: value.float() for name, value in trainable.losses(batch, clock).items()}
 
 
@@ -268,6 +320,8 @@ class _State:
         self.recent: list[dict[str, float]] = []
         self.before = 0  # steps of finished phases
         self.optimiser: dict[str, Tensor] | None = None
+        self.best: dict[str, Tensor] = {}  # of this phase
+        self.best_score: float | None = None
 
     def resume(self) -> None:
         if not self.path.exists():
@@ -275,9 +329,11 @@ class _State:
         tensors, told = checkpoint.read_tensors(self.path), checkpoint.read_metadata(self.path)
         self.trainable.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
         self.optimiser = {name[6:]: value for name, value in tensors.items() if name.startswith("optim.")}
+        self.best = {name[5:]: value for name, value in tensors.items() if name.startswith("best.")}
         facts = json.loads(told["state"])
         self.phase, self.step, self.scale, self.good = facts["phase"], facts["step"], facts["scale"], facts["good"]
         self.rows, self.recent, self.before = facts["rows"], facts["recent"], facts["before"]
+        self.best_score = facts["best_score"]
 
     def adopt(self, optimiser: torch.optim.Optimizer) -> None:
         """Gives a fresh optimiser the moments of the checkpoint, if there is one for this phase."""
@@ -291,15 +347,29 @@ class _State:
 
     def save(self, optimiser: torch.optim.Optimizer) -> None:
         tensors = {f"model.{name}": value for name, value in self.trainable.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for index, moments in optimiser.state_dict()["state"].items():
             tensors |= {
                 f"optim.{index}.{key}": torch.as_tensor(value) for key, value in moments.items() if value is not None
             }
         facts = {
             "phase": self.phase, "step": self.step, "scale": self.scale, "good": self.good, "rows": self.rows,
-            "recent": self.recent, "before": self.before,
+            "recent": self.recent, "before": self.before, "best_score": self.best_score,
         }  # fmt: skip
         checkpoint.save_tensors(self.path, tensors, {"state": json.dumps(facts)})
+
+    def keep(self, prefixes: tuple[str, ...], score: float | None) -> None:
+        """Remembers the weights as they are, if none were better."""
+        if score is None or (self.best_score is not None and score <= self.best_score):
+            return
+        self.best_score = score
+        weights = self.trainable.state_dict()
+        self.best = {name: value.detach().clone() for name, value in weights.items() if name.startswith(prefixes)}
+
+    def put_best(self) -> None:
+        """As a phase ends: what was remembered takes the place of what is; where nothing was, all stays."""
+        self.trainable.load_state_dict(self.best, strict=False)
+        self.best, self.best_score = {}, None
 
     def after_step(self, done: int, finite: bool, precision: str) -> None:
         self.step = done
@@ -311,13 +381,23 @@ class _State:
         elif self.good % GROW_SCALE_AFTER == 0:
             self.scale *= 2
 
-    def log(self, phase: Phase, step: int, steps: int, losses: dict[str, float], optimiser: torch.optim.Optimizer) -> None:
+    def log(
+        self,
+        phase: Phase,
+        step: int,
+        steps: int,
+        losses: dict[str, float],
+        optimiser: torch.optim.Optimizer,
+        score: float | None,
+    ) -> None:
+        """A row of means every LOG_STEPS, at the end, and wherever there is a score."""
         self.recent.append({"loss": math.fsum(losses.values()), **losses})
-        if (step + 1) % LOG_STEPS == 0 or step + 1 == steps:
+        if (step + 1) % LOG_STEPS == 0 or step + 1 == steps or score is not None:
             names = sorted({name for row in self.recent for name in row} - {"loss"})
             mean = {name: sum(row.get(name, 0.0) for row in self.recent) / len(self.recent) for name in ["loss", *names]}
             lr = max(group["lr"] for group in optimiser.param_groups)
-            self.rows.append({"step": self.before + step + 1, "phase": phase.name, "lr": lr, **mean})
+            told = {} if score is None else {"score": score}
+            self.rows.append({"step": self.before + step + 1, "phase": phase.name, "lr": lr, **mean, **told})
             self.recent = []
             (self.path.parent / "log.csv").parent.mkdir(parents=True, exist_ok=True)
             (self.path.parent / "log.csv").write_text(_table(self.rows), encoding="utf-8")

@@ -72,7 +72,7 @@ class Schedule:
         if self.batch_size % self.shards:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of shards {self.shards}")
 
-    def phase(self, name: str, restart: tuple[str, ...] = ()) -> Phase:
+    def phase(self, name: str, restart: tuple[str, ...] = (), keep_best: tuple[str, ...] = ()) -> Phase:
         return Phase(
             name=name,
             epochs=self.epochs,
@@ -85,6 +85,7 @@ class Schedule:
             schedule=self.schedule,
             warmup=self.warmup,
             restart=restart,
+            keep_best=keep_best,
         )
 
 

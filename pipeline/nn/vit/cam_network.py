@@ -21,7 +21,7 @@ from pipeline.imaging.pooling import Pool, pooled
 from pipeline.nn import family as weights_file
 from pipeline.nn.vit import fusion as fuse
 from pipeline.nn.vit.class_tokens import ClassTokenVit
-from pipeline.nn.vit.coco_ids import COCO_UNUSED_IDS, COCO_USED_IDS
+from pipeline.nn.vit.coco_ids import COCO_IDS, COCO_USED_IDS
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ FUSION = "adaptive_attention_fusion."
 MARK = f"{FUSION}attn_head_ffn.0.weight"  # a file that holds the whole network has this key
 PUBLISHED_PATCH = 16
 PUBLISHED_SIZES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
-COCO_IDS = len(COCO_USED_IDS) + len(COCO_UNUSED_IDS)
 # what weights were trained with: another value would load just as well, or not say why it does not
 TRAINED_WITH = (
     "architecture", "features", "token_weight", "attention_pool", "reduction", "feature_reduction", "class_head", "patch_head",
