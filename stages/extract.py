@@ -58,9 +58,14 @@ def main(method: str, records: Path, model: Path, scoremaps: Path, inspection: P
             function = partial(extract.extract_part, job=job)
             for _ in runtime.each(function, todo, processes=runtime.workers(device), what=f"extract {method}"):
                 pass
+            loaded = extract.load(method, backbone, model.resolve(), device, str(work.result.resolve()))
             some = inspect.chosen(read.images, settings.inspect)
-            loaded = extract.load(method, backbone, model.resolve(), device, key)
             pictures = inspect.inspections(some, loaded, len(read.labels), job.root, settings.long_side, device)
+            if inspect.looks_around(loaded, settings.inspect):
+                tagged = [inspect.tagged([by_id[one] for one in part]) for part in parts]
+                look = partial(inspect.look_around, job=job)
+                seen = runtime.each(look, tagged, processes=runtime.workers(device), what=f"surroundings {method}")
+                pictures = inspect.with_surroundings(pictures, inspect.together(seen))
             store.write_part(
                 inspection,
                 store.INSPECTION,

@@ -164,7 +164,7 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
     )  # fmt: skip
     panels = np.frombuffer(b"photograph,<i>fine_map", np.uint8)
     weights = np.array([[0.25, 1.0]], np.float32)
-    item = {"jpeg": np.zeros(3, np.uint8), "panels": panels, "weights": weights}
+    item = store.empty(store.INSPECTION) | {"jpeg": np.zeros(3, np.uint8), "panels": panels, "weights": weights}
     store.write_part(
         tmp_path / "inspection" / "cam.h5", store.INSPECTION, [(read.images[0].id, item)], labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.audit import surroundings
 from pipeline.core import store
 from pipeline.core.records import Records
 
@@ -76,6 +77,7 @@ def render(
         first=next(iter(found.values())),
         pictures=pictures,
         inner={method: inspected(inspection_folder / f"{method}.h5", records) for method in found},
+        beside={method: surroundings.read(inspection_folder / f"{method}.h5", records) for method in found},
         stages=shown_stages(found),
         splits=splits_of(found),
         setbacks={method: setbacks(facts) for method, facts in found.items()},
@@ -108,6 +110,8 @@ def inspected(path: Path, records: Records) -> dict[str, Any]:
     """What extract kept of a method's inside: pictures, names of their panels, and weights by layer and head (mean of images)."""
     by_id, pictures, panels, tables = records.by_id(), [], [], []
     for image_id, item in store.Store(path, store.INSPECTION):
+        if not item["jpeg"].size:  # shown for its surroundings alone
+            continue
         tags = by_id[image_id].tags or ()
         panels = item["panels"].tobytes().decode("utf-8").split(",")
         shown = records.labels.names[tags[0]] if tags else "no class"

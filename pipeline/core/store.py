@@ -72,17 +72,32 @@ PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
 # pictures of some images for the report: kind is 0 for worst, 1 for random; miou is NaN where there is no truth
 STRIPS = Schema("strips", 1, {"jpeg": Field("|u1", ("bytes",)), "kind": Field("|u1", ("1",)), "miou": Field("<f4", ("1",))})
-# inner maps of some images for the report: panels are the maps' names in UTF-8, with commas; weights [0,0] where a method has none
+# pictures of some images' inside for the report. jpeg and panels, the maps' names in UTF-8 with commas, are empty where no maps are shown,
+# and weights are [0,0] where a method has none. told says in UTF-8 what the method suppresses beside its classes, empty where it does not.
+# The image is one of those that match best what is suppressed beside s classes: match is the cosine; means the mean cosine over all
+# images of that class and over those of others, images how many these are; strips one JPEG each, end to end, of strip_bytes
 INSPECTION = Schema(
     "inspection",
-    1,
+    2,
     {
         "jpeg": Field("|u1", ("bytes",)),
         "panels": Field("|u1", ("characters",)),
         "weights": Field("<f4", ("layers", "heads")),
+        "told": Field("|u1", ("letters",)),
+        "beside": Field("<u2", ("s",)),
+        "match": Field("<f4", ("s",)),
+        "means": Field("<f4", ("s", "2")),
+        "images": Field("<u4", ("s", "2")),
+        "strips": Field("|u1", ("all_bytes",)),
+        "strip_bytes": Field("<u4", ("s",)),
     },
 )
 TRUTH = Schema("truth", 1, {"mask": Field("|u1", ("h", "w"))})
+
+
+def empty(schema: Schema) -> dict[str, np.ndarray]:
+    """An item of which every field is empty."""
+    return {name: np.zeros((0,) * len(field.axes), field.dtype) for name, field in schema.fields.items()}
 
 
 def parts_of(ids: Iterable[str], images_per_part: int) -> list[list[str]]:

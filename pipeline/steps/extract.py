@@ -85,10 +85,7 @@ def _items(records: Sequence[ImageRecord], method: Any, options: Any, job: Job) 
     """Score maps in id order. Batches hold equally sized images of this part, so they do not depend on the processes."""
     views_each = 2 if job.settings.flip else 1
     together = max(1, job.settings.views_per_batch // views_each)
-    groups: dict[tuple[int, int], list[ImageRecord]] = {}
-    for record in records:
-        groups.setdefault(record.size, []).append(record)
-    batches = [group[at : at + together] for group in groups.values() for at in range(0, len(group), together)]
+    batches = list(alike(records, together))
     batch_of = {record.id: number for number, batch in enumerate(batches) for record in batch}
     ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
     for record in records:
@@ -98,6 +95,15 @@ def _items(records: Sequence[ImageRecord], method: Any, options: Any, job: Job) 
             for member, arrays in zip(batch, score(images, batch, method, options, job.settings, job.device), strict=True):
                 ready[member.id] = arrays
         yield record.id, ready.pop(record.id)
+
+
+def alike(records: Sequence[ImageRecord], together: int) -> Iterator[list[ImageRecord]]:
+    """Batches of equally sized images, at most `together`, each in the order of the records."""
+    groups: dict[tuple[int, int], list[ImageRecord]] = {}
+    for record in records:
+        groups.setdefault(record.size, []).append(record)
+    for group in groups.values():
+        yield from (group[at : at + together] for at in range(0, len(group), together))
 
 
 @torch.inference_mode()
