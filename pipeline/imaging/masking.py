@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Contrast = Literal["absolute", "relative"]
-FAINT = (
-    1e-4  # maps with a lower maximum stay faint in relative contrast, too: an empty one would have a gradient without bounds
-)
+# maps with a lower maximum stay faint in relative contrast, too: an empty one would have a gradient without bounds
+FAINT = 1e-4
 
 
 def soft_masks(scores: Tensor, size: tuple[int, int], *, eps: float, contrast: Contrast) -> Tensor:
