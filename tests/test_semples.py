@@ -175,12 +175,13 @@ LEARNS = {
 
 
 def with_texts_that_match(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untrained critic may find every cosine below 0, where the losses have no gradient: its texts are made up half-way."""
+    """An untrained critic may find every cosine below 0, where losses have no gradient: texts are made up between images and prompts."""
     critic = method._critic()
     with torch.no_grad():
         seen = critic.images(critic.prepared(batch().images)).mean(dim=0)
         other = torch.randn(len(LABELS), len(seen), generator=torch.Generator().manual_seed(0))
-        texts = F.normalize(F.normalize(seen, dim=0) + F.normalize(other, dim=1), dim=1)
+        parts = (F.normalize(seen[None], dim=1), F.normalize(other, dim=1), method._prompt_vectors(method.prompts))
+        texts = F.normalize(parts[0] + parts[1] + parts[2], dim=1)
     monkeypatch.setattr(method, "_class_vectors", lambda: texts)
 
 

@@ -53,7 +53,7 @@ class Extract:
     stride      px of the image per score-map cell
     tag_threshold  on val, classes whose sigmoid(tag_logits) reaches it are kept
     keep_affinity  whether the method's affinity of the last of `scales` is kept, n² values an image, for refiner walk
-    inspect     number of training images whose inner maps the report shows
+    inspect     number of training images whose inner maps the report shows; 0: nothing of a method's inside
     """
 
     scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
