@@ -127,11 +127,19 @@ def test_too_few_images_have_no_limits() -> None:
     assert score.limits([0.5] * score.FEWEST) == (0.48, 0.52)
 
 
-def test_the_score_is_the_mean_of_the_terms_that_an_image_has() -> None:
+def test_the_score_is_the_mean_of_the_stages_terms_that_an_image_has() -> None:
     terms = {"separation": 0.3, "expected_iou": 0.6, "edges": 0.9}
-    assert score.score(terms) == pytest.approx(0.6)
-    assert score.score(terms | {"separation": signs.NONE}) == pytest.approx(0.75)
-    assert np.isnan(score.score(terms | {"expected_iou": signs.NONE}))
+    assert score.score("pseudo_masks", terms) == pytest.approx(0.6)
+    assert score.score("score_maps", terms) == pytest.approx(0.45) and score.score("predictions", terms) == 0.6
+    assert score.score("refined", terms | {"separation": signs.NONE}) == pytest.approx(0.75)
+    assert np.isnan(score.score("refined", terms | {"expected_iou": signs.NONE}))
+    assert np.isnan(score.score("decoder", terms))
+
+
+def test_a_skewed_sign_has_a_limit_on_each_side_of_its_own() -> None:
+    skewed = [0.5 - 0.001 * at for at in range(10)] + [0.5 + 0.03 * at for at in range(10)]
+    low, high = score.limits(skewed) or (1, 0)
+    assert low == 0.48 and high > 1
 
 
 def test_a_class_that_grows_beside_another_is_named() -> None:

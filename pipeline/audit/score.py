@@ -22,8 +22,12 @@ FEWEST = 10  # images that a limit needs
 STEP = 0.02  # a limit is at least this far from the median: where all images are alike, none is odd
 COUNTS = {"components": 2.0}  # the same for signs that count things
 LEAK = 0.01  # share of the foreground: a leak is told whatever the other images have
-# The score is the plain mean of these signs, all in 0..1; a stage without maps or confidence goes without. Chosen on voc6: docs/audit.md
-TERMS = ("separation", "expected_iou", "edges")
+# The score is the plain mean of these signs, all in 0..1. Chosen on voc6, with no weight fitted: docs/audit.md. A refiner follows the
+# photograph's edges, so only there do edges tell one image from another; predictions have no score maps of their own
+MAPS, REFINED, PREDICTED = ("separation", "expected_iou"), ("separation", "expected_iou", "edges"), ("expected_iou",)
+TERMS = {
+    "score_maps": MAPS, "refined": REFINED, "pseudo_masks": REFINED, "score_maps_val": MAPS, "predictions": PREDICTED,
+}  # fmt: skip
 COLUMNS = ("id", "split", "stage", "tags", "truth", "miou", "score", "reasons")
 PAIRS = 20  # of classes that co-occurrence names
 PAIR_IMAGES = 5  # with and without the other class, that a pair needs
@@ -44,22 +48,23 @@ class Row:
     shares: tuple[tuple[int, float], ...]
 
 
-def score(signs: Mapping[str, float]) -> float:
-    """Mean of the TERMS that an image has, in 0..1; NaN without `expected_iou`."""
-    if math.isnan(signs["expected_iou"]):
+def score(stage: str, signs: Mapping[str, float]) -> float:
+    """Mean of the stage's TERMS that the image has, in 0..1; NaN without `expected_iou`, and for a stage that has no terms."""
+    if stage not in TERMS or math.isnan(signs["expected_iou"]):
         return float("nan")
-    values = [signs[term] for term in TERMS if not math.isnan(signs[term])]
+    values = [signs[term] for term in TERMS[stage] if not math.isnan(signs[term])]
     return sum(values) / len(values)
 
 
 def limits(values: Iterable[float], step: float = STEP) -> tuple[float, float] | None:
-    """(low, high): median ± MADS robust standard deviations; None for fewer than FEWEST finite values."""
+    """(low, high): the median ∓ MADS robust standard deviations of the values on that side, since most signs are skewed; None for
+    fewer than FEWEST finite values."""
     known = np.array([value for value in values if not math.isnan(value)], np.float64)
     if len(known) < FEWEST:
         return None
     middle = float(np.median(known))
-    spread = max(step, MADS * 1.4826 * float(np.median(np.abs(known - middle))))
-    return middle - spread, middle + spread
+    below, above = (float(np.median(np.abs(side - middle))) for side in (known[known <= middle], known[known >= middle]))
+    return middle - max(step, MADS * 1.4826 * below), middle + max(step, MADS * 1.4826 * above)
 
 
 def _odds(share: float) -> float:
@@ -134,7 +139,7 @@ class Limits:
 
 def scores(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     """(id, stage) → score; NaN where there is none."""
-    return {(row.id, row.stage): score(dict(zip(SIGNS, map(float, row.signs), strict=True))) for row in rows}
+    return {(row.id, row.stage): score(row.stage, dict(zip(SIGNS, map(float, row.signs), strict=True))) for row in rows}
 
 
 def agreement_with_truth(rows: Sequence[Row], found: Mapping[tuple[str, str], float]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -100,17 +100,23 @@ def _confidences(
 def _shapes(label: np.ndarray, shown: Sequence[int]) -> tuple[float, float, float]:
     """Components per class, the share of pixels outside the largest of their class, and holes as a share of the foreground."""
     components = strays = inside = foreground = 0
-    boxes = ndimage.find_objects(np.where(label == IGNORE, np.uint8(BACKGROUND), label))
+    boxes: Any = ndimage.find_objects(np.where(label == IGNORE, np.uint8(BACKGROUND), label))
     for value in shown:
         mask = np.pad(label[boxes[value - 1]] == value, 1)
-        parts, count = ndimage.label(mask)
+        parts, count = _labelled(mask)
         sizes = np.bincount(parts.ravel())[1:]
-        gaps, _ = ndimage.label(~mask)
+        gaps, _ = _labelled(~mask)
         outside = int((gaps == gaps[0, 0]).sum())
         total = int(sizes.sum())
         components, foreground = components + count, foreground + total
         strays, inside = strays + total - int(sizes.max()), inside + mask.size - total - outside
     return components / len(shown), strays / foreground, inside / foreground
+
+
+def _labelled(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """bool[h,w] → components numbered from 1, and how many there are; pixels touch by their sides."""
+    found: Any = ndimage.label(mask)
+    return found
 
 
 def of_maps(scores: np.ndarray, classes: np.ndarray, tag_logits: np.ndarray, level: float) -> dict[str, float]:
