@@ -1,4 +1,4 @@
-"""All results of one column + truth → metrics, plots, picture strips."""
+"""All results of one column + truth → metrics, plots, a row per image and stage, picture strips."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ FILE = click.Path(path_type=Path)
 @click.option("--thresholds", type=FILE, required=True, help="Written: mIoU over the background level, CSV for dvc plots.")
 @click.option("--per-class", type=FILE, required=True, help="Written: IoU per class, CSV for dvc plots.")
 @click.option("--confusion", type=FILE, required=True, help="Written: percent of each true class, CSV for dvc plots.")
+@click.option("--images", type=FILE, required=True, help="Written: signs, score and reasons per image and stage, CSV.")
 @click.option("--strips", type=FILE, required=True, help="Written: pictures of the worst and of random images, HDF5.")
 def main(
     method: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
-    metrics: Path, strips: Path, thresholds: Path, per_class: Path, confusion: Path,
+    metrics: Path, strips: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of METHOD's column, on the images that have truth; without any, gives the figures that need none.
 
-    Reads section evaluate of params.yaml, and the images under dataset.root for the strips.
+    Reads section evaluate of params.yaml, and the images under dataset.root for their edges and the strips.
     """
     with runtime.stage():
         values = sections.read()
@@ -59,9 +60,9 @@ def main(
         for some in runtime.each(function, chunks, processes=runtime.workers(), what=f"evaluate {method}"):
             tally.add(some)
         found = evaluate.summary(tally, inputs, read)
-        evaluate.write_thresholds(tally, thresholds)
-        evaluate.write_per_class(found, per_class)
-        evaluate.write_confusion(tally, read.labels, confusion)
+        evaluate.write_tables(
+            tally, found, read, thresholds=thresholds, per_class=per_class, confusion=confusion, images=images
+        )
         pictures = evaluate.strips(tally, inputs, read)
         store.write_part(
             strips, store.STRIPS, pictures, labels=read.labels, part=0, parts=1, params_digest="", compression="none"

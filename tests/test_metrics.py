@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline import metrics
-from pipeline.steps.evaluate import level_histogram, threshold_curve
+from pipeline.metrics import level_histogram, threshold_curve
 from tests.shared_data import golden
 
 LABELS = st.sampled_from([0, 1, 2, 255])

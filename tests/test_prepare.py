@@ -35,11 +35,17 @@ def save(image: Image.Image, path: Path, **how: Any) -> None:
 
 
 def run(
-    root: Path, out: Path, *, on_bad_image: str = "fail", processes: int = 1, options: dict | None = None
+    root: Path,
+    out: Path,
+    *,
+    on_bad_image: str = "fail",
+    processes: int = 1,
+    options: dict | None = None,
+    audit_list: str | None = None,
 ) -> records.Records:
     settings = Dataset("folder", str(root), options or FOLDER)
     mapper = partial(runtime.each, processes=processes, what="prepare")
-    rules = Prepare(on_bad_image, "gzip")  # type: ignore[arg-type]
+    rules = Prepare(on_bad_image, "gzip", audit_list)  # type: ignore[arg-type]
     places = {"records_out": out / "records.h5", "truth_out": out / "truth.h5"}
     return prepare(settings, rules, digest="d", mapper=mapper, **places)
 
@@ -67,6 +73,56 @@ def out(tmp_path: Path) -> Path:
 
 def pixels(found: records.Records, root: Path, image_id: str) -> np.ndarray:
     return records.read_image(found.by_id()[image_id], root)
+
+
+# -- the audit list ----------------------------------------------------------------------------------------------------
+
+
+def masked(root: Path, count: int) -> Path:
+    for index in range(count):
+        save(Image.new("RGB", (8, 6)), root / f"images/dog/größe {index}.png")
+        save(Image.new("L", (8, 6)), root / f"masks/dog/größe {index}.png")
+    return root
+
+
+def test_an_audit_list_names_the_only_images_whose_masks_are_truth(root: Path, out: Path) -> None:
+    (masked(root, 3) / "audit.txt").write_text("dog/größe 1\n\n dog/gro\u0308ße 2 \n", encoding="utf-8-sig")
+    run(root, out, audit_list="audit.txt")
+    assert store.Store(out / "truth.h5", store.TRUTH).ids == ["dog/größe 1", "dog/größe 2"]
+
+
+def test_an_audit_list_that_is_all_there_is_changes_no_byte(root: Path, out: Path) -> None:
+    (masked(root, 2) / "audit.txt").write_text("dog/größe 1\ndog/größe 0\n", encoding="utf-8")
+    run(root, out)
+    run(root, out / "listed", audit_list="audit.txt")
+    for name in ("records.h5", "truth.h5"):
+        assert (out / name).read_bytes() == (out / "listed" / name).read_bytes()
+
+
+def test_unknown_ids_and_images_without_masks_in_an_audit_list_are_all_told(root: Path, out: Path) -> None:
+    (masked(root, 1) / "audit.txt").write_text("dog/größe 0\ncat/good\n<script>\n../x\n", encoding="utf-8")
+    text = str(failure(root, out, audit_list="audit.txt"))
+    for told in (
+        "'<script>': in audit.txt, but no image",
+        "'../x': in audit.txt, but no image",
+        "'cat/good': in audit.txt, but it has no mask",
+    ):
+        assert told in text
+    assert "größe" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [("none.txt", None, "cannot be read"), ("audit.txt", b"\n \n", "names no image"), ("audit.txt", b"\xff\xfe", "cannot be read"),
+     ("../audit.txt", b"cat/good", "must lie under dataset.root"), ("/audit.txt", None, "must lie under dataset.root")],
+)  # fmt: skip
+def test_an_audit_list_that_is_no_list_is_refused_with_its_key(
+    root: Path, out: Path, name: str, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (root / name).write_bytes(content)
+    text = str(failure(root, out, audit_list=name))
+    assert told in text and "prepare.audit_list" in text and "params.yaml" in text
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -307,7 +363,7 @@ def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
     settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
     mapper = partial(runtime.each, processes=1, what="prepare")
     places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
-    found = prepare(settings, Prepare("fail", "gzip"), digest="d", mapper=mapper, **places)
+    found = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, **places)
     truth = store.Store(tmp_path / "t.h5", store.TRUTH)
     assert (len(found.split("train")), len(found.split("val")), len(truth)) == (48, 24, 72)
     with h5py.File(tmp_path / "t.h5") as file:

@@ -39,8 +39,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Prepare:
+    """audit_list  null, or a text file under dataset.root with one id per line: only their masks are taken as truth"""
+
     on_bad_image: Literal["fail", "skip"]
     compression: Compression
+    audit_list: str | None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ import numpy as np
 from safetensors import safe_open
 
 from pipeline import metrics
+from pipeline.audit import score, signs, tables, truth
+from pipeline.audit.score import Row
+from pipeline.audit.truth import Flow, Sums
 from pipeline.core import store
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records, read_image
@@ -30,6 +32,11 @@ STAGES = {
     "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
     "score_maps_val": "val", "decoder_val": "val", "predictions": "val",
 }  # fmt: skip
+# what comes from what: a stage's masks are held against those of the first of these that the image has
+FLOWS = (
+    ("score_maps", "decoder"), ("score_maps", "refined"), ("refined", "pseudo_masks"),
+    ("score_maps_val", "decoder_val"), ("decoder_val", "predictions"), ("score_maps_val", "predictions"),
+)  # fmt: skip
 WITHOUT_CONFIDENCE = ("decoder", "decoder_val")
 
 
@@ -50,36 +57,45 @@ class Inputs:
 
 @dataclass
 class Tally:
-    """Sums over images, all integers, so that their order does not matter."""
+    """Sums over images, all integers, so that their order does not matter; and one small row per image and stage."""
 
-    confusion: dict[str, np.ndarray]
+    truth: dict[str, Sums]
+    flow: dict[tuple[str, str], Flow]
     histogram: np.ndarray  # i64[bins, truth, winner]
     pixels: dict[str, np.ndarray]  # stage → i64[4]: all, foreground, ignored, summed confidence (of 255)
     tags: dict[str, np.ndarray]  # stage → i64[2]: tagged classes, those without a pixel
     images: dict[str, int]
-    scored: dict[str, int]
-    quality: list[tuple[str, float]] = field(default_factory=list)  # (id, IoU of its pseudo-mask, or its mean confidence)
+    rows: list[Row] = field(default_factory=list)
 
     @staticmethod
     def empty(classes: int, bins: int) -> Tally:
         return Tally(
-            confusion={stage: np.zeros((classes, classes + 1), np.int64) for stage in STAGES},
+            truth={stage: Sums.empty(classes) for stage in STAGES},
+            flow={pair: Flow.empty(classes) for pair in FLOWS},
             histogram=np.zeros((bins, classes, classes), np.int64),
             pixels={stage: np.zeros(4, np.int64) for stage in STAGES},
             tags={stage: np.zeros(2, np.int64) for stage in STAGES},
             images=dict.fromkeys(STAGES, 0),
-            scored=dict.fromkeys(STAGES, 0),
         )
 
     def add(self, other: Tally) -> None:
         for stage in STAGES:
-            self.confusion[stage] += other.confusion[stage]
+            self.truth[stage].add(other.truth[stage])
             self.pixels[stage] += other.pixels[stage]
             self.tags[stage] += other.tags[stage]
             self.images[stage] += other.images[stage]
-            self.scored[stage] += other.scored[stage]
+        for pair in FLOWS:
+            self.flow[pair].add(other.flow[pair])
         self.histogram += other.histogram
-        self.quality += other.quality
+        self.rows += other.rows
+
+    @property
+    def quality(self) -> list[tuple[str, float]]:
+        """(id, own mIoU of its pseudo-mask; without truth, its score), of all train images."""
+        found = score.scores([row for row in self.rows if row.stage == "pseudo_masks"])
+        return [
+            (row.id, row.miou if row.truth else found[row.id, row.stage]) for row in self.rows if row.stage == "pseudo_masks"
+        ]
 
 
 @dataclass(frozen=True)
@@ -118,88 +134,114 @@ def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
     stores = _OPENED[key]
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
     for record in records:
-        truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
-        count_maps(tally, record, truth, stores.scoremaps, inputs.level)
-        if record.split == "val":
-            predicted = stores.predictions[record.id]
-            count(tally, "predictions", record, truth, predicted["label"], predicted["confidence"] / store.CONFIDENCE_STEPS)
-            continue
-        refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
-        sure = refined["confidence"] / store.CONFIDENCE_STEPS
-        count(tally, "refined", record, truth, refined["label"], sure)
-        counts = count(tally, "pseudo_masks", record, truth, mask, sure)
-        protocol = inputs.settings.ignored_prediction
-        tally.quality.append((record.id, float(sure.mean()) if counts is None else metrics.miou(counts, protocol=protocol)))
+        _Image(record, inputs, stores, tally).count()
     return tally
 
 
-def count_maps(tally: Tally, record: ImageRecord, truth: np.ndarray | None, scoremaps: store.Store, level: float) -> None:
-    """Adds what one image's score maps say to the tally: their winners above `level`, the winners by score (split train), and the
-    method's own mask where it has a decoder. truth: u8[h,w], or None where there is none."""
-    ending = "_val" if record.split == "val" else ""
-    winner, best = winner_of(scoremaps, record)
-    count(tally, "score_maps" + ending, record, truth, np.where(best > level, winner, 0).astype(np.uint8), best)
-    decoded = scoremaps.read(record.id, "decoded")
-    if decoded.size:
-        count(tally, "decoder" + ending, record, truth, decoded, np.zeros(record.size, np.float32))
-    if truth is not None and record.split != "val":
-        bins, classes, _ = tally.histogram.shape
-        tally.histogram += level_histogram(truth, winner, best, classes, bins)
+class _Image:
+    """One image on its way through the stages; its counts go to `tally`."""
+
+    def __init__(self, record: ImageRecord, inputs: Inputs, stores: Stores, tally: Tally) -> None:
+        self.record, self.inputs, self.stores, self.tally = record, inputs, stores, tally
+        self.truth: truth.Truth | None = None
+        if record.id in stores.truth:
+            self.truth = truth.read(stores.truth.read(record.id, "mask"))
+            self.weights = metrics.poisson_weights(record.id)
+        tags = None if record.tags is None else tuple(tag + 1 for tag in record.tags)
+        self.seen = signs.Seen(tags, signs.edge_ranks(read_image(record, inputs.root)))
+        self.labels: dict[str, np.ndarray] = {}  # of the stages so far
+        self.miou: dict[str, float] = {}
+
+    def count(self) -> None:
+        """The stages of the image's split, in the order of the pipeline."""
+        record, stores = self.record, self.stores
+        self._maps("_val" if record.split == "val" else "")
+        if record.split == "val":
+            predicted = stores.predictions[record.id]
+            self._stage("predictions", predicted["label"], predicted["confidence"])
+            return
+        refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
+        self._stage("refined", refined["label"], refined["confidence"])
+        self._stage("pseudo_masks", mask, refined["confidence"])
+
+    def _maps(self, ending: str) -> None:
+        """The winners of the score maps above the level, the winners by score (split train), and the method's own mask where it has
+        a decoder."""
+        record, level = self.record, self.inputs.level
+        found = self.stores.scoremaps[record.id]
+        winner, best, total = winner_of(found, record)
+        label = np.where(best > level, winner, 0).astype(np.uint8)
+        sure = np.maximum(best, level) / np.maximum(total + level, 1e-6)
+        self.maps = signs.of_maps(found["scores"].astype(np.float32), found["classes"], found["tag_logits"], level)
+        summed = int(np.round(best.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))
+        self._stage("score_maps" + ending, label, np.round(sure * store.CONFIDENCE_STEPS).astype(np.uint8), summed)
+        if found["decoded"].size:
+            self._stage("decoder" + ending, found["decoded"], None, 0)
+        if self.truth is not None and record.split != "val":
+            bins, classes, _ = self.tally.histogram.shape
+            self.tally.histogram += metrics.level_histogram(self.truth.mask, winner, best, classes, bins)
+
+    def _stage(self, stage: str, label: np.ndarray, confidence: np.ndarray | None, summed: int | None = None) -> None:
+        """Mask values u8[h,w] and how sure they are, u8[h,w] of 255. summed: of the confidence that is told, where it is another."""
+        tally, record = self.tally, self.record
+        present = np.bincount(label.ravel(), minlength=256)
+        foreground = int(label.size - present[0] - present[IGNORE])
+        if summed is None:
+            summed = 0 if confidence is None else int(confidence.sum(dtype=np.int64))
+        tally.pixels[stage] += (label.size, foreground, int(present[IGNORE]), summed)
+        tally.images[stage] += 1
+        tags = record.tags or ()
+        tally.tags[stage] += (len(tags), sum(1 for tag in tags if not present[tag + 1]))
+        before = next((earlier for earlier, later in FLOWS if later == stage and earlier in self.labels), None)
+        same = before is not None and stage == "pseudo_masks" and np.array_equal(label, self.labels[before])
+        if not same:  # export mostly changes nothing
+            self.signs = signs.of_mask(label, confidence, self.seen)
+            self.signs |= self.maps if stage != "predictions" else {}
+        self.signs["agreement"] = signs.NONE if before is None else signs.agreement(self.labels[before], label)
+        self.labels[stage] = label
+        mended, spoilt = (
+            (signs.NONE, signs.NONE) if self.truth is None else self._truth(stage, before, same, label, confidence)
+        )
+        tally.rows.append(
+            Row(
+                record.id, stage, self.truth is not None, self.miou.get(stage, signs.NONE), mended, spoilt,
+                np.array([self.signs[name] for name in signs.SIGNS], np.float32), signs.shares(label, self.seen.tags),
+            )
+        )  # fmt: skip
+
+    def _truth(
+        self, stage: str, before: str | None, same: bool, label: np.ndarray, confidence: np.ndarray | None
+    ) -> tuple[float, float]:
+        """Counts one stage against the truth; the shares of the image's pixels that it mended and spoilt."""
+        assert self.truth is not None
+        protocol, classes = self.inputs.settings.ignored_prediction, len(self.inputs.labels) + 1
+        if not same:
+            self.counts = truth.count(self.truth, label, confidence, classes, protocol)
+        self.tally.truth[stage].count(self.counts, self.weights, protocol)
+        self.miou[stage] = self.counts.miou(protocol)
+        if before is None:
+            return signs.NONE, signs.NONE
+        pixels = truth.moved(self.truth.mask, self.labels[before], label, classes, protocol)
+        self.tally.flow[before, stage].count(pixels, self.miou[before], self.miou[stage])
+        total = int(pixels[2].sum())
+        return (int(pixels[0].sum()) / total, int(pixels[1].sum()) / total) if total else (signs.NONE, signs.NONE)
 
 
-def winner_of(scoremaps: store.Store, record: ImageRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Mask value u8[h,w] and score f32[h,w] of the best class at full size; zeros where no class is kept."""
-    found = scoremaps[record.id]
+def winner_of(found: Mapping[str, np.ndarray], record: ImageRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SCORE_MAPS fields → mask value u8[h,w] and score f32[h,w] of the best class at full size, and the sum of all scores; zeros
+    where no class is kept."""
     if not len(found["classes"]):
-        return np.zeros(record.size, np.uint8), np.zeros(record.size, np.float32)
+        nothing = np.zeros(record.size, np.float32)
+        return np.zeros(record.size, np.uint8), nothing, nothing
     full = planes.upsample(found["scores"], record.size)
     at = full.argmax(axis=0)
-    return (found["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0]
-
-
-def count(
-    tally: Tally, stage: str, record: ImageRecord, truth: np.ndarray | None, label: np.ndarray, confidence: np.ndarray
-) -> np.ndarray | None:
-    """Adds one image's mask values u8[h,w], with a confidence f[h,w] in 0..1, to the tally; its own confusion if there is truth."""
-    present = np.bincount(label.ravel(), minlength=256)
-    foreground = int(label.size - present[0] - present[IGNORE])
-    summed = int(np.round(confidence.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))
-    tally.pixels[stage] += (label.size, foreground, int(present[IGNORE]), summed)
-    tally.images[stage] += 1
-    tags = record.tags or ()
-    tally.tags[stage] += (len(tags), sum(1 for tag in tags if not present[tag + 1]))
-    if truth is None:
-        return None
-    counts = metrics.confusion(truth, label, len(tally.confusion[stage]))
-    tally.confusion[stage] += counts
-    tally.scored[stage] += 1
-    return counts
-
-
-def level_histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, classes: int, bins: int) -> np.ndarray:
-    """i64[bins, truth, winner]: all that every threshold needs, from one pass."""
-    kept = truth != IGNORE
-    at = np.clip((best[kept] * bins).astype(np.int64), 0, bins - 1)
-    index = (at * classes + truth[kept]) * classes + winner[kept]
-    return np.bincount(index, minlength=bins * classes * classes).reshape(bins, classes, classes)
-
-
-def threshold_curve(histogram: np.ndarray) -> np.ndarray:
-    """i64[bins,truth,winner] → mIoU f64[bins] when scores below k / bins are background, for every k at once."""
-    foreground = histogram[::-1].cumsum(axis=0)[::-1]  # [k]: pixels whose score reaches k / bins
-    total = histogram.sum(axis=(0, 2))
-    values = []
-    for counts in foreground:
-        full = np.concatenate([counts, np.zeros((len(counts), 1), np.int64)], axis=1)
-        full[:, 0] += total - counts.sum(axis=1)
-        values.append(metrics.miou(full, protocol="background"))
-    return np.array(values)
+    return (found["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0], full.sum(axis=0)
 
 
 def summary(tally: Tally, inputs: Inputs, records: Records) -> dict[str, Any]:
     """metrics/<m>.json as plain values, rounded: no time, host or path."""
     names = ["background", *inputs.labels.names]
-    scored = tally.scored["pseudo_masks"] + tally.scored["predictions"] > 0
+    scored = tally.truth["pseudo_masks"].images + tally.truth["predictions"].images > 0
     found: dict[str, Any] = {
         "truth": scored,
         "protocol": {
@@ -215,16 +257,55 @@ def summary(tally: Tally, inputs: Inputs, records: Records) -> dict[str, Any]:
     if not scored:
         found["note"] = "There is no ground truth: only figures that need none are given."
     for split, stage in (("train", "pseudo_masks"), ("val", "predictions")):
-        if tally.scored[stage]:
-            found.setdefault("everything_background", {})[split] = _everything_background(tally.confusion[stage])
-    if tally.scored["score_maps"]:
-        curve = threshold_curve(tally.histogram)
+        if tally.truth[stage].images:
+            found.setdefault("everything_background", {})[split] = _everything_background(tally.truth[stage].confusion)
+    if tally.truth["score_maps"].images:
+        curve = metrics.threshold_curve(tally.histogram)
         best = int(np.argmax(curve))
-        chosen = metrics.miou(tally.confusion["score_maps"], protocol="background")
+        chosen = metrics.miou(tally.truth["score_maps"].confusion, protocol="background")
         found["threshold"] |= {
             "oracle": best / len(curve), "miou_at_chosen": chosen, "miou_at_oracle": curve[best], "regret": max(0.0, curve[best] - chosen),
         }  # fmt: skip
-    return _rounded(found)
+    return _rounded(found | _audit(tally, records, names))
+
+
+def _audit(tally: Tally, records: Records, names: Sequence[str]) -> dict[str, Any]:
+    """What the rows and the step from one stage to the next say."""
+    learned = score.Limits(tally.rows)
+    final = [row for row in ordered(tally) if row.stage == "pseudo_masks"]
+    found: dict[str, Any] = {
+        "flow": [{"from": a, "to": b, **flow.as_values(names)} for (a, b), flow in tally.flow.items() if flow.images],
+        "signs": {stage: learned.medians[stage] for stage in STAGES if stage in learned.medians},
+        "limits": learned.as_values(),
+        "co_occurrence": score.co_occurrence(final, records.by_id(), names),
+    }
+    told = score.agreement_with_truth(ordered(tally), score.scores(tally.rows))
+    return found | ({"score": told} if told else {})
+
+
+def ordered(tally: Tally) -> list[Row]:
+    """By id, then by stage in the order of STAGES."""
+    place = {stage: at for at, stage in enumerate(STAGES)}
+    return sorted(tally.rows, key=lambda row: (row.id, place[row.stage]))
+
+
+def write_tables(
+    tally: Tally,
+    found: dict[str, Any],
+    records: Records,
+    *,
+    thresholds: Path,
+    per_class: Path,
+    confusion: Path,
+    images: Path,
+) -> None:
+    """The CSV files: three for `dvc plots`, and audit/<m>.csv with one line per image and stage. found: what `summary` gave."""
+    curve = metrics.threshold_curve(tally.histogram) if tally.truth["score_maps"].images else []
+    tables.write_thresholds(curve, thresholds)
+    tables.write_per_class(found, per_class)
+    tables.write_confusion(tally.truth["pseudo_masks"].confusion, ["background", *records.labels.names], confusion)
+    rows = ordered(tally)
+    score.write(images, rows, records.by_id(), records.labels, score.Limits(rows), score.scores(rows))
 
 
 def _everything_background(counts: np.ndarray) -> float:
@@ -240,62 +321,25 @@ def _stage(tally: Tally, stage: str, names: Sequence[str], inputs: Inputs) -> di
     found: dict[str, Any] = {
         "split": STAGES[stage],
         "images": tally.images[stage],
-        "images_with_truth": tally.scored[stage],
+        "images_with_truth": tally.truth[stage].images,
         "coverage": foreground / size,
         "ignored": ignored / size,
         "confidence": None if stage in WITHOUT_CONFIDENCE else confidence / store.CONFIDENCE_STEPS / size,
         "tagged_classes_without_pixels": empty / tagged if tagged else None,
     }
-    if tally.scored[stage]:
-        counts, protocol = tally.confusion[stage], inputs.settings.ignored_prediction
-        rates = metrics.rates(counts, protocol=protocol)
-        found |= {name: float(np.nanmean(values)) for name, values in rates.items() if name != "iou"}
-        found["miou"] = metrics.miou(counts, protocol=protocol)
-        found["pixel_accuracy"] = metrics.pixel_accuracy(counts, protocol=protocol)
-        found["classes"] = {name: {rate: values[at] for rate, values in rates.items()} for at, name in enumerate(names)}
+    if tally.truth[stage].images:
+        found |= truth.figures(tally.truth[stage], names, inputs.settings.ignored_prediction)
     return found
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
     if isinstance(value, (float, np.floating)):
         return round(float(value), DIGITS) if math.isfinite(value) else None
     return value
-
-
-def write_thresholds(tally: Tally, path: Path) -> None:
-    """threshold.csv for `dvc plots`: mIoU of the score maps over the background level. Without truth, the header alone."""
-    curve = threshold_curve(tally.histogram) if tally.scored["score_maps"] else []
-    _table(path, ["threshold", "miou"], ((k / len(curve), round(value, DIGITS)) for k, value in enumerate(curve)))
-
-
-def write_per_class(found: dict[str, Any], path: Path) -> None:
-    """per_class.csv for `dvc plots`: IoU of the pseudo-masks."""
-    classes = found["stages"].get("pseudo_masks", {}).get("classes", {})
-    _table(path, ["class", "iou"], ((name, rates["iou"]) for name, rates in classes.items() if rates["iou"] is not None))
-
-
-def write_confusion(tally: Tally, labels: LabelSpace, path: Path) -> None:
-    """confusion.csv for `dvc plots`, whose template counts rows: one row per percent of each true class."""
-    names = ["background", *labels.names]
-    counts = tally.confusion["pseudo_masks"]
-    percent = np.round(100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(int)
-    cells = (
-        (actual, predicted)
-        for row, actual in enumerate(names)
-        for column, predicted in enumerate([*names, "ignored"])
-        for _ in range(percent[row, column])
-    )
-    _table(path, ["actual", "predicted"], cells)
-
-
-def _table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def picked(quality: Sequence[tuple[str, float]], count: int) -> dict[str, int]:
@@ -324,7 +368,7 @@ def strips(tally: Tally, inputs: Inputs, records: Records) -> Iterable[store.Ite
 
 def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
     photograph = read_image(record, inputs.root)
-    _, best = winner_of(stores.scoremaps, record)
+    _, best, _ = winner_of(stores.scoremaps[record.id], record)
     colours = palette.voc_palette()
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else np.zeros(record.size, np.uint8)
     panels = [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ def prepare(
     """
     dataset = open_dataset(settings)
     listings, problems = _listed(dataset)
+    if rules.audit_list is not None:
+        listings, wrong = audited(listings, rules.audit_list, Path(settings.root))
+        problems += wrong
     skip = rules.on_bad_image == "skip"
     if problems and skip:  # no need to open images: these mistakes are never skipped
         raise DatasetError(problems)
@@ -131,6 +135,29 @@ def _listed(dataset: Any) -> tuple[list[Listing], list[str]]:
         problems.append(EMPTY_TRAIN)
     once = {listing.id: listing for listing in listings}
     return [once[image_id] for image_id in sorted(once)], problems
+
+
+def audited(listings: Sequence[Listing], name: str, root: Path) -> tuple[list[Listing], list[str]]:
+    """The listings, of which only those that the file root/name names keep their masks, and what is wrong with that file."""
+    where = f"prepare.audit_list {name!r}"
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return [*listings], [
+            f"{where}: must lie under dataset.root, without `..`, or a change would go unseen (edit params.yaml)"
+        ]
+    try:
+        lines = (root / name).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return [*listings], [
+            f"{where}: {root / name} cannot be read as UTF-8 text ({error}); give a file or null in params.yaml"
+        ]
+    named = {unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()}
+    masks = {unicodedata.normalize("NFC", listing.id): listing.mask for listing in listings}
+    problems = [f"{one!r}: in {name}, but no image has this id" for one in sorted(named - set(masks))]
+    problems += [f"{one!r}: in {name}, but it has no mask" for one in sorted(named & set(masks)) if not masks[one]]
+    if not named:
+        problems.append(f"{where}: names no image; write one id per line, or null in params.yaml")
+    kept = [replace(one, mask=one.mask and unicodedata.normalize("NFC", one.id) in named) for one in listings]
+    return kept, problems
 
 
 def _checked(
