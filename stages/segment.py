@@ -101,7 +101,7 @@ def _folder(method: str, segmenter: Path, images: Path, out: Path, overwrite: bo
         bad = [problem for problem in told if problem is not None]
         for problem in bad:
             click.echo(problem, err=True)
-    click.echo(f"{len(todo) - len(bad)} masks and overlays in {out}; {len(bad)} images could not be read", err=True)
+    click.echo(f"{len(todo) - len(bad)} masks and overlays written to {out}; {len(bad)} images could not be read", err=True)
     if bad:
         raise click.exceptions.Exit(1)
 

@@ -6,9 +6,9 @@ mask values.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ ROWS, BYTES = 100, 2**24  # a row group ends at whichever comes first; the Hub's
 
 def check() -> None:
     """ValueError, before any training, where pyarrow is missing."""
-    if importlib.util.find_spec("pyarrow") is None:
+    if find_spec("pyarrow") is None:
         raise ValueError(
             "export format hf_parquet needs pyarrow: pip install 'tag2mask[parquet]' (or pip install pyarrow), "
             "or take hf_parquet out of export.<method>.formats (edit params.yaml)"
