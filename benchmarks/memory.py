@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import mask, photograph
+from pipeline.core import plugins
 
 PROJECT = Path(__file__).resolve().parents[1]
 SIDE = (96, 128)
@@ -25,7 +26,7 @@ STAGES = {
     "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps --inspection i.h5",
     "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors",
     "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
-    "export": "cam --records r.h5 --refined refined --pseudo-masks masks --exports exports",
+    "export": "cam --records r.h5 --refined refined --corrections raw/none --pseudo-masks masks --exports exports",
     "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors --log log2.csv",
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined --pseudo-masks masks "
@@ -37,6 +38,7 @@ def draw(root: Path, count: int) -> None:
     """A folder data set of `count` images, a tenth of them val."""
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
+    (root / "none").mkdir()  # no mask was mended
     rows = ["id,tags,split"]
     for index in range(count):
         found = (mask(index, SIDE) > 0).astype(np.uint8)
@@ -54,6 +56,7 @@ def params(folder: Path, count: int) -> None:
         values[section]["cam"]["schedule"]["epochs"] = 100 / count
     for section in ("extract", "refine", "export", "segment"):
         values[section]["cam"]["images_per_part"] = 32
+    values["export"]["cam"]["formats"] = [name for name in plugins.available("exporters") if name != "hdf5"]
     (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
 
 

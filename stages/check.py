@@ -10,7 +10,7 @@ import click
 
 from pipeline.core import config, plugins, sections
 from pipeline.core.config import PARAMS_FILE, ParamsError
-from pipeline.steps import extract, fit_refiner, segment, train
+from pipeline.steps import export, extract, fit_refiner, segment, train
 
 
 def problems(path: Path = PARAMS_FILE) -> list[str]:
@@ -71,9 +71,9 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
             tried(lambda: config.parse(refiner.Params, refine.options, f"refine.{key}.options"))
         if extraction is not None:
             tried(lambda: _affinity_is_kept(refiner, column.refiner, extraction, key))
-    export = parsed(sections.Export, "export")
-    for name in export.formats if export is not None else ():
-        tried(lambda name=name: plugins.load("exporters", name))
+    exported = parsed(sections.Export, "export")
+    if exported is not None:
+        tried(lambda: export.exporters(exported.formats))
     segmentation = parsed(sections.Segment, "segment")
     if segmentation is not None:
         tried(lambda: segment.crf_of(segmentation, key))

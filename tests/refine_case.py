@@ -78,6 +78,7 @@ def build(root: Path, **changes: Any) -> None:
     """Fills `root`; changes: those of fit_params, refiner, disagree_at, ignore_below, ignore_disagreement, formats."""
     rng = np.random.default_rng(0)
     (root / "raw").mkdir(parents=True)
+    (root / "corrections").mkdir()
     found, maps = [], []
     for number, (image_id, size, split, tags) in enumerate(IMAGES):
         path = root / "raw" / f"{number}.png"
@@ -124,7 +125,16 @@ def run(stage: str) -> Result:
     paths = {
         "fit_refiner": ["--scoremaps", "scoremaps", "--init", str(SCRATCH), "--refiner", "out/refiner.safetensors"],
         "refine": ["--scoremaps", "scoremaps", "--refiner", "out/refiner.safetensors", "--refined", "out/refined"],
-        "export": ["--refined", "out/refined", "--pseudo-masks", "out/pseudo_masks", "--exports", "out/exports"],
+        "export": [
+            "--refined",
+            "out/refined",
+            "--corrections",
+            "corrections",
+            "--pseudo-masks",
+            "out/pseudo_masks",
+            "--exports",
+            "out/exports",
+        ],
     }
     command = {"fit_refiner": fit_refiner.main, "refine": refine.main, "export": export.main}[stage]
     return CliRunner().invoke(command, ["cam", "--records", "records.h5", *paths[stage]])

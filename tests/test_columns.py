@@ -93,8 +93,9 @@ def refine(key: str, refiner: str, segmenter: str) -> Path:
     given = ("--records", "records.h5", "--scoremaps", f"{key}/scoremaps", "--refiner", f"{out}/refiner.safetensors")
     run("fit_refiner", key, *given, "--init", str(SCRATCH))
     run("refine", key, *given, "--refined", f"{out}/refined")
-    run("export", key, "--records", "records.h5", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks",
-        "--exports", f"{out}/exports")  # fmt: skip
+    Path("corrections").mkdir(exist_ok=True)
+    run("export", key, "--records", "records.h5", "--refined", f"{out}/refined", "--corrections", "corrections",
+        "--pseudo-masks", f"{out}/pseudo_masks", "--exports", f"{out}/exports")  # fmt: skip
     return out
 
 

@@ -103,6 +103,15 @@ def test_only_evaluate_reads_truth_after_prepare(stages: dict[str, Any]) -> None
     assert {name.split("@")[0] for name, stage in stages.items() if "data/truth.h5" in deps(stage)} == {"evaluate"}
 
 
+def test_every_exporter_that_writes_is_a_dep_of_export(stages: dict[str, Any]) -> None:
+    files = {f"pipeline/exporters/{path.name}" for path in (PROJECT / "pipeline" / "exporters").glob("*.py")}
+    written = files - {
+        "pipeline/exporters/__init__.py",
+        "pipeline/exporters/hdf5.py",
+    }  # hdf5 is a reader: export writes the product
+    assert all(written <= set(deps(stage)) for name, stage in stages.items() if name.startswith("export@"))
+
+
 def test_only_prepare_depends_on_the_raw_images(stages: dict[str, Any]) -> None:
     root = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))["dataset"]["root"]
     assert [name for name, stage in stages.items() if root in deps(stage)] == ["prepare"]
@@ -157,6 +166,11 @@ def stale_after(stages: dict[str, Any], changed: str) -> set[str]:
         ("pipeline/nn/resnet/backbone.py", set()),
         ("pipeline/nn/mit/backbone.py", set()),
         ("pipeline/audit/page.py", {"report"}),
+        ("pipeline/exporters/cvat.py", each("export")),
+        ("pipeline/exporters/hdf5.py", set()),
+        ("pipeline/mask_files.py", each("export", "segment")),
+        ("pipeline/steps/apply.py", each("segment")),
+        ("data/corrections/a b.png", each("export")),
         ("pipeline/runtime.py", set()),
     ],
 )

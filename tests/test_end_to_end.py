@@ -37,6 +37,7 @@ class Copy:
             else:
                 shutil.copy(source, folder / name)
         (folder / "data" / "weights").mkdir(parents=True)
+        (folder / "data" / "corrections").mkdir()
         shutil.copy(PROJECT / "data" / "weights" / "scratch.txt", folder / "data" / "weights")
         toy_folder(folder / "raw", train=9, val=3)
         self.params = toy_params(Path("raw"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.core.labels import LabelSpace
+from pipeline.core.records import Records
 
 if TYPE_CHECKING:  # stages without model work import this file and must not pay for torch
     from torch import Tensor
@@ -246,8 +247,9 @@ class Dataset(Protocol):
 
 
 class Exporter(Protocol):
-    """Module-level name of pipeline/exporters/<name>.py: write(masks, labels, out)."""
+    """Module-level name of pipeline/exporters/<name>.py: write(masks, records, out). A module may also have check(), which
+    raises ValueError where something that it needs is missing; `stages.check` and export ask it before any work."""
 
-    def __call__(self, masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path) -> None:
+    def __call__(self, masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
         """Streams (id, u8[h,w] mask values) in id order into folder `out`, which it makes where it is missing."""
         ...

@@ -1,4 +1,4 @@
-"""The product: pseudo_masks/, an HDF5 store, and its reader (docs/pseudo_masks.md)."""
+"""pseudo_masks/, the product → its reader (docs/pseudo_masks.md). Export writes it always, part by part, so no `write` is here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core import store
-from pipeline.core.labels import LabelSpace
 
 
 class PseudoMasks:
@@ -27,18 +26,3 @@ class PseudoMasks:
 
     def __getitem__(self, image_id: str) -> np.ndarray:
         return self._store.read(image_id, "mask")
-
-
-def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path) -> None:
-    """A second copy of the store, as one part; export itself has written pseudo_masks/ already."""
-    items = ((image_id, {"mask": mask}) for image_id, mask in masks)
-    store.write_part(
-        store.part_path(out, 0),
-        store.PSEUDO_MASKS,
-        items,
-        labels=labels,
-        part=0,
-        parts=1,
-        params_digest="",
-        compression="gzip",
-    )

@@ -1,4 +1,4 @@
-"""Pseudo-masks as a VOC tree: SegmentationClass/*.png in VOC's palette, and the list of them."""
+"""Pseudo-masks → a VOC tree: SegmentationClass/*.png in VOC's palette, and the list of them. Exact."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from pipeline.core.labels import LabelSpace
-from pipeline.core.records import file_stem
-from pipeline.imaging.palette import voc_palette
+from pipeline.core.records import Records, file_stem
+from pipeline.mask_files import legend_lines, palette_png
 
 
-def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path) -> None:
+def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
     """One PNG per image, file names made safe; ids.csv maps ids to files, classes.txt lists the mask values."""
     folder, lists = out / "SegmentationClass", out / "ImageSets" / "Segmentation"
     folder.mkdir(parents=True, exist_ok=True)
     lists.mkdir(parents=True, exist_ok=True)
-    colours = voc_palette().tobytes()
     with (
         (out / "ids.csv").open("w", encoding="utf-8", newline="") as table,
         (lists / "train.txt").open("w", encoding="utf-8") as names,
@@ -28,10 +25,7 @@ def write(masks: Iterator[tuple[str, np.ndarray]], labels: LabelSpace, out: Path
         rows.writerow(["id", "file"])
         for image_id, mask in masks:
             stem = file_stem(image_id)
-            image = Image.fromarray(mask)
-            image.putpalette(colours)
-            image.save(folder / f"{stem}.png")
+            (folder / f"{stem}.png").write_bytes(palette_png(mask))
             rows.writerow([image_id, f"SegmentationClass/{stem}.png"])
             names.write(stem + "\n")
-    lines = ["0 background", *(f"{value} {name}" for value, name in enumerate(labels.names, 1)), "255 ignore"]
-    (out / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "classes.txt").write_text(legend_lines(records.labels), encoding="utf-8")

@@ -1,19 +1,23 @@
-"""Refined labels → pseudo-masks with 255 where they cannot be trusted, and other formats of them."""
+"""Refined labels, and masks that a person mended → pseudo-masks with 255 where they cannot be trusted, and other formats of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from pipeline.core import plugins, store
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
-from pipeline.core.records import ImageRecord
+from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Export
+from pipeline.steps.corrections import Corrections
 
 PRODUCT = "hdf5"  # always written, as pseudo_masks/
+CORRECTED = "corrections.json"  # in pseudo_masks/, only where some masks were corrected
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Job:
 
     settings: Export
     refined: Path
+    corrections: Corrections
     labels: LabelSpace
     parts: int
     params_digest: str
@@ -51,13 +56,19 @@ _OPENED: dict[str, store.Store] = {}  # one per process; opening reads the index
 
 
 def export_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
-    """Writes one part of pseudo-masks; returns its number of images."""
+    """Writes one part of pseudo-masks, corrected ones where there are some; returns its number of images."""
     part, records = item
     key = str(job.out.resolve())  # the work space's name stands for all inputs
     if key not in _OPENED:
         _OPENED[key] = store.Store(job.refined, store.REFINED)
     refined = _OPENED[key]
-    items = ((record.id, {"mask": mask_of(refined[record.id], record, job.labels, job.settings)}) for record in records)
+
+    def mask(record: ImageRecord) -> np.ndarray:
+        if record.id in job.corrections.files:
+            return job.corrections.read(record.id)
+        return mask_of(refined[record.id], record, job.labels, job.settings)
+
+    items = ((record.id, {"mask": mask(record)}) for record in records)
     store.write_part(
         store.part_path(job.out, part), store.PSEUDO_MASKS, items, labels=job.labels, part=part, parts=job.parts,
         params_digest=job.params_digest, compression=job.settings.compression,
@@ -71,13 +82,56 @@ def masks(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     return ((image_id, found.read(image_id, "mask")) for image_id in found.ids)
 
 
-def write_formats(pseudo_masks: Path, labels: LabelSpace, formats: Sequence[str], out: Path) -> None:
+def write_corrected(job: Job, by_id: Mapping[str, ImageRecord]) -> None:
+    """corrections.json beside the parts: per corrected image its pixels, how many the person changed, classes beyond its tags.
+
+    Not written where nothing was corrected, so that such pseudo-masks are the same bytes as ever.
+    """
+    if not job.corrections.files:
+        return
+    refined = store.Store(job.refined, store.REFINED)
+    rows = {}
+    for image_id in sorted(job.corrections.files):
+        record, mask = by_id[image_id], job.corrections.read(image_id)
+        before = mask_of(refined[image_id], record, job.labels, job.settings)
+        beyond = (
+            ()
+            if record.tags is None
+            else set(np.unique(mask).tolist()) - {BACKGROUND, IGNORE, *(t + 1 for t in record.tags)}
+        )
+        rows[image_id] = {
+            "pixels": int(mask.size),
+            "changed": int((mask != before).sum()),
+            "beyond_tags": [job.labels.names[value - 1] for value in sorted(beyond)],
+        }
+    told = {"schema": "corrections", "version": 1, "corrected": len(rows), "images": rows}
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    (job.out / CORRECTED).write_text(text + "\n", encoding="utf-8")
+
+
+def exporters(formats: Sequence[str]) -> dict[str, ModuleType]:
+    """The formats asked for beside the product → their modules. ValueError lists all that is wrong with them."""
+    found: dict[str, ModuleType] = {}
+    problems = [f"export format {name!r} stands twice" for name in sorted(set(formats)) if formats.count(name) > 1]
+    for name in formats:
+        if name == PRODUCT:
+            continue
+        try:
+            found[name] = plugins.load("exporters", name)
+            getattr(found[name], "check", lambda: None)()
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
+
+
+def write_formats(pseudo_masks: Path, records: Records, formats: Mapping[str, ModuleType], out: Path) -> None:
     """Every other format that params.yaml names, each in a folder of its own."""
     out.mkdir(parents=True, exist_ok=True)
-    asked = [name for name in formats if name != PRODUCT]
-    for name in asked:
-        plugins.load("exporters", name).write(masks(pseudo_masks), labels, out / name)
-    told = ", ".join(asked) or "none"
+    for name, module in formats.items():
+        module.write(masks(pseudo_masks), records, out / name)
+    told = ", ".join(formats) or "none"
     (out / "README.txt").write_text(
         f"Formats beside the HDF5 store in ../pseudo_masks: {told}. Name more in export.<method>.formats of params.yaml.\n",
         encoding="utf-8",
