@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -118,23 +119,31 @@ def score(folder: Path, data: Path) -> dict[str, float]:
     read_records, truth = records.read(data / "records.h5"), store.Store(data / "truth.h5", store.TRUTH)
     maps = store.Store(folder / "scoremaps", store.SCORE_MAPS)
     refined, level = store.Store(folder / "refined", store.REFINED), evaluate.chosen_level(folder / "refiner.safetensors")
-    tally = evaluate.Tally.empty(len(read_records.labels) + 1, BINS)
+    classes = len(read_records.labels) + 1
+    counts: dict[str, np.ndarray] = {}
+    levels = np.zeros((BINS, classes, classes), np.int64)
     for record in read_records:
         if record.id not in truth:
             continue
-        mask = truth.read(record.id, "mask")
-        evaluate.count_maps(tally, record, mask, maps, level)
+        mask, found = truth.read(record.id, "mask"), maps[record.id]
+        winner, best, _ = evaluate.winner_of(found, record)
+        ending = "_val" if record.split == "val" else ""
+        labels = {f"score_maps{ending}": np.where(best > level, winner, 0).astype(np.uint8)}
+        if found["decoded"].size:
+            labels[f"decoder{ending}"] = found["decoded"]
         if record.split == "train":
-            labels = refined[record.id]
-            evaluate.count(tally, "refined", record, mask, labels["label"], labels["confidence"] / store.CONFIDENCE_STEPS)
-    found = {
-        name: float(metrics.miou(tally.confusion[stage], protocol=PROTOCOL))
-        for stage, name in SCORED.items()
-        if tally.scored[stage]
+            labels["refined"] = refined.read(record.id, "label")
+            levels += metrics.level_histogram(mask, winner, best, classes, BINS)
+        for stage_name, label in labels.items():
+            counts[stage_name] = counts.get(stage_name, 0) + metrics.confusion(mask, label, classes)
+    figures = {
+        name: float(metrics.miou(counts[stage_name], protocol=PROTOCOL))
+        for stage_name, name in SCORED.items()
+        if stage_name in counts
     }
-    rates = metrics.iou(tally.confusion["score_maps"], protocol=PROTOCOL)
-    found |= {of_class(name): float(value) for name, value in zip(read_records.labels.names, rates[1:], strict=True)}
-    return found | {"best level": float(evaluate.threshold_curve(tally.histogram).max()), "level": level}
+    rates = metrics.iou(counts["score_maps"], protocol=PROTOCOL)
+    figures |= {of_class(name): float(value) for name, value in zip(read_records.labels.names, rates[1:], strict=True)}
+    return figures | {"best level": float(metrics.threshold_curve(levels).max()), "level": level}
 
 
 def of_class(name: str) -> str:

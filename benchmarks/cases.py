@@ -146,14 +146,13 @@ def stores(folder: Path) -> list[Timing]:
 def evaluate(folder: Path) -> list[Timing]:
     """One pass for all 100 background levels, against a confusion matrix for each level."""
     from pipeline import metrics
-    from pipeline.steps import evaluate as step
 
     del folder
     truth, winner = mask(0), mask(1)
     best = np.random.default_rng(0).random(SIZE, np.float32)
 
     def ours() -> np.ndarray:
-        return step.threshold_curve(step.level_histogram(truth, winner, best, CLASSES + 1, 100))
+        return metrics.threshold_curve(metrics.level_histogram(truth, winner, best, CLASSES + 1, 100))
 
     def level_by_level() -> np.ndarray:
         values = []
