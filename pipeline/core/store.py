@@ -70,8 +70,24 @@ REFINED = Schema(
 )
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
-# pictures of some images for the report: kind is 0 for worst, 1 for random; miou is NaN where there is no truth
-STRIPS = Schema("strips", 1, {"jpeg": Field("|u1", ("bytes",)), "kind": Field("|u1", ("1",)), "miou": Field("<f4", ("1",))})
+# small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
+# thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
+# stages that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where there is no truth
+GALLERY_STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "predictions")
+GALLERY = Schema(
+    "gallery",
+    1,
+    {
+        "kind": Field("|u1", ("1",)),
+        "size": Field("<u2", ("2",)),
+        "photograph": Field("|u1", ("photograph bytes",)),
+        "scores": Field("|u1", ("score bytes",)),
+        "present": Field("|u1", ("stages",)),
+        "maps": Field("|u1", ("map bytes",)),
+        "truth": Field("|u1", ("truth bytes",)),
+        "miou": Field("<f4", ("stages",)),
+    },
+)
 # inner maps of some images for the report: panels are the maps' names in UTF-8, with commas; weights [0,0] where a method has none
 INSPECTION = Schema(
     "inspection",

@@ -1,9 +1,8 @@
-"""Every stage's result + truth → figures, curves and picture strips. The only place that opens truth after prepare."""
+"""Every stage's result + truth → figures and curves. The only place that opens truth after prepare."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -17,14 +16,12 @@ from safetensors import safe_open
 from pipeline import metrics
 from pipeline.core import store
 from pipeline.core.labels import IGNORE, LabelSpace
-from pipeline.core.records import ImageRecord, Records, read_image
+from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Evaluate
-from pipeline.imaging import palette, planes, sheet
+from pipeline.imaging import planes
 
 PER_ITEM = 32  # images that one process scores at a time
-STRIP_HEIGHT = 128
 DIGITS = 5
-PANELS = ("photograph", "score map", "refined", "pseudo-mask", "truth")
 # stage → (store it reads, split); in the order of the pipeline
 STAGES = {
     "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
@@ -58,7 +55,7 @@ class Tally:
     tags: dict[str, np.ndarray]  # stage → i64[2]: tagged classes, those without a pixel
     images: dict[str, int]
     scored: dict[str, int]
-    quality: list[tuple[str, float]] = field(default_factory=list)  # (id, IoU of its pseudo-mask, or its mean confidence)
+    quality: list[tuple[str, float]] = field(default_factory=list)  # (id, mIoU of its last mask, or its mean confidence)
 
     @staticmethod
     def empty(classes: int, bins: int) -> Tally:
@@ -110,27 +107,40 @@ def chosen_level(refiner: Path) -> float:
 _OPENED: dict[str, Stores] = {}  # one per process
 
 
-def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
-    """Scores some images at every stage of their split, each read once."""
+def opened(inputs: Inputs) -> Stores:
+    """The stores, opened once per process."""
     key = json.dumps([str(path.resolve()) for path in (inputs.truth, inputs.scoremaps, inputs.pseudo_masks)])
     if key not in _OPENED:
         _OPENED[key] = open_stores(inputs)
-    stores = _OPENED[key]
+    return _OPENED[key]
+
+
+def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
+    """Scores some images at every stage of their split, each read once."""
+    stores = opened(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
     for record in records:
         truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
         count_maps(tally, record, truth, stores.scoremaps, inputs.level)
         if record.split == "val":
             predicted = stores.predictions[record.id]
-            count(tally, "predictions", record, truth, predicted["label"], predicted["confidence"] / store.CONFIDENCE_STEPS)
+            sure = predicted["confidence"] / store.CONFIDENCE_STEPS
+            counts = count(tally, "predictions", record, truth, predicted["label"], sure)
+            tally.quality.append((record.id, quality_of(counts, sure, inputs)))
             continue
         refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
         sure = refined["confidence"] / store.CONFIDENCE_STEPS
         count(tally, "refined", record, truth, refined["label"], sure)
         counts = count(tally, "pseudo_masks", record, truth, mask, sure)
-        protocol = inputs.settings.ignored_prediction
-        tally.quality.append((record.id, float(sure.mean()) if counts is None else metrics.miou(counts, protocol=protocol)))
+        tally.quality.append((record.id, quality_of(counts, sure, inputs)))
     return tally
+
+
+def quality_of(counts: np.ndarray | None, confidence: np.ndarray, inputs: Inputs) -> float:
+    """What images are picked by: the mIoU of one image's own confusion, or its mean confidence where there is no truth."""
+    if counts is None:
+        return float(confidence.mean())
+    return metrics.miou(counts, protocol=inputs.settings.ignored_prediction)
 
 
 def count_maps(tally: Tally, record: ImageRecord, truth: np.ndarray | None, scoremaps: store.Store, level: float) -> None:
@@ -296,42 +306,3 @@ def _table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def picked(quality: Sequence[tuple[str, float]], count: int) -> dict[str, int]:
-    """id → kind for the strips: the `count` worst (0), and `count` others at random, fixed by their ids (1)."""
-    by_quality = sorted(quality, key=lambda pair: (math.isnan(pair[1]), pair[1], pair[0]))
-    worst = [image_id for image_id, _ in by_quality[:count]]
-    others = sorted((i for i, _ in by_quality[count:]), key=lambda i: hashlib.sha256(i.encode("utf-8")).digest())
-    return {**dict.fromkeys(worst, 0), **dict.fromkeys(others[:count], 1)}
-
-
-def strips(tally: Tally, inputs: Inputs, records: Records) -> Iterable[store.Item]:
-    """STRIPS items in id order: the panels of PANELS side by side."""
-    stores, by_id, values = open_stores(inputs), records.by_id(), dict(tally.quality)
-    for image_id, kind in sorted(picked(tally.quality, inputs.settings.strips).items()):
-        has_truth = image_id in stores.truth
-        jpeg = _strip(by_id[image_id], stores, inputs)
-        yield (
-            image_id,
-            {
-                "jpeg": np.frombuffer(jpeg, np.uint8),
-                "kind": np.array([kind], np.uint8),
-                "miou": np.array([values[image_id] if has_truth else np.nan], np.float32),
-            },
-        )
-
-
-def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
-    photograph = read_image(record, inputs.root)
-    _, best = winner_of(stores.scoremaps, record)
-    colours = palette.voc_palette()
-    truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else np.zeros(record.size, np.uint8)
-    panels = [
-        photograph,
-        sheet.over(photograph, best),
-        colours[stores.refined.read(record.id, "label")],
-        colours[stores.pseudo_masks.read(record.id, "mask")],
-        colours[truth],
-    ]
-    return sheet.strip(panels, STRIP_HEIGHT, smooth=2)
