@@ -59,9 +59,9 @@ def _draw(record: ImageRecord, kind: int, stores: evaluate.Stores, inputs: evalu
     labels, best = _labels(record, stores, inputs.level)
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
     size = thumbnail_size(record.size, inputs.settings.thumbnail)
-    photograph = Image.fromarray(read_image(record, inputs.root)).resize(size[::-1], Image.Resampling.BOX)
-    coarse = tuple(max(1, side // SCORE_SIDE) for side in size)
-    heat = Image.fromarray(np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)).resize(coarse[::-1], Image.Resampling.BOX)
+    photograph = _scaled(Image.fromarray(read_image(record, inputs.root)), size, Image.Resampling.BOX)
+    coarse = (max(1, size[0] // SCORE_SIDE), max(1, size[1] // SCORE_SIDE))
+    heat = _scaled(Image.fromarray(np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)), coarse, Image.Resampling.BOX)
     maps = [smaller(labels[stage], size) for stage in store.GALLERY_STAGES if stage in labels]
     return {
         "kind": np.array([kind], np.uint8),
@@ -105,7 +105,12 @@ def thumbnail_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:
 
 def smaller(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Mask values u8[h,w] at the nearest pixels, u8[size]."""
-    return np.asarray(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
+    return np.asarray(_scaled(Image.fromarray(label), size, Image.Resampling.NEAREST))
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    rows, columns = size
+    return image.resize((columns, rows), resample)
 
 
 def _packed(values: np.ndarray) -> np.ndarray:
