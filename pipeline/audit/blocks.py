@@ -34,7 +34,9 @@ class Gallery:
         unknown = sorted({i for one in self.stores.values() for i in one.ids} - set(self.records))
         if unknown:
             raise ValueError(f"{folder} shows images that the records lack: {', '.join(unknown[:5])}; run `dvc repro`")
-        self.miou = {method: {i: one.read(i, "miou") for i in one.ids} for method, one in self.stores.items()}
+        self.miou, self.kinds, self.present, self.sizes = (
+            {method: one.column(name) for method, one in self.stores.items()} for name in ("miou", "kind", "present", "size")
+        )
         self.ids = sorted({i for one in self.stores.values() for i in one.ids}, key=self._rank)
 
     def _rank(self, image_id: str) -> tuple[int, float, str]:
@@ -50,25 +52,24 @@ class Gallery:
 
     def table(self, found: Mapping[str, Mapping[tuple[str, str], audit_rows.Row]]) -> dict[str, Any]:
         """Small facts as columns that run over `ids`; `found` is method → (id, stage) → its row of audit/<m>.csv."""
-        some = {i: next(one for one in self.stores.values() if i in one) for i in self.ids}
+        some = {i: next(method for method, one in self.stores.items() if i in one) for i in self.ids}
         return {
             "ids": self.ids,
             "splits": [self.records[i].split for i in self.ids],
             "tags": [None if self.records[i].tags is None else list(self.records[i].tags or ()) for i in self.ids],
-            "sizes": [[int(side) for side in some[i].read(i, "size")] for i in self.ids],
-            "truth": [int(some[i].read(i, "truth").size > 0) for i in self.ids],
+            "sizes": [self.sizes[some[i]][i].tolist() for i in self.ids],
+            "truth": [int(self.stores[some[i]].shape_of(i, "truth") != (0,)) for i in self.ids],
             "per_block": PER_BLOCK,
             "methods": {method: self._of_method(method, found.get(method, {})) for method in self.stores},
         }
 
     def _of_method(self, method: str, found: Mapping[tuple[str, str], audit_rows.Row]) -> dict[str, Any]:
-        one = self.stores[method]
-        kinds = [int(one.read(i, "kind")[0]) if i in one else -1 for i in self.ids]
+        kinds = [int(self.kinds[method][i][0]) if i in self.kinds[method] else -1 for i in self.ids]
         figures: dict[str, dict[str, list[Any]]] = {}
         for at, image_id in enumerate(self.ids):
-            if image_id not in one:
+            if image_id not in self.kinds[method]:
                 continue
-            names, present = self.stage_of(image_id), one.read(image_id, "present")
+            names, present = self.stage_of(image_id), self.present[method][image_id]
             for position, name in enumerate(store.GALLERY_STAGES):
                 if not present[position] or name not in names:
                     continue
@@ -109,11 +110,13 @@ class Gallery:
         for method, one in self.stores.items():
             if image_id not in one:
                 continue
-            item = one[image_id]
             if "photograph" not in found:
-                found |= {"photograph": _text(item["photograph"]), "truth": _text(item["truth"])}
-            present = [name for name, there in zip(store.GALLERY_STAGES, item["present"], strict=True) if there]
-            found["methods"][method] = {"scores": _text(item["scores"]), "maps": _text(item["maps"]), "present": present}
+                found |= {name: _text(one.read(image_id, name)) for name in ("photograph", "truth")}
+            present = [
+                name for name, there in zip(store.GALLERY_STAGES, self.present[method][image_id], strict=True) if there
+            ]
+            maps = {name: _text(one.read(image_id, name)) for name in ("scores", "maps")}
+            found["methods"][method] = {**maps, "present": present}
         return found
 
 

@@ -118,7 +118,7 @@ def flow(steps: Sequence[Mapping[str, Any]], right: Mapping[str, float]) -> Mark
         return Markup("")
     least = min([*known, *(right.get(step["from"], 1) - step["all"]["spoilt"] for step in steps)])
     floor = max(0.0, 1 - 1.6 * (1 - least))
-    w, h, top, bar, gap = 150 * len(names), 210, 34, 12, 150
+    w, h, top, bar, gap = 150 * len(names), 216, 34, 12, 150
 
     def height(share: float) -> float:
         return 140 * share / (1 - floor)

@@ -295,6 +295,21 @@ class Store:
             raise StoreError(f"{self.paths[part]}: {image_id!r} {name} is damaged ({error})") from error
         return flat.reshape(shape[row].astype(int))
 
+    def column(self, name: str) -> dict[str, np.ndarray]:
+        """One field of all images at once, for fields that are small: id → array."""
+        found = {}
+        for part, table in enumerate(self._tables):
+            shape, offset = table[name]
+            data = self._file(part)[name]["data"][()]
+            rows = {image_id: row for image_id, (where, row) in self._index.items() if where == part}
+            found |= {i: data[offset[row] : offset[row + 1]].reshape(shape[row].astype(int)) for i, row in rows.items()}
+        return found
+
+    def shape_of(self, image_id: str, name: str) -> tuple[int, ...]:
+        """The shape of one field of one image, without reading it."""
+        part, row = self._index[image_id]
+        return tuple(int(side) for side in self._tables[part][name][0][row])
+
     def require(self, ids: Iterable[str]) -> None:
         """StoreError unless the store holds exactly these ids."""
         wanted = set(ids)

@@ -107,7 +107,7 @@ function drawViewer() {
     made.style.aspectRatio = `${width} / ${height}`;
     made.style.maxWidth = `calc(70vh * ${width / height})`;
     made.filled.then((found) => {
-      if (state.open !== at) return;
+      if (!made.isConnected) return; // another picture has taken its place
       made.addEventListener("pointermove", readAt(made, at, method, found));
       if (method === state.method) drawSide(at, found);
     });
