@@ -89,7 +89,7 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
     return found | {
         "everything_background": {"train": 0.1, "val": 0.1},
         "threshold": {"chosen": 0.4, "oracle": 0.5, "miou_at_chosen": 0.5, "miou_at_oracle": 0.52, "regret": 0.02},
-        "flow": [{"from": a, "to": b, "all": step, "classes": dict.fromkeys(names, step)}
+        "flow": [{"from": a, "to": b, **step, "images": 3, "images_mended": 2, "images_spoilt": 1, "classes": dict.fromkeys(names, step)}
                  for a, b in (TRAIN[:2], TRAIN[1:], VAL)],
         "signs": {"refined": {"entropy": 0.2}}, "score": {"pseudo_masks": {"spearman": 0.6, "images": 3}},
     }  # fmt: skip

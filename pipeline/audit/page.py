@@ -206,9 +206,10 @@ def setbacks(facts: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
 
 
 def flows(facts: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
-    """The steps of `flow` as chains: a step follows the one that ends where it begins."""
+    """The steps of `flow` as chains: a step follows the one that ends where it begins. Shares of all pixels are in its `all`."""
     chains: list[list[Mapping[str, Any]]] = []
-    for step in facts.get("flow", ()):
+    for one in facts.get("flow", ()):
+        step = {"all": {name: one.get(name, 0.0) for name in ("mended", "spoilt")}, **one}
         follows = next((chain for chain in chains if chain[-1]["to"] == step["from"]), None)
         if follows is not None:
             follows.append(step)

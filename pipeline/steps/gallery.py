@@ -32,9 +32,10 @@ def picked(quality: Mapping[str, float], records: Records, count: int) -> list[t
     lowest quality. Images without quality come after all others. Where there are no more than `count` images, all are picked.
     """
     found: dict[str, int] = {}
-    whole = max(1, len(records))
-    for images in (records.split("train"), records.split("val")):
-        quota = min(len(images), round(count * len(images) / whole))
+    train, val = records.split("train"), records.split("val")
+    of_train = round(count * len(train) / max(1, len(records)))
+    for images, share in ((train, of_train), (val, count - of_train)):
+        quota = min(len(images), share)
         by_hash = sorted((record.id for record in images), key=lambda i: hashlib.sha256(i.encode("utf-8")).digest())
         by_quality = sorted((record.id for record in images), key=lambda i: _rank(quality.get(i, math.nan), i))
         half = (quota + 1) // 2

@@ -27,7 +27,7 @@ function put(pixels, at, colour, alpha) {
   pixels[4 * at + 3] = alpha;
 }
 
-const DIMMED = 120; // of 255: how dark the photograph gets where the mask says background
+const DIMMED = 150; // of 255: how dark the photograph gets where the mask says background
 const lighter = (colour) => colour.map((value) => 128 + value / 2);
 
 // Classes with lighter borders, since colours like navy vanish on a photograph; background dims it, 255 is striped.
