@@ -213,13 +213,29 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
         "device": device() if "torch" in sys.modules else "cpu",
         "host": platform.node(),
         "python": platform.python_version(),
+        "params_digest": params_digest(name),
+        "code_digest": code_digest(),
         "versions": {
             package: metadata.version(package)
             for package in ("torch", "timm", "numpy", "pillow", "h5py", "dvc")
             if package.split("-")[0] in sys.modules or package == "dvc"
         },
     }
-    (provenance / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _write_whole(provenance / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+    provenance_script(provenance)
+
+
+def provenance_script(folder: Path) -> None:
+    """provenance.js: what all *.json of the folder say, as a call that the report makes use of; the report itself holds none of it."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    _write_whole(folder / "provenance.js", f"tag2mask.provenance({json.dumps(found)});\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """By a rename, since stages of several columns may end, and read one another's files, at the same time."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def imported_files() -> list[str]:
@@ -258,6 +274,12 @@ def guard(name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = 
 
 def declared_deps(name: str, dvc_file: Path, params_file: Path) -> list[str]:
     """The deps of one stage with ${key}, ${item.x} and params filled in; a small stand-in for DVC, which starts slowly."""
+    entry, values = _entry(name, dvc_file, params_file)
+    return [_fill(dep if isinstance(dep, str) else next(iter(dep)), values) for dep in entry.get("deps", [])]
+
+
+def _entry(name: str, dvc_file: Path, params_file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stage's entry in dvc.yaml, and what may stand in its ${…}."""
     stages = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))["stages"]
     params = yaml.safe_load(params_file.read_text(encoding="utf-8"))
     base, _, key = name.partition("@")
@@ -267,7 +289,20 @@ def declared_deps(name: str, dvc_file: Path, params_file: Path) -> list[str]:
         mapping = params[entry["foreach"].strip("${} ")]
         values |= {"key": key, "item": mapping[key]}
         entry = entry["do"]
-    return [_fill(dep if isinstance(dep, str) else next(iter(dep)), values) for dep in entry.get("deps", [])]
+    return entry, values
+
+
+def params_digest(name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = PROJECT / "params.yaml") -> str:
+    """sha256 over the values of the params that one stage declares."""
+    entry, values = _entry(name, dvc_file, params_file)
+    declared = [_fill(param, values) for param in entry.get("params", [])]
+    found = {}
+    for param in declared:
+        value: Any = values
+        for part in param.split("."):
+            value = value[part]
+        found[param] = value
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _fill(text: str, values: dict[str, Any]) -> str:

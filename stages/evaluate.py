@@ -1,9 +1,10 @@
-"""All results of one column + truth → metrics, plots, a row per image and stage, picture strips."""
+"""All results of one column + truth → metrics, plots, a row per image and stage, small pictures for the report."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from pipeline import runtime
 from pipeline.core import config, sections, store
 from pipeline.core import records as records_file
 from pipeline.steps import evaluate
+from pipeline.steps import gallery as pictures
 
 FILE = click.Path(path_type=Path)
 
@@ -30,14 +32,14 @@ FILE = click.Path(path_type=Path)
 @click.option("--per-class", type=FILE, required=True, help="Written: IoU per class, CSV for dvc plots.")
 @click.option("--confusion", type=FILE, required=True, help="Written: percent of each true class, CSV for dvc plots.")
 @click.option("--images", type=FILE, required=True, help="Written: signs, score and reasons per image and stage, CSV.")
-@click.option("--strips", type=FILE, required=True, help="Written: pictures of the worst and of random images, HDF5.")
+@click.option("--gallery", type=FILE, required=True, help="Written: small pictures of the worst and of random images, HDF5.")
 def main(
     method: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
-    metrics: Path, strips: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path,
+    metrics: Path, gallery: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of METHOD's column, on the images that have truth; without any, gives the figures that need none.
 
-    Reads section evaluate of params.yaml, and the images under dataset.root for their edges and the strips.
+    Reads section evaluate of params.yaml, and the images under dataset.root for their edges and the pictures.
     """
     with runtime.stage():
         values = sections.read()
@@ -63,10 +65,14 @@ def main(
         evaluate.write_tables(
             tally, found, read, thresholds=thresholds, per_class=per_class, confusion=confusion, images=images
         )
-        pictures = evaluate.strips(tally, inputs, read)
+        chosen = pictures.picked(dict(tally.quality), read, settings.gallery)
+        groups = [chosen[at : at + pictures.PER_ITEM] for at in range(0, len(chosen), pictures.PER_ITEM)]
+        draw = partial(pictures.draw_some, inputs=inputs)
+        drawn = runtime.each(draw, groups, processes=runtime.workers(), what=f"pictures {method}")
         store.write_part(
-            strips, store.STRIPS, pictures, labels=read.labels, part=0, parts=1, params_digest="", compression="none"
-        )
+            gallery, store.GALLERY, chain.from_iterable(drawn), labels=read.labels, part=0, parts=1, params_digest="",
+            compression="none",
+        )  # fmt: skip
         metrics.parent.mkdir(parents=True, exist_ok=True)
         metrics.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Metrics and picture strips of all columns → report/index.html."""
+"""Metrics, curves and galleries of all columns → report/index.html and report/review.csv."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from pipeline.audit import page
 from pipeline.core import config, sections
 from pipeline.core import records as records_file
 
+FOLDER = click.Path(path_type=Path)
+
 
 @click.command()
-@click.option("--records", type=click.Path(path_type=Path), required=True, help="Read: records.h5 of prepare.")
-@click.option("--metrics", type=click.Path(path_type=Path), required=True, help="Read: folder of <method>.json.")
-@click.option("--strips", type=click.Path(path_type=Path), required=True, help="Read: folder of <method>.h5.")
-@click.option("--inspection", type=click.Path(path_type=Path), required=True, help="Read: folder of <method>.h5.")
-@click.option("--report", type=click.Path(path_type=Path), required=True, help="Written: folder with index.html.")
-def main(records: Path, metrics: Path, strips: Path, inspection: Path, report: Path) -> None:
-    """Writes one page for all columns: figures per stage, and pictures of the worst and of random images. No network is needed.
+@click.option("--records", type=FOLDER, required=True, help="Read: records.h5 of prepare.")
+@click.option("--metrics", type=FOLDER, required=True, help="Read: folder of <method>.json.")
+@click.option("--plots", type=FOLDER, required=True, help="Read: folder of <method>/threshold.csv.")
+@click.option("--gallery", type=FOLDER, required=True, help="Read: folder of <method>.h5.")
+@click.option("--inspection", type=FOLDER, required=True, help="Read: folder of <method>.h5.")
+@click.option("--audit", type=FOLDER, default=None, help="Read: folder of <method>.csv, a row per image and stage.")
+@click.option("--report", type=FOLDER, required=True, help="Written: folder with index.html and review.csv.")
+def main(
+    records: Path, metrics: Path, plots: Path, gallery: Path, inspection: Path, audit: Path | None, report: Path
+) -> None:
+    """Writes one page for all columns: figures per stage, drawings, and a gallery of pictures. No network is needed.
 
     Reads sections methods and report of params.yaml.
     """
     with runtime.stage():
         values = sections.read()
         settings = config.parse(sections.Report, values["report"], "report")
-        found = page.read_metrics(metrics, list(values["methods"]))
-        text = page.render(settings.title, records_file.read(records), found, strips, inspection, settings.strip_height)
-        report.mkdir(parents=True, exist_ok=True)
-        (report / "index.html").write_text(text, encoding="utf-8")
+        inputs = page.Inputs(metrics, plots, gallery, inspection, audit)
+        page.write(report, records_file.read(records), list(values["methods"]), inputs, settings)
 
 
 if __name__ == "__main__":

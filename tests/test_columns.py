@@ -122,7 +122,7 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
         f"{out}/predictions")  # fmt: skip
     run("evaluate", key, "--records", "records.h5", "--truth", "truth.h5", "--scoremaps", f"{key}/scoremaps", "--refiner",
         f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks", "--predictions",
-        f"{out}/predictions", "--metrics", f"{out}/metrics.json", "--strips", f"{out}/strips.h5", "--thresholds",
+        f"{out}/predictions", "--metrics", f"{out}/metrics.json", "--gallery", f"{out}/gallery.h5", "--thresholds",
         f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion", f"{out}/confusion.csv",
         "--images", f"{out}/images.csv")  # fmt: skip
     stages = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["stages"]

@@ -17,12 +17,12 @@ from pipeline.audit import page
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
-from pipeline.core.sections import Evaluate
-from pipeline.steps import evaluate
+from pipeline.core.sections import Evaluate, Report
+from pipeline.steps import evaluate, gallery
 from tests.toys import PROJECT, toy_image
 
 LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
-SETTINGS = Evaluate("background", 20, 3)
+SETTINGS = Evaluate("background", 20, 6, 32)
 
 
 def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[evaluate.Inputs, Records]:
@@ -147,19 +147,13 @@ def test_partial_truth_is_counted(tmp_path: Path) -> None:
     assert (stage["images"], stage["images_with_truth"]) == (5, 2)
 
 
-def test_the_worst_images_are_picked_and_the_random_ones_are_always_the_same() -> None:
-    quality = [(f"i{number}", number / 10) for number in range(10)]
-    kinds = evaluate.picked(quality, 3)
-    assert {i for i, kind in kinds.items() if kind == 0} == {"i0", "i1", "i2"}
-    assert kinds == evaluate.picked(quality[::-1], 3) and len(kinds) == 6
-
-
 @pytest.mark.parametrize("with_truth", [8, 0])
 def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
     inputs, read = build(tmp_path, with_truth=with_truth)
     tally = tallied(inputs, read)
+    chosen = gallery.picked(dict(tally.quality), read, SETTINGS.gallery)
     store.write_part(
-        tmp_path / "strips" / "cam.h5", store.STRIPS, evaluate.strips(tally, inputs, read), labels=LABELS, part=0, parts=1,
+        tmp_path / "gallery" / "cam.h5", store.GALLERY, gallery.draw_some(chosen, inputs), labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
     panels = np.frombuffer(b"photograph,<i>fine_map", np.uint8)
@@ -169,12 +163,20 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
         tmp_path / "inspection" / "cam.h5", store.INSPECTION, [(read.images[0].id, item)], labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
-    figures = {"cam": evaluate.summary(tally, inputs, read)}
-    text = page.render("A & B", read, figures, tmp_path / "strips", tmp_path / "inspection", 128)
+    figures = evaluate.summary(tally, inputs, read)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
+    evaluate.write_thresholds(tally, tmp_path / "plots" / "cam" / "threshold.csv")
+    folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection")), audit=None)
+    page.write(tmp_path / "report", read, ["cam"], folders, Report("A & B", "voc", 3))
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "0.25" in text and "1.00" in text and "fine map" in text
-    assert "<script" not in text and "&lt;script&gt;" in text and "<b>" not in text and "<i>" not in text
+    assert (
+        text.count("<script") == 3 and "alert(1)</script>" not in text and "&lt;script&gt;" in text
+    )  # facts, pictures, code
+    assert "<b>" not in text and "<i>" not in text
     assert "A &amp; B" in text and "größe" in text and "broken &amp; bent" in text
-    assert "http" not in text.replace("https://www.w3.org", "") and text.count("data:image/jpeg;base64") == 6
+    assert "http" not in text.replace("http-equiv", "") and text.count('"photograph":') == 6
 
 
 def test_metrics_of_a_column_that_has_not_run_are_missed(tmp_path: Path) -> None:

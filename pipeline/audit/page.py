@@ -1,30 +1,52 @@
-"""Metrics and picture strips of all columns → one self-contained HTML page."""
+"""Metrics, curves, galleries and inner maps of all columns → report/: one page that needs no network, and review.csv.
+
+The page is index.html; its pictures are inside it, or in data-*.js beside it where they are too large together.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from pipeline.audit import surroundings
+from pipeline.audit import blocks, charts, colours, surroundings
+from pipeline.audit import rows as audit_rows
 from pipeline.core import store
 from pipeline.core.records import Records
+from pipeline.core.sections import Report
 
+WEB = Path(__file__).parent / "web"
 TEMPLATE = "page.html.jinja"
+SCRIPTS = ("base.js", "data.js", "paint.js", "gallery.js", "viewer.js", "app.js")
+INLINE_BYTES = 15_000_000  # of the whole page; larger ones load their pictures from files beside it
 STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "score_maps_val", "decoder_val", "predictions")
-KINDS = ("worst", "random")
 CHAINS = (
     ("score_maps", "decoder"),
     ("score_maps", "refined", "pseudo_masks"),
     ("score_maps_val", "decoder_val", "predictions"),
 )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders that the page is made from: <m>.json, <m>/threshold.csv, <m>.h5, <m>.h5; <m>.csv, or None where there are none."""
+
+    metrics: Path
+    plots: Path
+    gallery: Path
+    inspection: Path
+    audit: Path | None
 
 
 def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -35,55 +57,133 @@ def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, An
     return {method: json.loads((folder / f"{method}.json").read_text(encoding="utf-8")) for method in methods}
 
 
+def write(out: Path, records: Records, methods: Sequence[str], inputs: Inputs, settings: Report) -> None:
+    """Writes the folder `out`. Everything that comes from data (ids, class names, reasons) is escaped."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("data-*.js"):
+        old.unlink()
+    found = read_metrics(inputs.metrics, methods)
+    gallery = blocks.Gallery(inputs.gallery, methods, records)
+    known, review = _audit(gallery, inputs.audit, methods, settings.review)
+    audit_rows.write_review(out / "review.csv", review)
+    facts = {
+        "methods": list(methods),
+        "stages": shown_stages(found),
+        "splits": splits_of(found),
+        "classes": ["background", *records.labels.names],
+        "colours": colours.of_classes(len(records.labels), settings.palette),
+        "images": gallery.table(known),
+        "steps": {after: before for chain in CHAINS for before, after in pairwise(chain)} | _skipped(found),
+    }
+    text = render(settings.title, records, found, curves(inputs.plots, methods), inputs.inspection, facts)
+    paths = gallery.write(out)
+    with (out / "index.html").open("w", encoding="utf-8") as file:
+        start, end = text.split(MARK)
+        file.write(start)
+        if len(text.encode("utf-8")) + sum(path.stat().st_size for path in paths) <= INLINE_BYTES:
+            for at, path in enumerate(paths):
+                file.write(f'<script type="application/json" id="block-{at}">{_argument(path)}</script>\n')
+                path.unlink()
+        file.write(end)
+
+
+MARK = "<!-- pictures -->"
+
+
+def _argument(path: Path) -> str:
+    """The JSON inside `tag2mask.block(0,…);`."""
+    return path.read_text(encoding="utf-8").partition(",")[2].rstrip("\n").removesuffix(");")
+
+
+def _skipped(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Stage → the one that it comes from, where no column has the one between them."""
+    there = set(shown_stages(found))
+    return {chain[2]: chain[0] for chain in CHAINS if len(chain) == 3 and chain[1] not in there}
+
+
+Known = dict[str, dict[tuple[str, str], audit_rows.Row]]
+
+
+def _audit(
+    gallery: blocks.Gallery, folder: Path | None, methods: Sequence[str], count: int
+) -> tuple[Known, dict[str, list[audit_rows.Row]]]:
+    """Rows of the images in the gallery, and the worst rows of all images, for each method; the files are read once each."""
+    shown = set(gallery.ids)
+    known: Known = {method: {} for method in methods}
+    review = {}
+    for method in methods:
+        rows = gallery.rows(method) if folder is None else audit_rows.read(folder / f"{method}.csv")
+        review[method] = audit_rows.worst(_keeping(rows, shown, known[method]), count)
+    return known, review
+
+
+def _keeping(
+    rows: Iterable[audit_rows.Row], shown: set[str], kept: dict[tuple[str, str], audit_rows.Row]
+) -> Iterator[audit_rows.Row]:
+    """The rows as they come; those of shown images are put into `kept` on the way."""
+    for row in rows:
+        if row.id in shown:
+            kept[row.id, row.stage] = row
+        yield row
+
+
+def curves(folder: Path, methods: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """threshold.csv of each column as (level, mIoU); empty without truth."""
+    found = {}
+    for method in methods:
+        path = folder / method / "threshold.csv"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; run `dvc repro`")
+        with path.open(encoding="utf-8", newline="") as file:
+            found[method] = [(float(row["threshold"]), float(row["miou"])) for row in csv.DictReader(file)]
+    return found
+
+
 def render(
     title: str,
     records: Records,
     found: Mapping[str, Mapping[str, Any]],
-    strips_folder: Path,
+    curve: Mapping[str, Sequence[tuple[float, float]]],
     inspection_folder: Path,
-    strip_height: int,
+    facts: Mapping[str, Any],
 ) -> str:
-    """The page as text. Everything that comes from data (ids, class names, reasons) is escaped by the template."""
+    """The page as text, with MARK where pictures go."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": figure, "percent": percent}
-    by_id = records.by_id()
-    pictures = {}
-    for method in found:
-        groups: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        for image_id, strip in store.Store(strips_folder / f"{method}.h5", store.STRIPS):
-            tags = by_id[image_id].tags
-            groups[KINDS[int(strip["kind"][0])]].append(
-                {
-                    "id": image_id,
-                    "tags": "untagged"
-                    if tags is None
-                    else ", ".join(records.labels.names[tag] for tag in tags) or "no class",
-                    "miou": float(strip["miou"][0]),
-                    "source": _inline(strip["jpeg"]),
-                }
-            )
-        groups["worst"].sort(key=lambda one: (math.isnan(one["miou"]), one["miou"], one["id"]))
-        pictures[method] = groups
+    environment.filters |= {"figure": figure, "percent": percent, "stage": stage_name}
+    script = Markup("(() => {\n" + "".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS) + "})();")
+    first = next(iter(found.values()))
     return environment.get_template(TEMPLATE).render(
         title=title,
         records=records,
         found=found,
-        first=next(iter(found.values())),
-        pictures=pictures,
+        first=first,
+        facts=Markup(blocks.as_script(facts)),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+        style=Markup((WEB / "page.css").read_text(encoding="utf-8")),
+        mark=Markup(MARK),
+        charts=charts,
+        curves=curve,
+        flows={method: flows(one) for method, one in found.items()},
+        right={method: accuracy(one) for method, one in found.items()},
         inner={method: inspected(inspection_folder / f"{method}.h5", records) for method in found},
         beside={method: surroundings.read(inspection_folder / f"{method}.h5", records) for method in found},
+        colours=facts["colours"],
+        images=facts["images"],
+        reasons=sorted(_reasons(facts["images"])),
+        scored=any("score" in one for m in facts["images"]["methods"].values() for one in m["stages"].values()),
+        steps=facts["steps"],
         stages=shown_stages(found),
         splits=splits_of(found),
-        setbacks={method: setbacks(facts) for method, facts in found.items()},
-        kinds=KINDS,
-        height=strip_height,
+        setbacks={method: setbacks(one) for method, one in found.items()},
     )
+
+
+def _reasons(images: Mapping[str, Any]) -> set[str]:
+    columns = (one.get("reasons", ()) for found in images["methods"].values() for one in found["stages"].values())
+    return {word for column in columns for words in column for word in words or ()}
 
 
 def shown_stages(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -104,6 +204,24 @@ def setbacks(facts: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
         there = [stage for stage in chain if stage in miou]
         found += [(a, b, miou[a], miou[b]) for a, b in pairwise(there) if miou[b] < miou[a]]
     return found
+
+
+def flows(facts: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
+    """The steps of `flow` as chains: a step follows the one that ends where it begins. Shares of all pixels are in its `all`."""
+    chains: list[list[Mapping[str, Any]]] = []
+    for one in facts.get("flow", ()):
+        step = {"all": {name: one.get(name, 0.0) for name in ("mended", "spoilt")}, **one}
+        follows = next((chain for chain in chains if chain[-1]["to"] == step["from"]), None)
+        if follows is not None:
+            follows.append(step)
+        else:
+            chains.append([step])
+    return chains
+
+
+def accuracy(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Share of right pixels of the stages that have truth."""
+    return {s: one["pixel_accuracy"] for s, one in facts["stages"].items() if one.get("pixel_accuracy") is not None}
 
 
 def inspected(path: Path, records: Records) -> dict[str, Any]:
@@ -133,3 +251,7 @@ def figure(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def stage_name(stage: str) -> str:
+    return stage.replace("_", " ")

@@ -135,17 +135,26 @@ class Segment:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """ignored_prediction: how 255 in pseudo-masks counts: out of the count, as background, or as a miss."""
+    """What is scored, and which pictures the report gets.
+
+    ignored_prediction  how 255 in pseudo-masks counts: out of the count, as background, or as a miss
+    gallery             number of images that the report shows at most: half of them random, the others the worst
+    thumbnail           px of their long side
+    """
 
     ignored_prediction: Literal["excluded", "background", "miss"]
     threshold_bins: Annotated[int, Range(low=10, high=1000)]
-    strips: Count
+    gallery: Count
+    thumbnail: Annotated[int, Range(low=32, high=512)]
 
 
 @dataclass(frozen=True)
 class Report:
+    """palette: colours of classes, VOC's or ones that colour-blind people tell apart; review: rows per method in review.csv."""
+
     title: str
-    strip_height: Annotated[int, Range(low=32, high=512)]
+    palette: Literal["voc", "safe"]
+    review: Count
 
 
 def read(path: Path = PARAMS_FILE) -> dict[str, Any]:

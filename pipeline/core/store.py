@@ -70,8 +70,24 @@ REFINED = Schema(
 )
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
-# pictures of some images for the report: kind is 0 for worst, 1 for random; miou is NaN where there is no truth
-STRIPS = Schema("strips", 1, {"jpeg": Field("|u1", ("bytes",)), "kind": Field("|u1", ("1",)), "miou": Field("<f4", ("1",))})
+# small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
+# thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
+# stages that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where there is no truth
+GALLERY_STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "predictions")
+GALLERY = Schema(
+    "gallery",
+    1,
+    {
+        "kind": Field("|u1", ("1",)),
+        "size": Field("<u2", ("2",)),
+        "photograph": Field("|u1", ("photograph bytes",)),
+        "scores": Field("|u1", ("score bytes",)),
+        "present": Field("|u1", ("stages",)),
+        "maps": Field("|u1", ("map bytes",)),
+        "truth": Field("|u1", ("truth bytes",)),
+        "miou": Field("<f4", ("stages",)),
+    },
+)
 # pictures of some images' inside for the report. jpeg and panels, the maps' names in UTF-8 with commas, are empty where no maps are shown,
 # and weights are [0,0] where a method has none. told says in UTF-8 what the method suppresses beside its classes, empty where it does not.
 # The image is one of those that match best what is suppressed beside s classes: match is the cosine; means the mean cosine over all
@@ -293,6 +309,21 @@ class Store:
         except OSError as error:  # fletcher32 found flipped bits
             raise StoreError(f"{self.paths[part]}: {image_id!r} {name} is damaged ({error})") from error
         return flat.reshape(shape[row].astype(int))
+
+    def column(self, name: str) -> dict[str, np.ndarray]:
+        """One field of all images at once, for fields that are small: id → array."""
+        found = {}
+        for part, table in enumerate(self._tables):
+            shape, offset = table[name]
+            data = self._file(part)[name]["data"][()]
+            rows = {image_id: row for image_id, (where, row) in self._index.items() if where == part}
+            found |= {i: data[offset[row] : offset[row + 1]].reshape(shape[row].astype(int)) for i, row in rows.items()}
+        return found
+
+    def shape_of(self, image_id: str, name: str) -> tuple[int, ...]:
+        """The shape of one field of one image, without reading it."""
+        part, row = self._index[image_id]
+        return tuple(int(side) for side in self._tables[part][name][0][row])
 
     def require(self, ids: Iterable[str]) -> None:
         """StoreError unless the store holds exactly these ids."""

@@ -1,11 +1,10 @@
-"""Every stage's result + truth → figures, curves and picture strips. The only place that opens truth after prepare."""
+"""Every stage's result + truth → figures and curves. The only place that opens truth after prepare."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from pipeline.core import store
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records, read_image
 from pipeline.core.sections import Evaluate
-from pipeline.imaging import palette, planes, sheet
+from pipeline.imaging import planes
 
 PER_ITEM = 32  # images that one process scores at a time
-STRIP_HEIGHT = 128
 DIGITS = 5
-PANELS = ("photograph", "score map", "refined", "pseudo-mask", "truth")
 # stage → (store it reads, split); in the order of the pipeline
 STAGES = {
     "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
@@ -91,11 +88,10 @@ class Tally:
 
     @property
     def quality(self) -> list[tuple[str, float]]:
-        """(id, own mIoU of its pseudo-mask; without truth, its score), of all train images."""
-        found = score.scores([row for row in self.rows if row.stage == "pseudo_masks"])
-        return [
-            (row.id, row.miou if row.truth else found[row.id, row.stage]) for row in self.rows if row.stage == "pseudo_masks"
-        ]
+        """(id, own mIoU of its last mask; without truth, that mask's score), of all images."""
+        last = [row for row in self.rows if row.stage in ("pseudo_masks", "predictions")]
+        found = score.scores(last)
+        return [(row.id, row.miou if row.truth else found[row.id, row.stage]) for row in last]
 
 
 @dataclass(frozen=True)
@@ -126,12 +122,17 @@ def chosen_level(refiner: Path) -> float:
 _OPENED: dict[str, Stores] = {}  # one per process
 
 
-def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
-    """Scores some images at every stage of their split, each read once."""
+def opened(inputs: Inputs) -> Stores:
+    """The stores, opened once per process."""
     key = json.dumps([str(path.resolve()) for path in (inputs.truth, inputs.scoremaps, inputs.pseudo_masks)])
     if key not in _OPENED:
         _OPENED[key] = open_stores(inputs)
-    stores = _OPENED[key]
+    return _OPENED[key]
+
+
+def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
+    """Scores some images at every stage of their split, each read once."""
+    stores = opened(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
     for record in records:
         _Image(record, inputs, stores, tally).count()
@@ -340,42 +341,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return round(float(value), DIGITS) if math.isfinite(value) else None
     return value
-
-
-def picked(quality: Sequence[tuple[str, float]], count: int) -> dict[str, int]:
-    """id → kind for the strips: the `count` worst (0), and `count` others at random, fixed by their ids (1)."""
-    by_quality = sorted(quality, key=lambda pair: (math.isnan(pair[1]), pair[1], pair[0]))
-    worst = [image_id for image_id, _ in by_quality[:count]]
-    others = sorted((i for i, _ in by_quality[count:]), key=lambda i: hashlib.sha256(i.encode("utf-8")).digest())
-    return {**dict.fromkeys(worst, 0), **dict.fromkeys(others[:count], 1)}
-
-
-def strips(tally: Tally, inputs: Inputs, records: Records) -> Iterable[store.Item]:
-    """STRIPS items in id order: the panels of PANELS side by side."""
-    stores, by_id, values = open_stores(inputs), records.by_id(), dict(tally.quality)
-    for image_id, kind in sorted(picked(tally.quality, inputs.settings.strips).items()):
-        has_truth = image_id in stores.truth
-        jpeg = _strip(by_id[image_id], stores, inputs)
-        yield (
-            image_id,
-            {
-                "jpeg": np.frombuffer(jpeg, np.uint8),
-                "kind": np.array([kind], np.uint8),
-                "miou": np.array([values[image_id] if has_truth else np.nan], np.float32),
-            },
-        )
-
-
-def _strip(record: ImageRecord, stores: Stores, inputs: Inputs) -> bytes:
-    photograph = read_image(record, inputs.root)
-    _, best, _ = winner_of(stores.scoremaps[record.id], record)
-    colours = palette.voc_palette()
-    truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else np.zeros(record.size, np.uint8)
-    panels = [
-        photograph,
-        sheet.over(photograph, best),
-        colours[stores.refined.read(record.id, "label")],
-        colours[stores.pseudo_masks.read(record.id, "mask")],
-        colours[truth],
-    ]
-    return sheet.strip(panels, STRIP_HEIGHT, smooth=2)

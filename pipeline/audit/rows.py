@@ -1,0 +1,80 @@
+"""audit/<m>.csv, one row per image and stage → rows; the worst of them → review.csv."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; signs and others may follow
+REVIEWED = ("pseudo_masks", "predictions")  # what is used in the end, on each split
+HEADER = ("id", "method", "stage", "score", "reasons")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image at one stage; miou is None without truth, score (label-free, 0..1) where none could be given."""
+
+    id: str
+    stage: str
+    miou: float | None
+    score: float | None
+    reasons: tuple[str, ...]
+
+    @property
+    def quality(self) -> float | None:
+        """What the worst are found by: the label-free score, or the mIoU where there is none."""
+        return self.score if self.score is not None else self.miou
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Streams the rows of one column. FileNotFoundError, or ValueError naming file and line of what is wrong."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run `dvc repro evaluate`")
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file)
+        missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}; run `dvc repro evaluate`")
+        for line in lines:
+            try:
+                miou, score = _number(line["miou"]), _number(line["score"])
+            except ValueError as error:
+                raise ValueError(f"{path}, line {lines.line_num}: {error}; run `dvc repro evaluate`") from error
+            reasons = tuple(word for word in (line["reasons"] or "").split("|") if word)
+            yield Row(line["id"], line["stage"], miou, score, reasons)
+
+
+def _number(text: str | None) -> float | None:
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def worst(rows: Iterable[Row], count: int) -> list[Row]:
+    """The `count` rows of the lowest quality among the masks that are used in the end; memory does not grow with the rows."""
+    ranked = (row for row in rows if row.stage in REVIEWED and row.quality is not None)
+    return heapq.nsmallest(count, ranked, key=lambda row: (row.quality, row.id, row.stage))
+
+
+def write_review(path: Path, found: Mapping[str, Sequence[Row]]) -> None:
+    """review.csv: method → its worst rows. Texts that a spreadsheet would take for a formula start with an apostrophe."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        for method, rows in found.items():
+            for row in rows:
+                texts = (row.id, method, row.stage)
+                writer.writerow([*map(safe_cell, texts), _shown(row.quality), safe_cell("|".join(row.reasons))])
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
+
+
+def safe_cell(text: str) -> str:
+    """An apostrophe before what could start a formula, also behind blanks; other texts stay as they are."""
+    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) or text.startswith("'") else text
