@@ -96,7 +96,7 @@ def test_broken_images_are_told_at_the_end_and_do_not_stop_the_others(folder: Pa
     for name in ("a.jpg", "z.jpg"):
         Image.fromarray(picture(64, 64)).save(folder / "in" / name)
     whole = (folder / "in" / "a.jpg").read_bytes()
-    (folder / "in" / "cut <script>.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "in" / "cut <script>.jpg").write_bytes(whole[:-30])
     (folder / "in" / "empty.png").write_bytes(b"")
     result = run()
     assert result.exit_code == 1
