@@ -124,7 +124,7 @@ def write(
             (one.id, item_of(at + number, one.split, photograph, scores, len(labels), truth))
             for at, one in enumerate(images)
         )
-        inner = {"jpeg": encoded("JPEG", "RGB"), "panels": PANELS, "weights": np.zeros((0, 0), np.float32)}
+        inner = store.empty(store.INSPECTION) | {"jpeg": encoded("JPEG", "RGB"), "panels": PANELS}
         for folder, schema, rows in (
             ("gallery", store.GALLERY, items),
             ("inspection", store.INSPECTION, [(images[0].id, inner)]),

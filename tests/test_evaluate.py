@@ -166,8 +166,11 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
     figures = evaluate.summary(tally, inputs, read)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
-    evaluate.write_thresholds(tally, tmp_path / "plots" / "cam" / "threshold.csv")
-    folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection")), audit=None)
+    evaluate.write_tables(
+        tally, figures, read, thresholds=tmp_path / "plots/cam/threshold.csv", per_class=tmp_path / "plots/cam/per_class.csv",
+        confusion=tmp_path / "plots/cam/confusion.csv", images=tmp_path / "audit/cam.csv",
+    )  # fmt: skip
+    folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
     page.write(tmp_path / "report", read, ["cam"], folders, Report("A & B", "voc", 3))
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "0.25" in text and "1.00" in text and "fine map" in text

@@ -282,7 +282,7 @@ def test_pictures_that_are_too_large_together_are_loaded_from_beside_when_shown(
     assert 1 <= len(first) < 5
     opened.page.keyboard.press("ArrowRight")
     opened.page.wait_for_function(
-        "document.querySelectorAll('.card img[src]').length === document.querySelectorAll('.card').length"
+        "() => document.querySelectorAll('.card img[src]').length === document.querySelectorAll('.card').length"
     )
     assert len([url for url in opened.requests if "data-" in url]) > len(first)
     opened.close()
@@ -307,7 +307,7 @@ def test_provenance_is_read_from_beside_the_report_or_missed_politely(browser: A
     shutil.rmtree(tmp_path / "provenance")
     opened = Tab(browser, path)
     opened.page.click("#provenance-load")
-    opened.page.wait_for_function("document.getElementById('provenance-note').textContent.includes('not there')")
+    opened.page.wait_for_function("() => document.getElementById('provenance-note').textContent.includes('not there')")
     opened.complaints.clear()  # the browser tells of the missing file
     opened.close()
 

@@ -191,7 +191,9 @@ def test_without_truth_the_table_has_scores_and_no_figures_of_truth(tmp_path: Pa
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8", newline="")))
     assert {(one["truth"], one["miou"], one["mended"]) for one in rows} == {("0", "", "")}
     assert dict(tally.quality) == {
-        one["id"]: pytest.approx(float(one["score"]), abs=1e-4) for one in rows if one["stage"] == "pseudo_masks"
+        one["id"]: pytest.approx(float(one["score"]), abs=1e-4)
+        for one in rows
+        if one["stage"] in ("pseudo_masks", "predictions")
     }
 
 

@@ -171,9 +171,7 @@ def test_images_of_one_pixel_have_a_picture_too(tmp_path: Path, monkeypatch: pyt
 
 
 def section(facts: dict[str, Any]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(page.__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=FileSystemLoader(page.WEB), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"figure": page.figure}
     return environment.get_template("surroundings.html.jinja").render(around=facts, method="a<b>")
 
