@@ -246,6 +246,19 @@ def test_semples_looks_at_what_is_left_without_the_class_and_compares_it_with_ev
     torch.testing.assert_close(found.match[0], (left @ method._prompt_vectors(method.prompts).t())[0])
 
 
+def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
+    tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, job = small(), job_of(tmp_path)
+    monkeypatch.setattr(extract, "load", lambda *_: method)
+    some = images[:1]
+    extract.score([np.zeros((*some[0].size, 3), np.uint8)], some, method, semples.Options(), SETTINGS, "cpu")
+    found = inspect.look_around(some, job)
+    items = inspect.inspections(some, method, 3, job.root, None, "cpu")
+    rows = dict(inspect.with_surroundings(items, found))
+    assert rows[some[0].id]["jpeg"].size and rows[some[0].id]["beside"].tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

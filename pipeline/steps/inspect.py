@@ -42,7 +42,8 @@ def inspections(
         assert record.tags  # as `chosen` gives them
         photograph = read_image(record, root)
         batch = transforms.tensor_of(_view(photograph, method, long_side), device)[None]
-        found = {name: value[0].float().cpu().numpy() for name, value in method.inspect(batch).items()}
+        with torch.inference_mode():  # as where score maps are made: memory that the method keeps is not for other modes
+            found = {name: value[0].float().cpu().numpy() for name, value in method.inspect(batch).items()}
         maps = {name: value[record.tags[0]] for name, value in found.items() if value.ndim == 3 and len(value) == classes}
         tables = [value for name, value in found.items() if name.endswith(WEIGHTS)]
         small = _small(photograph)
