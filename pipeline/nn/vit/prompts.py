@@ -108,4 +108,4 @@ def told(params: PromptParams) -> str:
         "random": f"a random prompt of each class, {params.length} vectors as they were drawn: nothing was learned",
         "file": f"a prompt of each class from {params.file.path if params.file else ''}",
     }[params.source]
-    return source + (f", beside the phrase {params.around}" if params.around else "")
+    return source + (f", added to the phrase {params.around}" if params.around else "")
