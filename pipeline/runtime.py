@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -290,6 +291,15 @@ def _entry(name: str, dvc_file: Path, params_file: Path) -> tuple[dict[str, Any]
         values |= {"key": key, "item": mapping[key]}
         entry = entry["do"]
     return entry, values
+
+
+def command_paths(
+    name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = PROJECT / "params.yaml"
+) -> dict[str, Path]:
+    """The options of one stage's command line, as dvc.yaml has them: paths stand there alone."""
+    entry, values = _entry(name, dvc_file, params_file)
+    words = shlex.split(_fill(entry["cmd"], values))
+    return {word[2:]: Path(words[at + 1]) for at, word in enumerate(words) if word.startswith("--")}
 
 
 def params_digest(name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = PROJECT / "params.yaml") -> str:

@@ -36,17 +36,22 @@ def read(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run `dvc repro evaluate`")
     with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)}; run `dvc repro evaluate`")
-        for line in lines:
-            try:
-                miou, score = _number(line["miou"]), _number(line["score"])
-            except ValueError as error:
-                raise ValueError(f"{path}, line {lines.line_num}: {error}; run `dvc repro evaluate`") from error
-            reasons = tuple(word for word in (line["reasons"] or "").split("|") if word)
-            yield Row(line["id"], line["stage"], miou, score, reasons)
+        yield from parse(file, str(path))
+
+
+def parse(file: Iterable[str], name: str) -> Iterator[Row]:
+    """Lines of such a table → rows; `name` is for errors."""
+    lines = csv.DictReader(file)
+    missing = [column for column in COLUMNS if column not in (lines.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{name} lacks the columns {', '.join(missing)}; run `dvc repro evaluate`")
+    for line in lines:
+        try:
+            miou, score = _number(line["miou"]), _number(line["score"])
+        except ValueError as error:
+            raise ValueError(f"{name}, line {lines.line_num}: {error}; run `dvc repro evaluate`") from error
+        reasons = tuple(word for word in (line["reasons"] or "").split("|") if word)
+        yield Row(line["id"], line["stage"], miou, score, reasons)
 
 
 def _number(text: str | None) -> float | None:
