@@ -74,7 +74,7 @@ def main(method: str, records: Path, model: Path, scoremaps: Path, inspection: P
                 part=0,
                 parts=1,
                 params_digest="",
-                compression="none",
+                compression="gzip",
             )
 
 
