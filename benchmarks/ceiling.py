@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ceiling METHOD`: a column's segmenter, trained on true masks → metrics/ceiling.json, what its own is held against.
+"""`python -m benchmarks.ceiling METHOD`: a column's segmenter, trained on true masks → metrics/ceiling/<m>.json for the report.
 
 The same segmenter, initial weights, params and number of steps as in stage retrain, on the train images that have masks. It is run by
 hand, in a project whose column is finished, and is no stage: no mask of split train may come near a result. The report shows, where the
@@ -25,7 +25,6 @@ from pipeline import metrics
 from pipeline.core import records, sections, store
 from pipeline.core.config import ParamsError
 
-FILE = "ceiling.json"
 DIGITS = 5
 
 
@@ -102,10 +101,9 @@ def main(method: str, work: Path) -> None:
         name, *rest = map(str, words)
         subprocess.run([sys.executable, "-m", f"stages.{name}", *rest], cwd=folder, check=True)
     full, weak = miou_on_val(kept, truth, folder / "predictions"), own["stages"]["predictions"]["miou"]
-    path = Path("metrics") / FILE
-    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    told[method] = {"miou": round(full, DIGITS), "images": len(kept.split("train"))}
-    path.write_text(json.dumps(dict(sorted(told.items())), indent=1) + "\n", encoding="utf-8")
+    path = Path("metrics") / "ceiling" / f"{method}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"miou": round(full, DIGITS), "images": len(kept.split("train"))}) + "\n", encoding="utf-8")
     click.echo(
         f"{method}: {weak:.3f} from tags, {full:.3f} from true masks of {len(kept.split('train'))} images: {weak / full:.3f} of it"
     )

@@ -54,7 +54,12 @@ def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, An
     missing = [method for method in methods if not (folder / f"{method}.json").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no metrics of {', '.join(missing)}; run `dvc repro`")
-    return {method: json.loads((folder / f"{method}.json").read_text(encoding="utf-8")) for method in methods}
+    found = {method: json.loads((folder / f"{method}.json").read_text(encoding="utf-8")) for method in methods}
+    for method in methods:
+        ceiling = folder / "ceiling" / f"{method}.json"  # benchmarks/ceiling.py was run by hand, or was not
+        if ceiling.is_file():
+            found[method]["ceiling"] = json.loads(ceiling.read_text(encoding="utf-8"))
+    return found
 
 
 def write(out: Path, records: Records, methods: Sequence[str], inputs: Inputs, settings: Report) -> None:
