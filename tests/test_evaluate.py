@@ -147,6 +147,13 @@ def test_partial_truth_is_counted(tmp_path: Path) -> None:
     assert (stage["images"], stage["images_with_truth"]) == (5, 2)
 
 
+def test_masks_that_a_person_mended_are_counted(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, with_truth=2)
+    assert "corrected" not in evaluate.summary(tallied(inputs, read), inputs, read)
+    (inputs.pseudo_masks / "corrections.json").write_text('{"corrected": 3, "images": {}}', encoding="utf-8")
+    assert evaluate.summary(tallied(inputs, read), inputs, read)["corrected"] == 3
+
+
 @pytest.mark.parametrize("with_truth", [8, 0])
 def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
     inputs, read = build(tmp_path, with_truth=with_truth)

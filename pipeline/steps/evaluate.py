@@ -34,6 +34,7 @@ FLOWS = (
     ("score_maps", "decoder"), ("score_maps", "refined"), ("refined", "pseudo_masks"),
     ("score_maps_val", "decoder_val"), ("decoder_val", "predictions"), ("score_maps_val", "predictions"),
 )  # fmt: skip
+CORRECTED = "corrections.json"  # in the folder of pseudo-masks, where export put a person's masks in place of some
 WITHOUT_CONFIDENCE = ("decoder", "decoder_val")
 
 
@@ -255,6 +256,8 @@ def summary(tally: Tally, inputs: Inputs, records: Records) -> dict[str, Any]:
         "threshold": {"chosen": inputs.level},
         "stages": {stage: _stage(tally, stage, names, inputs) for stage in STAGES if tally.images[stage]},
     }
+    if (mended := inputs.pseudo_masks / CORRECTED).is_file():
+        found["corrected"] = json.loads(mended.read_text(encoding="utf-8"))["corrected"]
     if not scored:
         found["note"] = "There is no ground truth: only figures that need none are given."
     for split, stage in (("train", "pseudo_masks"), ("val", "predictions")):
