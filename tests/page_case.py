@@ -104,8 +104,12 @@ def write(
     truth: bool = True,
     palette: Any = "voc",
     audit: bool = True,
+    dropped: Sequence[str] = (),
 ) -> Path:
-    """Everything for `ids`, of which each fifth is in split val; root/report is made, and its index.html returned."""
+    """Everything for `ids`, of which each fifth is in split val; root/report is made, and its index.html returned.
+
+    dropped: ids that the gallery of the last method does not hold.
+    """
     split = {i: "val" if at % 5 == 4 else "train" for at, i in enumerate(sorted(ids))}
     images = tuple(
         ImageRecord(i, f"{at}.png", SIZE, split[i], (at % len(labels),), bytes(32)) for at, i in enumerate(sorted(ids))
@@ -123,6 +127,7 @@ def write(
         items = (
             (one.id, item_of(at + number, one.split, photograph, scores, len(labels), truth))
             for at, one in enumerate(images)
+            if method != methods[-1] or one.id not in dropped
         )
         inner = store.empty(store.INSPECTION) | {"jpeg": encoded("JPEG", "RGB"), "panels": PANELS}
         for folder, schema, rows in (

@@ -262,6 +262,17 @@ def test_an_address_of_nothing_is_told(browser: Any, small: Path) -> None:
     opened.close()
 
 
+def test_side_by_side_says_which_method_did_not_keep_an_image(browser: Any, tmp_path: Path) -> None:
+    path = page_case.write(tmp_path, ["a", "b", "c"], labels=LABELS, dropped=["b"])
+    opened = Tab(browser, path)
+    opened.page.keyboard.press("s")
+    opened.page.wait_for_selector(".told")
+    assert opened.page.locator(".told").all_text_contents() == ["weaktr did not keep this image"]
+    opened.page.keyboard.press("m")
+    assert sorted(opened.ids()) == ["a", "c"]
+    opened.close()
+
+
 def test_without_truth_the_gallery_goes_by_the_label_free_score(browser: Any, tmp_path: Path) -> None:
     path = page_case.write(tmp_path, [f"i{at}" for at in range(10)], labels=LABELS, truth=False)
     opened = Tab(browser, path)

@@ -110,14 +110,15 @@ function picture(at, method, { layer, stage, opacity }, label) {
   over.style.opacity = String(opacity / 100);
   over.classList.toggle("sharp", layer !== "scores");
   const stack = element("div", { class: "stack" }, photograph, over, label ? element("span", { class: "who" }, label) : null);
+  const tell = (words) => stack.append(element("span", { class: "told" }, words));
   stack.filled = (async () => {
     const pictures = await picturesOf(at);
     photograph.src = `data:image/webp;base64,${pictures.photograph}`;
     const needed = !["photograph", "truth"].includes(layer);
-    if (needed && !inGallery(method, at)) { stack.append(`${method} did not keep this image`); return null; }
+    if (needed && !inGallery(method, at)) { tell(`${method} did not keep this image`); return null; }
     const found = await layerOf(pictures, at, method, layer, stage);
     if (!found?.values || (found.kind === "error" && !found.truth)) {
-      if (layer !== "photograph") stack.append(layer === "error" || layer === "truth" ? "no truth" : `no ${layerName(layer)}`);
+      if (layer !== "photograph") tell(layer === "error" || layer === "truth" ? "no truth" : `no ${layerName(layer)}`);
       return null;
     }
     const context = over.getContext("2d");
@@ -127,7 +128,7 @@ function picture(at, method, { layer, stage, opacity }, label) {
     else paintErrors(drawn.data, found.truth, found.values, width);
     context.putImageData(drawn, 0, 0);
     return found;
-  })().catch((error) => { stack.append(error.message); return null; });
+  })().catch((error) => { tell(error.message); return null; });
   return stack;
 }
 
