@@ -48,7 +48,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     params = dict.fromkeys(sections.TOP_LEVEL, 0)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({**params, "methods": {"cam": {}}}), encoding="utf-8")
     stage = yaml.safe_load((PROJECT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["report"]
-    stage["cmd"] += " --audit audit"
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"report": stage}}), encoding="utf-8")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
