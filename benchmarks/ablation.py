@@ -85,11 +85,16 @@ def params_of(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     return values
 
 
-def stage(folder: Path, name: str, *words: object) -> None:
-    """Runs a stage in `folder`, which is given the project's code by a link: params.yaml is read where a stage runs."""
+def link_code(folder: Path) -> None:
+    """Gives a folder the project's code by a link: params.yaml is read where a stage runs."""
     for code in ("pipeline", "stages"):
         if not (folder / code).exists():
             (folder / code).symlink_to(PROJECT / code)
+
+
+def stage(folder: Path, name: str, *words: object) -> None:
+    """Runs a stage in `folder`."""
+    link_code(folder)
     command = [sys.executable, "-m", f"stages.{name}", *map(str, words)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

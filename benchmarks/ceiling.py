@@ -20,7 +20,7 @@ import click
 import numpy as np
 import yaml
 
-from benchmarks.timing import PROJECT
+from benchmarks.ablation import link_code
 from pipeline import metrics
 from pipeline.core import records, sections, store
 from pipeline.core.config import ParamsError
@@ -63,6 +63,11 @@ def miou_on_val(read: records.Records, truth: store.Store, predictions: Path) ->
     return float(metrics.miou(counts, protocol="background"))
 
 
+def run(folder: Path, stage: str, *words: object) -> None:
+    """A stage, in `folder`, with its progress shown."""
+    subprocess.run([sys.executable, "-m", f"stages.{stage}", *map(str, words)], cwd=folder, check=True)
+
+
 @click.command()
 @click.argument("method")
 @click.option(
@@ -80,26 +85,12 @@ def main(method: str, work: Path) -> None:
     kept = true_masks(read, truth, folder / "masks")
     records.write(folder / "records.h5", kept)
     (folder / "params.yaml").write_text(yaml.safe_dump(as_many_steps(values, method, read, kept)), encoding="utf-8")
-    for code in ("pipeline", "stages"):
-        (folder / code).symlink_to(PROJECT / code)
+    link_code(folder)
     init = Path(column.segmenter_init)
-    told = ("--records", "records.h5", "--segmenter", "segmenter.safetensors")
-    for words in (
-        (
-            "retrain",
-            method,
-            *told,
-            "--pseudo-masks",
-            "masks",
-            "--init",
-            init.resolve() if init.exists() else init,
-            "--log",
-            "log.csv",
-        ),
-        ("segment", method, *told, "--predictions", "predictions"),
-    ):
-        name, *rest = map(str, words)
-        subprocess.run([sys.executable, "-m", f"stages.{name}", *rest], cwd=folder, check=True)
+    init = init.resolve() if init.exists() else init
+    told = (method, "--records", "records.h5", "--segmenter", "segmenter.safetensors")
+    run(folder, "retrain", *told, "--pseudo-masks", "masks", "--init", init, "--log", "log.csv")
+    run(folder, "segment", *told, "--predictions", "predictions")
     full, weak = miou_on_val(kept, truth, folder / "predictions"), own["stages"]["predictions"]["miou"]
     path = Path("metrics") / "ceiling" / f"{method}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
