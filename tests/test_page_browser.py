@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,8 @@ class Tab:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.complaints.append("alert"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        started = time.monotonic()
         self.page.goto(path.as_uri() + address)
         self.page.wait_for_selector(".card img[src]")
-        self.seconds = time.monotonic() - started
 
     def ids(self) -> list[str]:
         return self.page.locator(".card .id").all_text_contents()
@@ -328,9 +325,8 @@ def test_provenance_is_read_from_beside_the_report_or_missed_politely(browser: A
     opened.close()
 
 
-def test_a_thousand_images_open_at_once(browser: Any, tmp_path: Path) -> None:
+def test_a_thousand_images_are_one_page_that_shows_sixty_at_a_time(browser: Any, tmp_path: Path) -> None:
     path = page_case.write(tmp_path, [f"image {at:04d}" for at in range(1000)], labels=LABELS)
     opened = Tab(browser, path)
     assert "800 of 800" in opened.page.locator("#count").inner_text() and len(opened.ids()) == 60
-    assert opened.seconds < 15  # a limit for a busy machine; alone it takes a fraction of a second
     opened.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -111,10 +112,9 @@ def apply_one(target: Target, job: segment.Job) -> str | None:
     model = segment.load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
     mask = segment.segment_one(image, model, job)["label"]
     _whole(target.mask, palette_png(mask))
-    target.overlay.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.overlay.with_name(target.overlay.name + ".partial")
-    Image.fromarray(overlay(image, mask)).save(partial, "JPEG", quality=90)
-    partial.replace(target.overlay)
+    drawn = io.BytesIO()
+    Image.fromarray(overlay(image, mask)).save(drawn, "JPEG", quality=90)
+    _whole(target.overlay, drawn.getvalue())
     return None
 
 
