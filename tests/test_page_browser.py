@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from pipeline.audit import blocks, page
 from pipeline.core.labels import LabelSpace
@@ -329,4 +332,28 @@ def test_a_thousand_images_are_one_page_that_shows_sixty_at_a_time(browser: Any,
     path = page_case.write(tmp_path, [f"image {at:04d}" for at in range(1000)], labels=LABELS)
     opened = Tab(browser, path)
     assert "800 of 800" in opened.page.locator("#count").inner_text() and len(opened.ids()) == 60
+    opened.close()
+
+
+def test_the_page_of_dvc_plots_show_asks_no_network(browser: Any, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="no vl-convert-python: make setup")
+    from stages import plots_page
+
+    assert CliRunner().invoke(plots_page.main, [str(tmp_path / "plots.html")]).exit_code == 0
+    for name, text in {
+        ".dvc/config": "[core]\n no_scm = true\n analytics = false\n[plots]\n html_template = ../plots.html\n",
+        "dvc.yaml": "plots:\n- losses.csv: {x: step, y: loss, title: losses}\n",
+        "losses.csv": "step,loss\n1,0.5\n2,0.25\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    told = subprocess.run(
+        [sys.executable, "-m", "dvc", "plots", "show"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    opened, requests = browser.new_page(), []
+    opened.on("request", lambda request: requests.append(request.url))
+    opened.goto((tmp_path / "dvc_plots" / "index.html").as_uri())
+    opened.wait_for_selector("svg.marks", timeout=30_000)
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     opened.close()
