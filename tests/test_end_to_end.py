@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.core import store
 from pipeline.exporters.hdf5 import PseudoMasks
 from tests.toys import PROJECT, toy_folder, toy_params
 
@@ -89,6 +91,14 @@ def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     page = (done.folder / "report/index.html").read_text(encoding="utf-8")
     assert "data:image/jpeg;base64" in page and "http://" not in page and "https://" not in page
     assert not list((done.folder / ".work").glob("*"))
+
+
+def test_extract_tells_how_well_the_views_agree_and_the_audit_has_it_for_every_image(done: Copy) -> None:
+    maps = store.Store(done.folder / "artifacts/cam/scoremaps", store.SCORE_MAPS).column("agreement")
+    assert len(maps) == 12 and all(((values >= 0) & (values <= 1)).all() for values in maps.values())
+    with (done.folder / "audit/cam.csv").open(encoding="utf-8", newline="") as file:
+        told = {row["id"]: row["views"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"}
+    assert len(told) == 9 and all(float(value) == pytest.approx(maps[one].mean(), abs=1e-5) for one, value in told.items())
 
 
 def test_a_second_run_runs_nothing(done: Copy) -> None:

@@ -19,7 +19,7 @@ from pipeline.steps import evaluate
 from tests.test_evaluate import build, tallied
 from tests.toys import toy_image
 
-PLAIN = np.zeros((4, 4), np.float32)
+PLAIN, ONE = np.zeros((4, 4), np.float32), np.ones(1, np.float32)
 LABELS = LabelSpace(("cat", "<b>|x", "dog"))
 
 
@@ -98,11 +98,11 @@ def test_score_maps_that_part_clearly_are_separate_stable_and_certain() -> None:
     clear = np.zeros((1, 8, 8), np.float32)
     clear[0, :4] = 1.0
     vague = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8)
-    one, other = (signs.of_maps(maps, np.array([1]), np.array([0.0, 9.0]), 0.5) for maps in (clear, vague))
+    one, other = (signs.of_maps(maps, np.array([1]), np.array([0.0, 9.0]), ONE, 0.5) for maps in (clear, vague))
     assert one["separation"] == pytest.approx(1) and one["stability"] == 1.0 and one["certainty"] > 0.99
     assert other["separation"] < 0.8 and other["stability"] < 0.9 and other["entropy"] > one["entropy"]
-    assert signs.of_maps(np.zeros((0, 2, 2), np.float32), np.zeros(0), np.zeros(2), 0.5) == {}
-    assert signs.of_maps(np.zeros((1, 1, 1), np.float32), np.array([0]), np.zeros(2), 0.5)["separation"] == 0.0
+    assert signs.of_maps(np.zeros((0, 2, 2), np.float32), np.zeros(0), np.zeros(2), ONE[:0], 0.5) == {}
+    assert signs.of_maps(np.zeros((1, 1, 1), np.float32), np.array([0]), np.zeros(2), ONE, 0.5)["separation"] == 0.0
 
 
 def row(name: str, edges: float, share: float = 0.2, stage: str = "refined") -> Row:

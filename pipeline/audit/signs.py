@@ -22,6 +22,7 @@ SIGNS: dict[str, Bad] = {
     "empty": "high", "leak": "high", "coverage": "neither", "ignored": "high", "confidence": "low", "expected_iou": "low",
     "edges": "low", "components": "high", "fragments": "high", "holes": "high", "agreement": "low", "separation": "low",
     "stability": "low", "entropy": "high", "margin": "low", "certainty": "low",
+    "views": "low",
 }  # fmt: skip
 NONE = float("nan")
 
@@ -119,14 +120,18 @@ def _labelled(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return found
 
 
-def of_maps(scores: np.ndarray, classes: np.ndarray, tag_logits: np.ndarray, level: float) -> dict[str, float]:
-    """Score maps f32[k,gh,gw] in 0..1 of `classes` (0-based), logits f32[c] and the background level → signs by name.
+def of_maps(
+    scores: np.ndarray, classes: np.ndarray, tag_logits: np.ndarray, agreed: np.ndarray, level: float
+) -> dict[str, float]:
+    """Score maps f32[k,gh,gw] in 0..1 of `classes` (0-based), logits f32[c], how well the views agreed on each class f32[k] (NaN
+    for a single view) and the background level → signs by name.
 
     separation  share of the variance of the best class's score that the level explains (Otsu's criterion)
     stability   mean IoU per class of the masks at level - 0.1 and level + 0.1
     entropy     of the shares of background (the level) and classes, over its maximum, mean of cells
     margin      between the two largest shares, mean of cells
     certainty   the least probability that the network gives to one of the classes
+    views       mean of what the views agreed on each class; NaN for a single view
     """
     if not len(classes):
         return {}
@@ -146,6 +151,7 @@ def of_maps(scores: np.ndarray, classes: np.ndarray, tag_logits: np.ndarray, lev
         "entropy": float(entropy),
         "margin": float((ordered[-1] - ordered[-2]).mean(dtype=np.float64)),
         "certainty": float(1 / (1 + np.exp(-float(tag_logits[classes.astype(int)].min())))),
+        "views": float(agreed.mean(dtype=np.float64)),
     }
 
 

@@ -48,14 +48,16 @@ class Schema:
     fields: Mapping[str, Field]
 
 
-# scores of the present classes only, in 0..1 at stride 4; affinity, of all pairs of cells of `grid` (rows, columns), is [0,0]
-# and grid (0, 0) where none is kept; decoded holds the mask values that the method's own decoder gives, [0,0] where it has none
+# scores of the present classes only, in 0..1 at stride 4; agreement, 0..1, of the views that were merged into them, NaN of a single
+# view (imaging.scoremaps.agreement_of_views); affinity, of all pairs of cells of `grid` (rows, columns), is [0,0] and grid (0, 0)
+# where none is kept; decoded holds the mask values that the method's own decoder gives, [0,0] where it has none
 SCORE_MAPS = Schema(
     "score_maps",
-    3,
+    4,
     {
         "classes": Field("<u2", ("k",)),
         "scores": Field("<f2", ("k", "gh", "gw")),
+        "agreement": Field("<f4", ("k",)),
         "tag_logits": Field("<f4", ("c",)),
         "affinity": Field("<f2", ("n", "n")),
         "grid": Field("<u2", ("2",)),

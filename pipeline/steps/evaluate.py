@@ -174,7 +174,9 @@ class _Image:
         winner, best, total = winner_of(found, record)
         label = np.where(best > level, winner, 0).astype(np.uint8)
         sure = np.maximum(best, level) / np.maximum(total + level, 1e-6)
-        self.maps = signs.of_maps(found["scores"].astype(np.float32), found["classes"], found["tag_logits"], level)
+        self.maps = signs.of_maps(
+            found["scores"].astype(np.float32), found["classes"], found["tag_logits"], found["agreement"], level
+        )
         summed = int(np.round(best.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))
         self._stage("score_maps" + ending, label, np.round(sure * store.CONFIDENCE_STEPS).astype(np.uint8), summed)
         if found["decoded"].size:

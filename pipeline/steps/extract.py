@@ -1,4 +1,4 @@
-"""Images + model → score maps, part by part; views of equally sized images share a batch."""
+"""Images + model → score maps and how well their views agree, part by part; views of equally sized images share a batch."""
 
 from __future__ import annotations
 
@@ -167,6 +167,7 @@ def _one(
     return {
         "classes": classes.numpy().astype(np.uint16),
         "scores": merged.numpy().astype(np.float16),
+        "agreement": scoremaps.agreement_of_views(views, rule=settings.merge, size=grid).cpu().numpy(),
         "tag_logits": logits.float().cpu().numpy(),
         "affinity": np.zeros((0, 0), np.float16)
         if affinity is None
