@@ -15,7 +15,7 @@ import yaml
 from pipeline.exporters.hdf5 import PseudoMasks
 from tests.toys import PROJECT, toy_folder, toy_params
 
-COLUMN = ("train", "extract", "fit_refiner", "refine", "export", "retrain", "segment", "evaluate")
+COLUMN = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate")
 COPIED = ("pipeline", "stages", "dvc.yaml", "pyproject.toml", ".dvcignore", ".gitignore")
 
 

@@ -58,6 +58,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
     schemas = {
         "truth": store.TRUTH, "scoremaps": store.SCORE_MAPS, "refined": store.REFINED, "pseudo_masks": store.PSEUDO_MASKS,
         "predictions": store.PREDICTIONS,
+        "held_out": store.HELD_OUT,
     }  # fmt: skip
     for name, schema in schemas.items():
         store.write_part(
@@ -76,6 +77,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
         root / "refined",
         root / "pseudo_masks",
         root / "predictions",
+        root / "held_out",
         0.4,
         SETTINGS,
         LABELS,
