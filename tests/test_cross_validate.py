@@ -21,13 +21,13 @@ from pipeline.core import records, store
 from pipeline.core.config import ParamsError
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records
-from pipeline.steps import cross_validate, train
+from pipeline.steps import cross_validate, segment, train
 from pipeline.training import loop
 from stages import cross_validate as stage
-from tests.toys import PROJECT, SCRATCH, toy_image, toy_params
+from tests.test_segment import Colours
+from tests.toys import SCRATCH, toy_image, toy_params
 
 LABELS = LabelSpace(("disc", "square"))
-SCENES_VIT = PROJECT / "data" / "weights" / "scenes_vit.fp16.safetensors"
 IDS = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=2, max_size=40, unique=True
 )
@@ -123,8 +123,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def run(out: str = "held_out.h5", init: Path = SCRATCH) -> Result:
-    words = ["cam", "--records", "records.h5", "--pseudo-masks", "masks", "--init", str(init), "--held-out", out]
+def run(out: str = "held_out.h5") -> Result:
+    words = ["cam", "--records", "records.h5", "--pseudo-masks", "masks", "--init", str(SCRATCH), "--held-out", out]
     return CliRunner().invoke(stage.main, words)
 
 
@@ -206,15 +206,6 @@ def test_wrong_params_are_told_before_anything_is_trained(
     assert result.exit_code == 1 and told in result.output and "params.yaml" in result.output
 
 
-def test_one_and_two_workers_and_ranks_write_the_same_bytes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(project)
-    assert run("one.h5").exit_code == 0
-    monkeypatch.setenv("TAG2MASK_WORKERS", "2")
-    monkeypatch.setenv("TAG2MASK_RANKS", "2")
-    assert run("two.h5").exit_code == 0
-    assert (project / "one.h5").read_bytes() == (project / "two.h5").read_bytes()
-
-
 def test_a_run_that_was_killed_in_its_second_fold_keeps_the_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(project)
     assert run("undisturbed.h5").exit_code == 0
@@ -259,12 +250,12 @@ def test_another_training_or_temperature_does_not_pick_up_what_a_killed_run_left
         cross_validate.plan(whole["longer"], 99, "cam")
 
 
-def test_a_mislabelled_image_is_believed_least(project: Path) -> None:
-    build(project, count=12, swapped=5, epochs=40, lr=0.003)
-    result = run(init=SCENES_VIT)
+def test_a_mislabelled_image_is_believed_least(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(project, count=8, swapped=5, epochs=0)
+    monkeypatch.setattr(segment, "load", lambda *_: Colours())  # a segmenter that has learned what the other masks say
+    result = run()
     assert result.exit_code == 0, (result.output, result.exception)
     found = store.Store(project / "held_out.h5", store.HELD_OUT)
-    wrong = next(one for one in found.ids if one.startswith("5 "))
     for name in ("soft_min", "agreement"):
-        values = {one: float(found[one][name][0]) for one in found.ids}
-        assert min(values, key=values.__getitem__) == wrong, values
+        wrong, *others = sorted((float(found[one][name][0]), one) for one in found.ids)
+        assert wrong[1].startswith("5 ") and wrong[0] < others[0][0] - 0.2, name

@@ -43,6 +43,7 @@ class Copy:
         self.params = toy_params(Path("raw"))
         for slot in ("init", "segmenter_init"):
             self.params["methods"]["cam"][slot] = "data/weights/scratch.txt"
+        self.params["cross_validate"]["cam"]["folds"] = 2
         self.write_params()
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
         self.dvc("init", "-q")
@@ -104,8 +105,8 @@ def test_metrics_and_plots_can_be_shown(done: Copy) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "segment@cam"]),
-        ("pipeline/metrics.py", ["evaluate@cam"]),
+        ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "cross_validate@cam", "segment@cam"]),
+        ("pipeline/metrics.py", ["cross_validate@cam", "evaluate@cam"]),
         ("pipeline/exporters/voc_png.py", ["export@cam"]),
         ("pipeline/methods/cam.py", ["train@cam", "extract@cam"]),
         ("pipeline/runtime.py", []),
