@@ -1,7 +1,7 @@
 """Pseudo-masks + records → folds, a segmenter trained without each of them, and how well it agrees with the masks it never saw.
 
 The score is cleanlab's for semantic segmentation (cleanlab.segmentation.rank.get_label_quality_scores, method "softmin"; Lad and
-Mueller, Estimating label quality and errors in semantic segmentation data via any model, 2023), written anew and streamed.
+Mueller, Estimating label quality and errors in semantic segmentation data via any model, arXiv 2307.05080), written anew and streamed.
 """
 
 from __future__ import annotations
