@@ -27,10 +27,12 @@ STAGES = {
     "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors",
     "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
     "export": "cam --records r.h5 --refined refined --corrections raw/none --pseudo-masks masks --exports exports",
+    "cross_validate": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --held-out h.h5",
     "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors --log log2.csv",
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined --pseudo-masks masks "
-    "--predictions predictions --metrics m.json --images i.csv --gallery gallery.h5 --thresholds a.csv --per-class b.csv --confusion c.csv",
+    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --gallery gallery.h5 --thresholds a.csv "
+    "--per-class b.csv --confusion c.csv",
 }
 
 
@@ -56,6 +58,7 @@ def params(folder: Path, count: int) -> None:
         values[section]["cam"]["schedule"]["epochs"] = 100 / count
     for section in ("extract", "refine", "export", "segment"):
         values[section]["cam"]["images_per_part"] = 32
+    values["cross_validate"]["cam"]["folds"] = 2
     values["export"]["cam"]["formats"] = [name for name in plugins.available("exporters") if name != "hdf5"]
     (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
 

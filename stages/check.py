@@ -37,7 +37,7 @@ def problems(path: Path = PARAMS_FILE) -> list[str]:
     methods = values["methods"] if isinstance(values["methods"], dict) else {}
     if not methods:
         found.append(f"{path}: methods must name at least one column")
-    for section in ("train", "extract", "fit_refiner", "refine", "export", "retrain", "segment"):
+    for section in ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment"):
         extra = sorted(set(values[section] or {}) - set(methods))
         if extra:
             found.append(f"{path}: {section} has {', '.join(extra)}, which `methods` does not name (edit {path})")
@@ -74,6 +74,7 @@ def _check_column(values: dict[str, Any], key: str, tried: Callable[[Callable[[]
     exported = parsed(sections.Export, "export")
     if exported is not None:
         tried(lambda: export.exporters(exported.formats))
+    parsed(sections.CrossValidate, "cross_validate")
     segmentation = parsed(sections.Segment, "segment")
     if segmentation is not None:
         tried(lambda: segment.crf_of(segmentation, key))

@@ -27,6 +27,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--refined", type=FILE, required=True, help="Read: HDF5 store of refine.")
 @click.option("--pseudo-masks", type=FILE, required=True, help="Read: HDF5 store of export.")
 @click.option("--predictions", type=FILE, required=True, help="Read: HDF5 store of segment.")
+@click.option("--held-out", type=FILE, required=True, help="Read: figures of cross_validate, HDF5.")
 @click.option("--metrics", type=FILE, required=True, help="Written: figures per stage, JSON.")
 @click.option("--thresholds", type=FILE, required=True, help="Written: mIoU over the background level, CSV for dvc plots.")
 @click.option("--per-class", type=FILE, required=True, help="Written: IoU per class, CSV for dvc plots.")
@@ -35,7 +36,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--gallery", type=FILE, required=True, help="Written: small pictures of the worst and of random images, HDF5.")
 def main(
     method: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
-    metrics: Path, gallery: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path,
+    held_out: Path, metrics: Path, gallery: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of METHOD's column, on the images that have truth; without any, gives the figures that need none.
 
@@ -51,6 +52,7 @@ def main(
             refined=refined,
             pseudo_masks=pseudo_masks,
             predictions=predictions,
+            held_out=held_out,
             level=evaluate.chosen_level(refiner),
             settings=settings,
             labels=read.labels,

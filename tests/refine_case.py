@@ -117,7 +117,7 @@ def build(root: Path, **changes: Any) -> None:
             }
         },
     }
-    rest = ("prepare", "train", "extract", "retrain", "segment", "evaluate", "report")
+    rest = ("prepare", "train", "extract", "cross_validate", "retrain", "segment", "evaluate", "report")
     (root / "params.yaml").write_text(yaml.safe_dump(values | {name: {} for name in rest}), encoding="utf-8")
 
 

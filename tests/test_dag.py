@@ -154,12 +154,13 @@ def stale_after(stages: dict[str, Any], changed: str) -> set[str]:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ("pipeline/crf.py", each("fit_refiner", "refine", "segment")),
-        ("pipeline/metrics.py", each("evaluate")),
+        ("pipeline/crf.py", each("fit_refiner", "refine", "cross_validate", "segment")),
+        ("pipeline/metrics.py", each("cross_validate", "evaluate")),
         ("pipeline/methods/cam.py", {"train@cam", "extract@cam"}),
         ("pipeline/methods/weaktr.py", {"train@weaktr", "extract@weaktr"}),
         ("pipeline/steps/inspect.py", each("extract")),
-        ("pipeline/segmenters/vit.py", each("retrain", "segment")),
+        ("pipeline/segmenters/vit.py", each("cross_validate", "retrain", "segment")),
+        ("pipeline/steps/cross_validate.py", each("cross_validate")),
         ("pipeline/refiners/crf.py", each("fit_refiner", "refine")),
         ("pipeline/refiners/none.py", set()),
         ("pipeline/datasets/folder.py", set()),
@@ -180,10 +181,13 @@ def test_a_file_is_a_dep_of_the_stages_that_use_it_and_of_no_other(
     assert stale_after(stages, changed) == expected
 
 
+ALSO_READ = {"cross_validate": ("retrain", "segment")}  # it trains as the one does and segments as the other
+
+
 def test_a_stage_depends_on_its_own_params_only(stages: dict[str, Any]) -> None:
     for name, stage in stages.items():
         base, _, key = name.partition("@")
         params = [param for dep in stage.deps for param in (getattr(dep, "params", None) or [])]
-        own = {f"{base}.{key}"} if key and base != "evaluate" else {base}
+        own = {f"{one}.{key}" for one in (base, *ALSO_READ.get(base, ()))} if key and base != "evaluate" else {base}
         extra = {param for param in params if not param.startswith(("methods", "dataset"))}
         assert extra == own, name

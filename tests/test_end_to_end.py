@@ -17,7 +17,7 @@ from pipeline.core import store
 from pipeline.exporters.hdf5 import PseudoMasks
 from tests.toys import PROJECT, toy_folder, toy_params
 
-COLUMN = ("train", "extract", "fit_refiner", "refine", "export", "retrain", "segment", "evaluate")
+COLUMN = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate")
 COPIED = ("pipeline", "stages", "dvc.yaml", "pyproject.toml", ".dvcignore", ".gitignore")
 
 
@@ -45,6 +45,7 @@ class Copy:
         self.params = toy_params(Path("raw"))
         for slot in ("init", "segmenter_init"):
             self.params["methods"]["cam"][slot] = "data/weights/scratch.txt"
+        self.params["cross_validate"]["cam"]["folds"] = 2
         self.write_params()
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
         self.dvc("init", "-q")
@@ -114,8 +115,8 @@ def test_metrics_and_plots_can_be_shown(done: Copy) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "segment@cam"]),
-        ("pipeline/metrics.py", ["evaluate@cam"]),
+        ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "cross_validate@cam", "segment@cam"]),
+        ("pipeline/metrics.py", ["cross_validate@cam", "evaluate@cam"]),
         ("pipeline/exporters/voc_png.py", ["export@cam"]),
         ("pipeline/methods/cam.py", ["train@cam", "extract@cam"]),
         ("pipeline/runtime.py", []),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline import metrics
-from pipeline.audit import page
+from pipeline.audit import page, signs
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
@@ -27,7 +27,7 @@ SETTINGS = Evaluate("background", 20, 6, 32)
 
 def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[evaluate.Inputs, Records]:
     """Eight images (five train) and stores in which every stage has made some mistakes of its own."""
-    found, items = [], {name: [] for name in ("truth", "scoremaps", "refined", "pseudo_masks", "predictions")}
+    found, items = [], {name: [] for name in ("truth", "scoremaps", "refined", "pseudo_masks", "predictions", "held_out")}
     (root / "raw").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index in range(8):
@@ -52,6 +52,9 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
             items["pseudo_masks"].append(
                 (image_id, {"mask": np.where(rng.random((64, 64)) < 0.9, label, 255).astype(np.uint8)})
             )
+            if index:  # cross_validate has nothing of the first
+                told = {"soft_min": np.array([index / 10], np.float32), "agreement": np.array([np.nan], np.float32)}
+                items["held_out"].append((image_id, told))
         else:
             items["predictions"].append((image_id, {"label": label, "confidence": sure}))
         if index < with_truth:
@@ -59,6 +62,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
     schemas = {
         "truth": store.TRUTH, "scoremaps": store.SCORE_MAPS, "refined": store.REFINED, "pseudo_masks": store.PSEUDO_MASKS,
         "predictions": store.PREDICTIONS,
+        "held_out": store.HELD_OUT,
     }  # fmt: skip
     for name, schema in schemas.items():
         store.write_part(
@@ -77,6 +81,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
         root / "refined",
         root / "pseudo_masks",
         root / "predictions",
+        root / "held_out",
         0.4,
         SETTINGS,
         LABELS,
@@ -146,6 +151,16 @@ def test_partial_truth_is_counted(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=2)
     stage = evaluate.summary(tallied(inputs, read), inputs, read)["stages"]["pseudo_masks"]
     assert (stage["images"], stage["images_with_truth"]) == (5, 2)
+
+
+def test_what_cross_validate_found_stands_in_the_rows_of_the_pseudo_masks_alone(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    for row in tallied(inputs, read).rows:
+        index, told = int(row.id[0]), dict(zip(signs.SIGNS, row.signs, strict=True))
+        if row.stage == "pseudo_masks" and index:
+            assert told["held_out"] == np.float32(index / 10) and np.isnan(told["held_out_agreement"])
+        else:
+            assert np.isnan(told["held_out"]) and np.isnan(told["held_out_agreement"])
 
 
 def test_masks_that_a_person_mended_are_counted(tmp_path: Path) -> None:

@@ -223,7 +223,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     slots = {"backbone": "vit", "init": "x", "refiner": "none", "segmenter": "vit", "segmenter_init": "x"}
     values: dict[str, Any] = {
         name: {}
-        for name in ("prepare", "train", "extract", "fit_refiner", "refine", "export", "retrain", "evaluate", "report")
+        for name in (
+            "prepare",
+            "train",
+            "extract",
+            "fit_refiner",
+            "refine",
+            "export",
+            "cross_validate",
+            "retrain",
+            "evaluate",
+            "report",
+        )
     }
     values |= {"dataset": {"name": "folder", "root": str(tmp_path / "raw"), "options": {}}, "methods": {"cam": slots}}
     values["segment"] = {"cam": SETTINGS | {"flip": True, "scales": [0.75, 1.5], "crf": dataclasses.asdict(CRF)}}

@@ -58,7 +58,17 @@ def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
     values = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
     values = copy.deepcopy(values)
     values["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
-    for section in ("methods", "train", "extract", "fit_refiner", "refine", "export", "retrain", "segment"):
+    for section in (
+        "methods",
+        "train",
+        "extract",
+        "fit_refiner",
+        "refine",
+        "export",
+        "cross_validate",
+        "retrain",
+        "segment",
+    ):
         values[section] = {key: values[section][key] for key in methods}
     for key in methods:
         values["methods"][key] |= {"init": str(SCRATCH), "segmenter_init": str(SCRATCH)}

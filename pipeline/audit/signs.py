@@ -22,7 +22,7 @@ SIGNS: dict[str, Bad] = {
     "empty": "high", "leak": "high", "coverage": "neither", "ignored": "high", "confidence": "low", "expected_iou": "low",
     "edges": "low", "components": "high", "fragments": "high", "holes": "high", "agreement": "low", "separation": "low",
     "stability": "low", "entropy": "high", "margin": "low", "certainty": "low",
-    "views": "low",
+    "views": "low", "held_out": "low", "held_out_agreement": "low",
 }  # fmt: skip
 NONE = float("nan")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pipeline.core import config
-from pipeline.core.config import PARAMS_FILE, Count, Positive, Range, Share
+from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Range, Share
 
 Compression = Literal["gzip", "zstd", "none"]
 
 TOP_LEVEL = (
-    "dataset", "methods", "prepare", "train", "extract", "fit_refiner", "refine", "export", "retrain", "segment",
-    "evaluate", "report",
+    "dataset", "methods", "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain",
+    "segment", "evaluate", "report",
 )  # fmt: skip
 
 
@@ -102,6 +102,22 @@ class Export:
     formats: tuple[str, ...]
     images_per_part: Positive
     compression: Compression
+
+
+@dataclass(frozen=True)
+class CrossValidate:
+    """cross_validate.<m>: how far segmenters that never saw a pseudo-mask agree with it.
+
+    folds        0: off; else the train images are cut into so many, and one segmenter is trained without each of them
+    temperature  of the soft-min over an image's pixels: small ones ask for the least believed pixels, large ones for the mean
+    """
+
+    folds: Count
+    temperature: AboveZero
+
+    def __post_init__(self) -> None:
+        if self.folds == 1:
+            raise ValueError("folds: got 1, allowed is 0 (off) or a whole number >= 2")
 
 
 @dataclass(frozen=True)

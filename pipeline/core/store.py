@@ -72,6 +72,9 @@ REFINED = Schema(
 )
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
+# of a segmenter that never saw the image's pseudo-mask: the soft-min of its probabilities of the mask's labels, and the mean IoU of its
+# winners with the mask; both are NaN where the mask is 255 throughout
+HELD_OUT = Schema("held_out", 1, {"soft_min": Field("<f4", ("1",)), "agreement": Field("<f4", ("1",))})
 # small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
 # thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
 # stages that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where there is no truth

@@ -47,6 +47,7 @@ class Inputs:
     refined: Path
     pseudo_masks: Path
     predictions: Path
+    held_out: Path
     level: float
     settings: Evaluate
     labels: LabelSpace
@@ -101,6 +102,7 @@ class Stores:
     refined: store.Store
     pseudo_masks: store.Store
     predictions: store.Store
+    held_out: store.Store
     truth: store.Store
 
 
@@ -110,6 +112,7 @@ def open_stores(inputs: Inputs) -> Stores:
         refined=store.Store(inputs.refined, store.REFINED),
         pseudo_masks=store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS),
         predictions=store.Store(inputs.predictions, store.PREDICTIONS),
+        held_out=store.Store(inputs.held_out, store.HELD_OUT),
         truth=store.Store(inputs.truth, store.TRUTH),
     )
 
@@ -202,6 +205,7 @@ class _Image:
             self.signs = signs.of_mask(label, confidence, self.seen)
             self.signs |= self.maps if stage != "predictions" else {}
         self.signs["agreement"] = signs.NONE if before is None else signs.agreement(self.labels[before], label)
+        self.signs |= self._held_out(stage)
         self.labels[stage] = label
         mended, spoilt = (
             (signs.NONE, signs.NONE) if self.truth is None else self._truth(stage, before, same, label, confidence)
@@ -212,6 +216,13 @@ class _Image:
                 np.array([self.signs[name] for name in signs.SIGNS], np.float32), signs.shares(label, self.seen.tags),
             )
         )  # fmt: skip
+
+    def _held_out(self, stage: str) -> dict[str, float]:
+        """The signs of cross_validate, which are of the pseudo-mask; none where it is off."""
+        if stage != "pseudo_masks" or self.record.id not in self.stores.held_out:
+            return {}
+        found = self.stores.held_out[self.record.id]
+        return {"held_out": float(found["soft_min"][0]), "held_out_agreement": float(found["agreement"][0])}
 
     def _truth(
         self, stage: str, before: str | None, same: bool, label: np.ndarray, confidence: np.ndarray | None
