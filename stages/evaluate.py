@@ -61,11 +61,12 @@ def main(
         function = partial(evaluate.tally_some, inputs=inputs)
         for some in runtime.each(function, chunks, processes=runtime.workers(), what=f"evaluate {method}"):
             tally.add(some)
-        found = evaluate.summary(tally, inputs, read)
+        audit = evaluate.audited(tally)
+        found = evaluate.summary(audit, inputs, read)
         evaluate.write_tables(
-            tally, found, read, thresholds=thresholds, per_class=per_class, confusion=confusion, images=images
+            audit, found, read, thresholds=thresholds, per_class=per_class, confusion=confusion, images=images
         )
-        chosen = pictures.picked(dict(tally.quality), read, settings.gallery)
+        chosen = pictures.shown(audit, read, settings.gallery)
         groups = [chosen[at : at + pictures.PER_ITEM] for at in range(0, len(chosen), pictures.PER_ITEM)]
         draw = partial(pictures.draw_some, inputs=inputs)
         drawn = runtime.each(draw, groups, processes=runtime.workers(), what=f"pictures {method}")

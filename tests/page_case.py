@@ -103,7 +103,6 @@ def write(
     labels: LabelSpace,
     truth: bool = True,
     palette: Any = "voc",
-    audit: bool = True,
     dropped: Sequence[str] = (),
 ) -> Path:
     """Everything for `ids`, of which each fifth is in split val; root/report is made, and its index.html returned.
@@ -154,8 +153,6 @@ def write(
                             0.1,
                         ]
                     )
-    folders = page.Inputs(
-        *(root / name for name in ("metrics", "plots", "gallery", "inspection")), audit=root / "audit" if audit else None
-    )
+    folders = page.Inputs(*(root / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
     page.write(root / "report", read, methods, folders, Report("A title", palette, 5))
     return root / "report" / "index.html"

@@ -85,16 +85,6 @@ class Gallery:
         if value is not None:
             kept.setdefault(name, [None] * len(self.ids))[at] = value
 
-    def rows(self, method: str) -> list[audit_rows.Row]:
-        """The gallery's own figures as rows, for runs whose evaluate writes no audit/<m>.csv."""
-        found = []
-        for image_id, values in self.miou[method].items():
-            names = self.stage_of(image_id)
-            for name, value in zip(store.GALLERY_STAGES, values, strict=True):
-                if name in names and not math.isnan(value):
-                    found.append(audit_rows.Row(image_id, names[name], float(value), None, ()))
-        return found
-
     def write(self, folder: Path) -> list[Path]:
         """data-0000.js …: a call of tag2mask.block each; one block is in memory at a time."""
         paths = []

@@ -40,13 +40,13 @@ CHAINS = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """Folders that the page is made from: <m>.json, <m>/threshold.csv, <m>.h5, <m>.h5; <m>.csv, or None where there are none."""
+    """Folders that the page is made from: <m>.json, <m>/threshold.csv, <m>.h5, <m>.h5, <m>.csv."""
 
     metrics: Path
     plots: Path
     gallery: Path
     inspection: Path
-    audit: Path | None
+    audit: Path
 
 
 def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -110,14 +110,14 @@ Known = dict[str, dict[tuple[str, str], audit_rows.Row]]
 
 
 def _audit(
-    gallery: blocks.Gallery, folder: Path | None, methods: Sequence[str], count: int
+    gallery: blocks.Gallery, folder: Path, methods: Sequence[str], count: int
 ) -> tuple[Known, dict[str, list[audit_rows.Row]]]:
     """Rows of the images in the gallery, and the worst rows of all images, for each method; the files are read once each."""
     shown = set(gallery.ids)
     known: Known = {method: {} for method in methods}
     review = {}
     for method in methods:
-        rows = gallery.rows(method) if folder is None else audit_rows.read(folder / f"{method}.csv")
+        rows = audit_rows.read(folder / f"{method}.csv")
         review[method] = audit_rows.worst(_keeping(rows, shown, known[method]), count)
     return known, review
 

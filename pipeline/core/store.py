@@ -69,6 +69,7 @@ REFINED = Schema(
     {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w")), "disagree": Field("|u1", ("h", "w"))},
 )
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
+CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, only where a person's masks took the place of some
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
 # small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
 # thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
