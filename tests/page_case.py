@@ -129,7 +129,10 @@ def write(
             if method != methods[-1] or one.id not in dropped
         )
         inner = store.empty(store.INSPECTION) | {"jpeg": encoded("JPEG", "RGB"), "panels": PANELS}
+        widths = ((at, 1 + (at * (number + 1) + number) % 4, one.id) for at, one in enumerate(images))
+        last = ((i, {"mask": masks_of(at, wide, len(labels))[1][-1]}) for at, wide, i in widths)  # methods differ, by image
         for folder, schema, rows in (
+            ("audit", store.SMALL_MASKS, last),
             ("gallery", store.GALLERY, items),
             ("inspection", store.INSPECTION, [(images[0].id, inner)]),
         ):

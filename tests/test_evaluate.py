@@ -93,7 +93,7 @@ def told(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> dict[str, An
 def tallied(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> evaluate.Tally:
     tally = evaluate.Tally.empty(3, SETTINGS.threshold_bins)
     for at in range(0, len(read), chunk):
-        tally.add(evaluate.tally_some(read.images[at : at + chunk], inputs))
+        tally.add(evaluate.tally_some(read.images[at : at + chunk], inputs)[0])
     return tally
 
 

@@ -21,6 +21,7 @@ from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
+from pipeline.imaging import planes
 from pipeline.steps import evaluate, gallery
 from tests import page_case
 from tests.test_evaluate import LABELS, build, tallied
@@ -80,7 +81,7 @@ def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(32, 512))
 def test_thumbnails_keep_within_their_side_and_are_never_empty_or_enlarged(height: int, width: int, side: int) -> None:
-    rows_, columns = gallery.thumbnail_size((height, width), side)
+    rows_, columns = planes.fitted((height, width), side)
     assert 1 <= rows_ <= min(height, side) and 1 <= columns <= min(width, side)
     assert max(rows_, columns) == min(side, max(height, width))
 
@@ -125,7 +126,7 @@ def test_the_review_names_image_method_stage_score_and_reasons(tmp_path: Path) -
     page_case.write(tmp_path, ["=cmd|' /C calc'!A0", 'a, "b"', "c"], labels=LabelSpace(("x",)))
     with (tmp_path / "report" / "review.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == ["id", "method", "stage", "score", "reasons"] and len(found) == 6
+    assert list(found[0]) == ["id", "method", "stage", "score", "others", "reasons"] and len(found) == 6
     assert {row["id"] for row in found} == {"'=cmd|' /C calc'!A0", 'a, "b"', "c"}
     assert [row["score"] for row in found[:3]] == sorted(row["score"] for row in found[:3])
 

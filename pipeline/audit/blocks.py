@@ -77,8 +77,12 @@ class Gallery:
                 row = found.get((image_id, names[name]))
                 miou = float(self.miou[method][image_id][position])
                 self._put(kept, "miou", at, None if math.isnan(miou) else round(miou, DIGITS))
-                self._put(kept, "score", at, None if row is None or row.score is None else round(row.score, DIGITS))
-                self._put(kept, "reasons", at, list(row.reasons) if row is not None and row.reasons else None)
+                if row is None:
+                    continue
+                for what in ("score", "others", "both"):
+                    value = getattr(row, what)
+                    self._put(kept, what, at, None if value is None else round(value, DIGITS))
+                self._put(kept, "reasons", at, list(row.reasons) or None)
         return {"kinds": kinds, "stages": figures}
 
     def _put(self, kept: dict[str, list[Any]], name: str, at: int, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.imaging import planes
 
 PER_ITEM = 32  # images that one process scores at a time
 DIGITS = 5
+SMALL = 64  # px of the long side of the masks that columns are compared by; docs/audit.md says what that loses
 # stage → (store it reads, split); in the order of the pipeline
 STAGES = {
     "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
@@ -124,13 +125,27 @@ def opened(inputs: Inputs) -> Stores:
     return _OPENED[key]
 
 
-def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
-    """Scores some images at every stage of their split, each read once."""
+Counted = tuple[Tally, list[store.Item]]
+
+
+def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Counted:
+    """Scores some images at every stage of their split, each read once; and SMALL_MASKS items of them."""
     stores = opened(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
+    small = []
     for record in records:
-        _Image(record, inputs, stores, tally).count()
-    return tally
+        image = _Image(record, inputs, stores, tally)
+        image.count()
+        last = image.labels[LAST[record.split]]
+        small.append((record.id, {"mask": planes.nearest(last, planes.fitted(record.size, SMALL))}))
+    return tally, small
+
+
+def gathered(counted: Iterable[Counted], tally: Tally) -> Iterator[store.Item]:
+    """Passes on the SMALL_MASKS items of all images in their order, and adds the counts to `tally` on the way."""
+    for some, small in counted:
+        tally.add(some)
+        yield from small
 
 
 class _Image:

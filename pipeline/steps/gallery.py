@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.core import store
 from pipeline.core.records import ImageRecord, Records, read_image, sample
+from pipeline.imaging import planes
 from pipeline.steps import evaluate
 
 PER_ITEM = 16  # images that one process draws at a time
@@ -78,11 +79,11 @@ def _draw(one: Shown, stores: evaluate.Stores, inputs: evaluate.Inputs) -> dict[
     record = one.record
     labels, best = _labels(record, stores, inputs.level)
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
-    size = thumbnail_size(record.size, inputs.settings.thumbnail)
+    size = planes.fitted(record.size, inputs.settings.thumbnail)
     photograph = _scaled(Image.fromarray(read_image(record, inputs.root)), size, Image.Resampling.BOX)
     coarse = (max(1, size[0] // SCORE_SIDE), max(1, size[1] // SCORE_SIDE))
     heat = _scaled(Image.fromarray(np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)), coarse, Image.Resampling.BOX)
-    maps = [smaller(labels[stage], size) for stage in store.GALLERY_STAGES if stage in labels]
+    maps = [planes.nearest(labels[stage], size) for stage in store.GALLERY_STAGES if stage in labels]
     return {
         "kind": np.array([one.kind], np.uint8),
         "size": np.array(size, np.uint16),
@@ -90,7 +91,7 @@ def _draw(one: Shown, stores: evaluate.Stores, inputs: evaluate.Inputs) -> dict[
         "scores": _encoded(heat, "JPEG", quality=SCORE_QUALITY, optimize=True),
         "present": np.array([stage in labels for stage in store.GALLERY_STAGES], np.uint8),
         "maps": _packed(np.stack(maps)),
-        "truth": np.zeros(0, np.uint8) if truth is None else _packed(smaller(truth, size)),
+        "truth": np.zeros(0, np.uint8) if truth is None else _packed(planes.nearest(truth, size)),
         "miou": one.miou,
     }
 
@@ -108,17 +109,6 @@ def _labels(record: ImageRecord, stores: evaluate.Stores, level: float) -> tuple
         labels["refined"] = stores.refined.read(record.id, "label")
         labels["pseudo_masks"] = stores.pseudo_masks.read(record.id, "mask")
     return labels, best
-
-
-def thumbnail_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:
-    """(rows, columns) px with the long side at `long_side`; smaller images keep their size, and no side falls below 1."""
-    scale = min(1.0, long_side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def smaller(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Mask values u8[h,w] at the nearest pixels, u8[size]."""
-    return np.asarray(_scaled(Image.fromarray(label), size, Image.Resampling.NEAREST))
 
 
 def _scaled(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
