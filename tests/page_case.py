@@ -91,7 +91,10 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
         "threshold": {"chosen": 0.4, "oracle": 0.5, "miou_at_chosen": 0.5, "miou_at_oracle": 0.52, "regret": 0.02},
         "flow": [{"from": a, "to": b, **step, "images": 3, "images_mended": 2, "images_spoilt": 1, "classes": dict.fromkeys(names, step)}
                  for a, b in (TRAIN[:2], TRAIN[1:], VAL)],
-        "signs": {"refined": {"entropy": 0.2}}, "score": {"pseudo_masks": {"spearman": 0.6, "images": 3}},
+        "signs": {"refined": {"entropy": 0.2, "edges": 0.7}, "pseudo_masks": {"entropy": 0.3}},
+        "limits": {"refined": {"entropy": [None, 0.625], "edges": [0.375, None]}},
+        "co_occurrence": [{"class": names[1], "with": names[-1], "images": 7, "share_with": 0.25, "share_without": 0.125}],
+        "score": {"pseudo_masks": {"spearman": 0.6, "images": 3}},
     }  # fmt: skip
 
 

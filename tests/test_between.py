@@ -180,3 +180,10 @@ def test_the_page_tells_agreement_where_there_is_some(tmp_path: Path, methods: l
     with (tmp_path / "report" / "review.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert all((row["others"] != "") == bool(told) for row in found) and len(found) == 3 * len(methods)
+
+
+def test_the_page_shows_limits_counts_and_classes_that_change_beside_others(tmp_path: Path) -> None:
+    labels = LabelSpace(("<i>cat", "d'og"))
+    text = page_case.write(tmp_path, ["i", "j", "k"], labels=labels).read_text(encoding="utf-8")
+    assert "≤ 0.625" in text and "≥ 0.375" in text
+    assert '<th scope="row">&lt;i&gt;cat</th><td class="left">d&#39;og</td><td>7</td><td>25.0 %</td><td>12.5 %</td>' in text

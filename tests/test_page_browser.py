@@ -140,7 +140,7 @@ def test_images_are_ordered_and_filtered_by_the_agreement_of_the_methods_at_any_
     tab.page.locator("[name=low]").fill(str(found[-1]))
     assert 0 < len(values()) < len(found) and min(values()) == found[-1]
     tab.page.locator(".card").first.click()
-    told = tab.page.locator("#viewer-side tr", has_text="with the others").locator("td").all_text_contents()
+    told = tab.page.locator("#viewer-side tr", has_text="agreement").locator("td").all_text_contents()
     assert len(told) == 2 and told[0] == told[1] == f"{found[-1]:.3f}"  # of two methods, each agrees with the other alike
 
 
