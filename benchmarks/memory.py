@@ -31,7 +31,7 @@ STAGES = {
     "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors --log log2.csv",
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined --pseudo-masks masks "
-    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --gallery gallery.h5 --thresholds a.csv "
+    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --small-masks s.h5 --gallery gallery.h5 --thresholds a.csv "
     "--per-class b.csv --confusion c.csv",
 }
 

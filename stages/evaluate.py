@@ -33,10 +33,11 @@ FILE = click.Path(path_type=Path)
 @click.option("--per-class", type=FILE, required=True, help="Written: IoU per class, CSV for dvc plots.")
 @click.option("--confusion", type=FILE, required=True, help="Written: percent of each true class, CSV for dvc plots.")
 @click.option("--images", type=FILE, required=True, help="Written: signs, score and reasons per image and stage, CSV.")
+@click.option("--small-masks", type=FILE, required=True, help="Written: every image's last mask in small, HDF5.")
 @click.option("--gallery", type=FILE, required=True, help="Written: small pictures of the worst and of random images, HDF5.")
 def main(
     method: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
-    held_out: Path, metrics: Path, gallery: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path,
+    held_out: Path, metrics: Path, thresholds: Path, per_class: Path, confusion: Path, images: Path, small_masks: Path, gallery: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of METHOD's column, on the images that have truth; without any, gives the figures that need none.
 
@@ -61,13 +62,17 @@ def main(
         chunks = [read.images[at : at + evaluate.PER_ITEM] for at in range(0, len(read), evaluate.PER_ITEM)]
         tally = evaluate.Tally.empty(len(read.labels) + 1, settings.threshold_bins)
         function = partial(evaluate.tally_some, inputs=inputs)
-        for some in runtime.each(function, chunks, processes=runtime.workers(), what=f"evaluate {method}"):
-            tally.add(some)
-        found = evaluate.summary(tally, inputs, read)
+        counted = runtime.each(function, chunks, processes=runtime.workers(), what=f"evaluate {method}")
+        store.write_part(
+            small_masks, store.SMALL_MASKS, evaluate.gathered(counted, tally), labels=read.labels, part=0, parts=1,
+            params_digest="", compression="gzip",
+        )  # fmt: skip
+        audit = evaluate.audited(tally)
+        found = evaluate.summary(audit, inputs, read)
         evaluate.write_tables(
-            tally, found, read, thresholds=thresholds, per_class=per_class, confusion=confusion, images=images
+            audit, found, read, thresholds=thresholds, per_class=per_class, confusion=confusion, images=images
         )
-        chosen = pictures.picked(dict(tally.quality), read, settings.gallery)
+        chosen = pictures.shown(audit, read, settings.gallery)
         groups = [chosen[at : at + pictures.PER_ITEM] for at in range(0, len(chosen), pictures.PER_ITEM)]
         draw = partial(pictures.draw_some, inputs=inputs)
         drawn = runtime.each(draw, groups, processes=runtime.workers(), what=f"pictures {method}")

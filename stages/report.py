@@ -38,17 +38,17 @@ def main(against: str | None, **paths: Path | None) -> None:
             there = runtime.command_paths("report", Path("dvc.yaml"), config.PARAMS_FILE) | {
                 k: v for k, v in paths.items() if v
             }
-            found = revisions.compare(methods, there["metrics"], there.get("audit"), revisions.revision(against))
+            found = revisions.compare(methods, there["metrics"], there["audit"], revisions.revision(against))
             out = there["report"].with_name("against.html")  # not inside the report, which is a cached out
             out.write_text(revisions.render(against, found, f"{there['report'].name}/index.html"), encoding="utf-8")
             click.echo(out)
             return
         read = {name: path for name, path in paths.items() if path is not None}
-        missing = [f"--{name}" for name in paths if name not in read and name != "audit"]
+        missing = [f"--{name}" for name in paths if name not in read]
         if missing:
             raise click.UsageError(f"Missing {', '.join(missing)}.")
         settings = config.parse(sections.Report, values["report"], "report")
-        inputs = page.Inputs(read["metrics"], read["plots"], read["gallery"], read["inspection"], paths["audit"])
+        inputs = page.Inputs(read["metrics"], read["plots"], read["gallery"], read["inspection"], read["audit"])
         page.write(read["report"], records_file.read(read["records"]), methods, inputs, settings)
 
 

@@ -91,7 +91,10 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
         "threshold": {"chosen": 0.4, "oracle": 0.5, "miou_at_chosen": 0.5, "miou_at_oracle": 0.52, "regret": 0.02},
         "flow": [{"from": a, "to": b, **step, "images": 3, "images_mended": 2, "images_spoilt": 1, "classes": dict.fromkeys(names, step)}
                  for a, b in (TRAIN[:2], TRAIN[1:], VAL)],
-        "signs": {"refined": {"entropy": 0.2}}, "score": {"pseudo_masks": {"spearman": 0.6, "images": 3}},
+        "signs": {"refined": {"entropy": 0.2, "edges": 0.7}, "pseudo_masks": {"entropy": 0.3}},
+        "limits": {"refined": {"entropy": [None, 0.625], "edges": [0.375, None]}},
+        "co_occurrence": [{"class": names[1], "with": names[-1], "images": 7, "share_with": 0.25, "share_without": 0.125}],
+        "score": {"pseudo_masks": {"spearman": 0.6, "images": 3}},
     }  # fmt: skip
 
 
@@ -103,7 +106,6 @@ def write(
     labels: LabelSpace,
     truth: bool = True,
     palette: Any = "voc",
-    audit: bool = True,
     dropped: Sequence[str] = (),
 ) -> Path:
     """Everything for `ids`, of which each fifth is in split val; root/report is made, and its index.html returned.
@@ -130,7 +132,10 @@ def write(
             if method != methods[-1] or one.id not in dropped
         )
         inner = store.empty(store.INSPECTION) | {"jpeg": encoded("JPEG", "RGB"), "panels": PANELS}
+        widths = ((at, 1 + (at * (number + 1) + number) % 4, one.id) for at, one in enumerate(images))
+        last = ((i, {"mask": masks_of(at, wide, len(labels))[1][-1]}) for at, wide, i in widths)  # methods differ, by image
         for folder, schema, rows in (
+            ("audit", store.SMALL_MASKS, last),
             ("gallery", store.GALLERY, items),
             ("inspection", store.INSPECTION, [(images[0].id, inner)]),
         ):
@@ -154,8 +159,6 @@ def write(
                             0.1,
                         ]
                     )
-    folders = page.Inputs(
-        *(root / name for name in ("metrics", "plots", "gallery", "inspection")), audit=root / "audit" if audit else None
-    )
+    folders = page.Inputs(*(root / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
     page.write(root / "report", read, methods, folders, Report("A title", palette, 5))
     return root / "report" / "index.html"

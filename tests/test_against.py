@@ -95,4 +95,4 @@ def test_a_revision_that_is_none_or_knows_no_method_is_refused(project: Path) ->
 
 def test_a_report_without_its_paths_is_refused_with_their_names(project: Path) -> None:
     done = run("--metrics", "metrics")
-    assert done.exit_code == 2 and "--records, --plots, --gallery, --inspection, --report" in done.output
+    assert done.exit_code == 2 and "--records, --plots, --gallery, --inspection, --audit, --report" in done.output

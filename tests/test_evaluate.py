@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,16 +91,21 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
     return inputs, Records(LABELS, tuple(found), (("gone <i>", "broken & bent"),))
 
 
+def told(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> dict[str, Any]:
+    """What metrics/<m>.json would hold."""
+    return evaluate.summary(evaluate.audited(tallied(inputs, read, chunk)), inputs, read)
+
+
 def tallied(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> evaluate.Tally:
     tally = evaluate.Tally.empty(3, SETTINGS.threshold_bins)
     for at in range(0, len(read), chunk):
-        tally.add(evaluate.tally_some(read.images[at : at + chunk], inputs))
+        tally.add(evaluate.tally_some(read.images[at : at + chunk], inputs)[0])
     return tally
 
 
 def test_figures_are_those_of_counting_all_pixels_at_once(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    found = evaluate.summary(tallied(inputs, read), inputs, read)
+    found = told(inputs, read)
     truth, masks = store.Store(inputs.truth, store.TRUTH), store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS)
     counts = sum(metrics.confusion(truth.read(i, "mask"), masks.read(i, "mask"), 3) for i in masks.ids)
     assert found["stages"]["pseudo_masks"]["miou"] == round(metrics.miou(np.asarray(counts), protocol="background"), 5)
@@ -109,27 +115,25 @@ def test_figures_are_those_of_counting_all_pixels_at_once(tmp_path: Path) -> Non
 
 def test_the_order_in_which_images_are_scored_does_not_matter(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    assert evaluate.summary(tallied(inputs, read, 1), inputs, read) == evaluate.summary(
-        tallied(inputs, read, 8), inputs, read
-    )
+    assert told(inputs, read, 1) == told(inputs, read, 8)
 
 
 def test_the_chosen_level_is_scored_exactly_and_the_oracle_is_never_much_worse(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    told = evaluate.summary(tallied(inputs, read), inputs, read)["threshold"]
-    assert told["miou_at_oracle"] >= told["miou_at_chosen"] - 0.02
+    level = told(inputs, read)["threshold"]
+    assert level["miou_at_oracle"] >= level["miou_at_chosen"] - 0.02
 
 
 def test_without_truth_the_figures_that_need_none_are_given_and_said_to_be_such(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
-    found = evaluate.summary(tallied(inputs, read), inputs, read)
+    found = told(inputs, read)
     assert found["truth"] is False and "no ground truth" in found["note"]
     assert "miou" not in found["stages"]["pseudo_masks"] and found["stages"]["pseudo_masks"]["coverage"] > 0
 
 
 def test_a_methods_own_decoder_has_a_row_for_each_split(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    stages = evaluate.summary(tallied(inputs, read), inputs, read)["stages"]
+    stages = told(inputs, read)["stages"]
     assert stages["decoder"]["miou"] == stages["decoder_val"]["miou"] == 1.0  # the toy's decoder says the truth
     assert (stages["decoder"]["split"], stages["decoder_val"]["split"]) == ("train", "val")
     assert stages["decoder"]["confidence"] is None
@@ -137,7 +141,7 @@ def test_a_methods_own_decoder_has_a_row_for_each_split(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_worse_than_the_one_before_is_told(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    found = evaluate.summary(tallied(inputs, read), inputs, read)
+    found = told(inputs, read)
     lost = page.setbacks(found)
     assert ("decoder_val", "predictions") in {(before, after) for before, after, _, _ in lost}
     assert ("score_maps", "decoder") not in {(before, after) for before, after, _, _ in lost}
@@ -149,7 +153,7 @@ def test_a_stage_that_is_worse_than_the_one_before_is_told(tmp_path: Path) -> No
 
 def test_partial_truth_is_counted(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=2)
-    stage = evaluate.summary(tallied(inputs, read), inputs, read)["stages"]["pseudo_masks"]
+    stage = told(inputs, read)["stages"]["pseudo_masks"]
     assert (stage["images"], stage["images_with_truth"]) == (5, 2)
 
 
@@ -165,16 +169,16 @@ def test_what_cross_validate_found_stands_in_the_rows_of_the_pseudo_masks_alone(
 
 def test_masks_that_a_person_mended_are_counted(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=2)
-    assert "corrected" not in evaluate.summary(tallied(inputs, read), inputs, read)
+    assert "corrected" not in told(inputs, read)
     (inputs.pseudo_masks / "corrections.json").write_text('{"corrected": 3, "images": {}}', encoding="utf-8")
-    assert evaluate.summary(tallied(inputs, read), inputs, read)["corrected"] == 3
+    assert told(inputs, read)["corrected"] == 3
 
 
 @pytest.mark.parametrize("with_truth", [8, 0])
 def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
     inputs, read = build(tmp_path, with_truth=with_truth)
-    tally = tallied(inputs, read)
-    chosen = gallery.picked(dict(tally.quality), read, SETTINGS.gallery)
+    audit = evaluate.audited(tallied(inputs, read))
+    chosen = gallery.shown(audit, read, SETTINGS.gallery)
     store.write_part(
         tmp_path / "gallery" / "cam.h5", store.GALLERY, gallery.draw_some(chosen, inputs), labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
@@ -186,11 +190,11 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
         tmp_path / "inspection" / "cam.h5", store.INSPECTION, [(read.images[0].id, item)], labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
-    figures = evaluate.summary(tally, inputs, read)
+    figures = evaluate.summary(audit, inputs, read)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
     evaluate.write_tables(
-        tally, figures, read, thresholds=tmp_path / "plots/cam/threshold.csv", per_class=tmp_path / "plots/cam/per_class.csv",
+        audit, figures, read, thresholds=tmp_path / "plots/cam/threshold.csv", per_class=tmp_path / "plots/cam/per_class.csv",
         confusion=tmp_path / "plots/cam/confusion.csv", images=tmp_path / "audit/cam.csv",
     )  # fmt: skip
     folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
@@ -212,7 +216,7 @@ def test_metrics_of_a_column_that_has_not_run_are_missed(tmp_path: Path) -> None
 
 def test_metrics_are_plain_json_without_nan(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    json.dumps(evaluate.summary(tallied(inputs, read), inputs, read), allow_nan=False)
+    json.dumps(told(inputs, read), allow_nan=False)
 
 
 @pytest.mark.parametrize("stage", ["prepare", "export", "evaluate", "report", "refine", "fit_refiner"])

@@ -21,7 +21,8 @@ from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
-from pipeline.steps import gallery
+from pipeline.imaging import planes
+from pipeline.steps import evaluate, gallery
 from tests import page_case
 from tests.test_evaluate import LABELS, build, tallied
 
@@ -55,8 +56,8 @@ def test_the_worst_are_picked_and_the_random_ones_are_the_same_for_every_column(
 
 def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    items = dict(gallery.draw_some(gallery.picked({}, read, 8), inputs))
-    quality = dict(tallied(inputs, read).quality)
+    audit = evaluate.audited(tallied(inputs, read))
+    items, quality = dict(gallery.draw_some(gallery.shown(audit, read, 8), inputs)), audit.quality
     masks, truth = store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS), store.Store(inputs.truth, store.TRUTH)
     for record in read:
         item = items[record.id]
@@ -80,7 +81,7 @@ def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(32, 512))
 def test_thumbnails_keep_within_their_side_and_are_never_empty_or_enlarged(height: int, width: int, side: int) -> None:
-    rows_, columns = gallery.thumbnail_size((height, width), side)
+    rows_, columns = planes.fitted((height, width), side)
     assert 1 <= rows_ <= min(height, side) and 1 <= columns <= min(width, side)
     assert max(rows_, columns) == min(side, max(height, width))
 
@@ -125,7 +126,7 @@ def test_the_review_names_image_method_stage_score_and_reasons(tmp_path: Path) -
     page_case.write(tmp_path, ["=cmd|' /C calc'!A0", 'a, "b"', "c"], labels=LabelSpace(("x",)))
     with (tmp_path / "report" / "review.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == ["id", "method", "stage", "score", "reasons"] and len(found) == 6
+    assert list(found[0]) == ["id", "method", "stage", "score", "others", "reasons"] and len(found) == 6
     assert {row["id"] for row in found} == {"'=cmd|' /C calc'!A0", 'a, "b"', "c"}
     assert [row["score"] for row in found[:3]] == sorted(row["score"] for row in found[:3])
 
@@ -151,13 +152,6 @@ def test_the_same_inputs_give_the_same_bytes_and_no_old_pictures_stay(
     monkeypatch.setattr(page, "INLINE_BYTES", 10**9)
     page_case.write(tmp_path, [f"i{at}" for at in range(60)], labels=labels)
     assert {path.name for path in first.parent.iterdir()} == {"index.html", "review.csv"}
-
-
-def test_without_rows_of_images_the_gallery_has_its_own_figures_and_no_score(tmp_path: Path) -> None:
-    text = page_case.write(tmp_path, ["a", "b"], labels=LabelSpace(("x",)), audit=False).read_text(encoding="utf-8")
-    assert "label-free score</option>" not in text
-    with (tmp_path / "report" / "review.csv").open(encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == 4
 
 
 def test_a_gallery_of_images_that_the_records_lack_is_refused(tmp_path: Path) -> None:

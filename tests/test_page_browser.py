@@ -132,6 +132,36 @@ def test_the_order_is_worst_first_and_can_be_turned_and_by_another_figure(tab: T
     assert "▼" in tab.page.locator(".card .value").first.inner_text()
 
 
+def test_images_are_ordered_and_filtered_by_the_agreement_of_the_methods_at_any_stage(tab: Tab) -> None:
+    def values() -> list[float]:
+        return [float(text) for text in tab.page.locator(".card .value").all_text_contents()]
+
+    tab.page.select_option("[name=figure]", "others")
+    found = values()
+    assert found == sorted(found) and 0 < found[0] < found[-1] <= 1
+    assert "agreement" in tab.page.locator(".card").first.get_attribute("aria-label")
+    tab.page.select_option("[name=stage]", "refined")  # it is of the image's last mask
+    assert values() == found
+    tab.page.locator("[name=low]").fill(str(found[-1]))
+    assert 0 < len(values()) < len(found) and min(values()) == found[-1]
+    tab.page.locator(".card").first.click()
+    told = tab.page.locator("#viewer-side tr", has_text="agreement").locator("td").all_text_contents()
+    assert len(told) == 2 and told[0] == told[1] == f"{found[-1]:.3f}"  # of two methods, each agrees with the other alike
+
+
+def test_without_truth_the_worst_are_told_by_score_and_agreement(browser: Any, tmp_path: Path) -> None:
+    path = page_case.write(tmp_path, [f"i{at}" for at in range(10)], methods=("a", "b", "c"), labels=LABELS, truth=False)
+    opened = Tab(browser, path)
+    assert opened.page.input_value("[name=figure]") == "both"
+    both = [float(text) for text in opened.page.locator(".card .value").all_text_contents()]
+    assert both == sorted(both) and opened.ids() != sorted(opened.ids())
+    opened.page.select_option("[name=stage]", "predictions")  # there the score stands alone
+    alone = opened.page.locator(".card .value").all_text_contents()
+    opened.page.select_option("[name=figure]", "score")
+    assert alone == opened.page.locator(".card .value").all_text_contents() and "–" not in alone
+    opened.close()
+
+
 def test_stage_and_split_go_together_and_pages_are_turned(tab: Tab) -> None:
     tab.page.click("#page-after")
     assert len(tab.ids()) == 20 and tab.page.locator("#page-after").is_disabled()

@@ -156,10 +156,10 @@ def test_a_class_that_grows_beside_another_is_named() -> None:
 
 def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    tally = tallied(inputs, read)
-    found = evaluate.summary(tally, inputs, read)
+    audit = evaluate.audited(tallied(inputs, read))
+    found = evaluate.summary(audit, inputs, read)
     places = {name: tmp_path / f"{name}.csv" for name in ("thresholds", "per_class", "confusion", "images")}
-    evaluate.write_tables(tally, found, read, **places)
+    evaluate.write_tables(audit, found, read, **places)
     text = places["images"].read_bytes().decode("utf-8")
     assert "\r" not in text
     rows = list(csv.DictReader(text.splitlines()))
@@ -182,15 +182,13 @@ def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_
 
 def test_without_truth_the_table_has_scores_and_no_figures_of_truth(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
-    tally = tallied(inputs, read)
-    found = evaluate.summary(tally, inputs, read)
+    audit = evaluate.audited(tallied(inputs, read))
+    found = evaluate.summary(audit, inputs, read)
     assert found["flow"] == [] and "score" not in found and found["signs"]["pseudo_masks"]["ignored"] > 0
-    score.write(
-        tmp_path / "i.csv", evaluate.ordered(tally), read.by_id(), read.labels, Limits(tally.rows), score.scores(tally.rows)
-    )
+    score.write(tmp_path / "i.csv", audit.rows, read.by_id(), read.labels, audit.limits, audit.scores)
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8", newline="")))
     assert {(one["truth"], one["miou"], one["mended"]) for one in rows} == {("0", "", "")}
-    assert dict(tally.quality) == {
+    assert audit.quality == {
         one["id"]: pytest.approx(float(one["score"]), abs=1e-4)
         for one in rows
         if one["stage"] in ("pseudo_masks", "predictions")

@@ -75,7 +75,7 @@ def revision(rev: str) -> Reader:
     return read
 
 
-def compare(methods: Sequence[str], metrics: Path, audit: Path | None, read: Reader) -> dict[str, Compared | None]:
+def compare(methods: Sequence[str], metrics: Path, audit: Path, read: Reader) -> dict[str, Compared | None]:
     """Method → what changed; None where the revision lacks it. FileNotFoundError if it lacks all of them."""
     found: dict[str, Compared | None] = {}
     for method, now in page.read_metrics(metrics, methods).items():
@@ -84,8 +84,7 @@ def compare(methods: Sequence[str], metrics: Path, audit: Path | None, read: Rea
         except FileNotFoundError:
             found[method] = None
             continue
-        rows = ([], []) if audit is None else _rows(audit / f"{method}.csv", read)
-        found[method] = _compared(before, now, *rows)
+        found[method] = _compared(before, now, *_rows(audit / f"{method}.csv", read))
     if not any(found.values()):
         raise FileNotFoundError(f"the revision has no metrics of {', '.join(methods)} under {metrics}")
     return found

@@ -77,23 +77,17 @@ class Gallery:
                 row = found.get((image_id, names[name]))
                 miou = float(self.miou[method][image_id][position])
                 self._put(kept, "miou", at, None if math.isnan(miou) else round(miou, DIGITS))
-                self._put(kept, "score", at, None if row is None or row.score is None else round(row.score, DIGITS))
-                self._put(kept, "reasons", at, list(row.reasons) if row is not None and row.reasons else None)
+                if row is None:
+                    continue
+                for what in ("score", "others", "both"):
+                    value = getattr(row, what)
+                    self._put(kept, what, at, None if value is None else round(value, DIGITS))
+                self._put(kept, "reasons", at, list(row.reasons) or None)
         return {"kinds": kinds, "stages": figures}
 
     def _put(self, kept: dict[str, list[Any]], name: str, at: int, value: Any) -> None:
         if value is not None:
             kept.setdefault(name, [None] * len(self.ids))[at] = value
-
-    def rows(self, method: str) -> list[audit_rows.Row]:
-        """The gallery's own figures as rows, for runs whose evaluate writes no audit/<m>.csv."""
-        found = []
-        for image_id, values in self.miou[method].items():
-            names = self.stage_of(image_id)
-            for name, value in zip(store.GALLERY_STAGES, values, strict=True):
-                if name in names and not math.isnan(value):
-                    found.append(audit_rows.Row(image_id, names[name], float(value), None, ()))
-        return found
 
     def write(self, folder: Path) -> list[Path]:
         """data-0000.js …: a call of tag2mask.block each; one block is in memory at a time."""

@@ -10,8 +10,9 @@ import csv
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.audit import blocks, charts, colours, surroundings
+from pipeline.audit import between, blocks, charts, colours, surroundings
 from pipeline.audit import rows as audit_rows
 from pipeline.core import store
 from pipeline.core.records import Records
@@ -31,6 +32,7 @@ TEMPLATE = "page.html.jinja"
 SCRIPTS = ("base.js", "data.js", "paint.js", "gallery.js", "viewer.js", "app.js")
 INLINE_BYTES = 15_000_000  # of the whole page; larger ones load their pictures from files beside it
 STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "score_maps_val", "decoder_val", "predictions")
+LAST = {"train": "pseudo_masks", "val": "predictions"}  # split → the stage whose masks are used in the end
 CHAINS = (
     ("score_maps", "decoder"),
     ("score_maps", "refined", "pseudo_masks"),
@@ -40,13 +42,13 @@ CHAINS = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """Folders that the page is made from: <m>.json, <m>/threshold.csv, <m>.h5, <m>.h5; <m>.csv, or None where there are none."""
+    """Folders that the page is made from: <m>.json, <m>/threshold.csv, <m>.h5, <m>.h5, <m>.csv with <m>.h5."""
 
     metrics: Path
     plots: Path
     gallery: Path
     inspection: Path
-    audit: Path | None
+    audit: Path
 
 
 def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -69,18 +71,21 @@ def write(out: Path, records: Records, methods: Sequence[str], inputs: Inputs, s
         old.unlink()
     found = read_metrics(inputs.metrics, methods)
     gallery = blocks.Gallery(inputs.gallery, methods, records)
-    known, review = _audit(gallery, inputs.audit, methods, settings.review)
-    audit_rows.write_review(out / "review.csv", review)
+    agreement = between.read(inputs.audit, methods, records)
+    audit = _audit(gallery, inputs.audit, methods, settings.review, agreement)
+    audit_rows.write_review(out / "review.csv", audit.worst)
     facts = {
         "methods": list(methods),
         "stages": shown_stages(found),
         "splits": splits_of(found),
         "classes": ["background", *records.labels.names],
         "colours": colours.of_classes(len(records.labels), settings.palette),
-        "images": gallery.table(known),
+        "images": gallery.table(audit.shown),
+        "last": LAST,
         "steps": {after: before for chain in CHAINS for before, after in pairwise(chain)} | _skipped(found),
     }
-    text = render(settings.title, records, found, curves(inputs.plots, methods), inputs.inspection, facts)
+    several = Several({} if agreement is None else agreement.pairs, audit.outside)
+    text = render(settings.title, records, found, curves(inputs.plots, methods), inputs.inspection, facts, several)
     paths = gallery.write(out)
     with (out / "index.html").open("w", encoding="utf-8") as file:
         start, end = text.split(MARK)
@@ -106,29 +111,53 @@ def _skipped(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {chain[2]: chain[0] for chain in CHAINS if len(chain) == 3 and chain[1] not in there}
 
 
-Known = dict[str, dict[tuple[str, str], audit_rows.Row]]
+@dataclass(frozen=True)
+class Audit:
+    """What the rows of audit/<m>.csv say, by method: those of the gallery's images by (id, stage), the worst of all images, and how
+    many images of a stage have a sign out of its limits."""
+
+    shown: dict[str, dict[tuple[str, str], audit_rows.Row]] = field(default_factory=dict)
+    worst: dict[str, list[audit_rows.Row]] = field(default_factory=dict)
+    outside: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Several:
+    """What is counted over images for the page. pairs: split → f64[m,m] of `between`; outside: as in Audit."""
+
+    pairs: Mapping[str, np.ndarray]
+    outside: Mapping[str, Mapping[tuple[str, str], int]]
 
 
 def _audit(
-    gallery: blocks.Gallery, folder: Path | None, methods: Sequence[str], count: int
-) -> tuple[Known, dict[str, list[audit_rows.Row]]]:
-    """Rows of the images in the gallery, and the worst rows of all images, for each method; the files are read once each."""
-    shown = set(gallery.ids)
-    known: Known = {method: {} for method in methods}
-    review = {}
+    gallery: blocks.Gallery, folder: Path, methods: Sequence[str], count: int, agreement: between.Agreement | None
+) -> Audit:
+    """The files are read once each, row by row."""
+    shown, audit = set(gallery.ids), Audit()
     for method in methods:
-        rows = gallery.rows(method) if folder is None else audit_rows.read(folder / f"{method}.csv")
-        review[method] = audit_rows.worst(_keeping(rows, shown, known[method]), count)
-    return known, review
+        others = {} if agreement is None else agreement.images[method]
+        kept = audit.shown[method] = {}
+        outside = audit.outside[method] = Counter()
+        rows = _keeping(audit_rows.read(folder / f"{method}.csv"), others, shown, kept, outside)
+        audit.worst[method] = audit_rows.worst(rows, count)
+    return audit
 
 
 def _keeping(
-    rows: Iterable[audit_rows.Row], shown: set[str], kept: dict[tuple[str, str], audit_rows.Row]
+    rows: Iterable[audit_rows.Row],
+    others: Mapping[str, tuple[float, int]],
+    shown: set[str],
+    kept: dict[tuple[str, str], audit_rows.Row],
+    outside: Counter[tuple[str, str]],
 ) -> Iterator[audit_rows.Row]:
-    """The rows as they come; those of shown images are put into `kept` on the way."""
+    """The rows as they come, with their agreement; those of shown images are put into `kept`, and reasons counted, on the way."""
     for row in rows:
+        if row.stage in audit_rows.REVIEWED and row.id in others:
+            value, compared = others[row.id]
+            row = replace(row, others=value, compared=compared)
         if row.id in shown:
             kept[row.id, row.stage] = row
+        outside.update({(row.stage, reason.partition(":")[0]) for reason in row.reasons})
         yield row
 
 
@@ -151,6 +180,7 @@ def render(
     curve: Mapping[str, Sequence[tuple[float, float]]],
     inspection_folder: Path,
     facts: Mapping[str, Any],
+    several: Several,
 ) -> str:
     """The page as text, with MARK where pictures go."""
     environment = Environment(
@@ -178,7 +208,10 @@ def render(
         colours=facts["colours"],
         images=facts["images"],
         reasons=sorted(_reasons(facts["images"])),
-        scored=any("score" in one for m in facts["images"]["methods"].values() for one in m["stages"].values()),
+        told={what for m in facts["images"]["methods"].values() for one in m["stages"].values() for what in one},
+        pairs=several.pairs,
+        last=LAST,
+        outside=several.outside,
         steps=facts["steps"],
         stages=shown_stages(found),
         splits=splits_of(found),

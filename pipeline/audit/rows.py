@@ -11,24 +11,40 @@ from pathlib import Path
 
 COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; signs and others may follow
 REVIEWED = ("pseudo_masks", "predictions")  # what is used in the end, on each split
-HEADER = ("id", "method", "stage", "score", "reasons")
+HEADER = ("id", "method", "stage", "score", "others", "reasons")
+ENOUGH = (
+    2  # other methods that a mask's agreement needs to stand beside its score: of two, the better is blamed for the worse
+)
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image at one stage; miou is None without truth, score (label-free, 0..1) where none could be given."""
+    """One image at one stage; miou is None without truth, score (label-free, 0..1) where none could be given.
+
+    others: agreement of a REVIEWED mask with those of the `compared` other methods that have the image, 0..1; None where none has.
+    """
 
     id: str
     stage: str
     miou: float | None
     score: float | None
     reasons: tuple[str, ...]
+    others: float | None = None
+    compared: int = 0
+
+    @property
+    def both(self) -> float | None:
+        """Mean of score and agreement where that was measured to tell more than the score: docs/audit.md."""
+        if self.score is None or self.others is None or self.stage != "pseudo_masks" or self.compared < ENOUGH:
+            return None
+        return (self.score + self.others) / 2
 
     @property
     def quality(self) -> float | None:
-        """What the worst are found by: the label-free score, or the mIoU where there is none."""
-        return self.score if self.score is not None else self.miou
+        """What the worst are found by: score and agreement, or the score, or the mIoU where there is no other."""
+        found = (one for one in (self.both, self.score, self.miou) if one is not None)
+        return next(found, None)
 
 
 def read(path: Path) -> Iterator[Row]:
@@ -73,7 +89,10 @@ def write_review(path: Path, found: Mapping[str, Sequence[Row]]) -> None:
         for method, rows in found.items():
             for row in rows:
                 texts = (row.id, method, row.stage)
-                writer.writerow([*map(safe_cell, texts), _shown(row.quality), safe_cell("|".join(row.reasons))])
+                score = row.score if row.score is not None else row.miou
+                writer.writerow(
+                    [*map(safe_cell, texts), _shown(score), _shown(row.others), safe_cell("|".join(row.reasons))]
+                )
 
 
 def _shown(value: float | None) -> str:

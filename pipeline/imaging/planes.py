@@ -24,6 +24,18 @@ def with_background(scores: np.ndarray, level: float) -> np.ndarray:
     return np.concatenate([np.full((1, *scores.shape[1:]), level, np.float32), scores])
 
 
+def fitted(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    """(rows, columns) px with the long side at `long_side`; smaller images keep their size, and no side falls below 1."""
+    scale = min(1.0, long_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Mask values u8[h,w] at the nearest pixels, u8[size]."""
+    rows, columns = size
+    return np.asarray(Image.fromarray(label).resize((columns, rows), Image.Resampling.NEAREST))
+
+
 Probabilities = Literal["softmax", "share"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,18 @@ from pipeline.imaging import planes
 
 PER_ITEM = 32  # images that one process scores at a time
 DIGITS = 5
+SMALL = 64  # px of the long side of the masks that columns are compared by; docs/audit.md says what that loses
 # stage → (store it reads, split); in the order of the pipeline
 STAGES = {
     "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
     "score_maps_val": "val", "decoder_val": "val", "predictions": "val",
 }  # fmt: skip
+LAST = {"train": "pseudo_masks", "val": "predictions"}  # split → the stage whose masks are used in the end
 # what comes from what: a stage's masks are held against those of the first of these that the image has
 FLOWS = (
     ("score_maps", "decoder"), ("score_maps", "refined"), ("refined", "pseudo_masks"),
     ("score_maps_val", "decoder_val"), ("decoder_val", "predictions"), ("score_maps_val", "predictions"),
 )  # fmt: skip
-CORRECTED = "corrections.json"  # in the folder of pseudo-masks, where export put a person's masks in place of some
 WITHOUT_CONFIDENCE = ("decoder", "decoder_val")
 
 
@@ -88,13 +89,6 @@ class Tally:
         self.histogram += other.histogram
         self.rows += other.rows
 
-    @property
-    def quality(self) -> list[tuple[str, float]]:
-        """(id, own mIoU of its last mask; without truth, that mask's score), of all images."""
-        last = [row for row in self.rows if row.stage in ("pseudo_masks", "predictions")]
-        found = score.scores(last)
-        return [(row.id, row.miou if row.truth else found[row.id, row.stage]) for row in last]
-
 
 @dataclass(frozen=True)
 class Stores:
@@ -134,13 +128,27 @@ def opened(inputs: Inputs) -> Stores:
     return _OPENED[key]
 
 
-def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Tally:
-    """Scores some images at every stage of their split, each read once."""
+Counted = tuple[Tally, list[store.Item]]
+
+
+def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Counted:
+    """Scores some images at every stage of their split, each read once; and SMALL_MASKS items of them."""
     stores = opened(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
+    small = []
     for record in records:
-        _Image(record, inputs, stores, tally).count()
-    return tally
+        image = _Image(record, inputs, stores, tally)
+        image.count()
+        last = image.labels[LAST[record.split]]
+        small.append((record.id, {"mask": planes.nearest(last, planes.fitted(record.size, SMALL))}))
+    return tally, small
+
+
+def gathered(counted: Iterable[Counted], tally: Tally) -> Iterator[store.Item]:
+    """Passes on the SMALL_MASKS items of all images in their order, and adds the counts to `tally` on the way."""
+    for some, small in counted:
+        tally.add(some)
+        yield from small
 
 
 class _Image:
@@ -253,10 +261,40 @@ def winner_of(found: Mapping[str, np.ndarray], record: ImageRecord) -> tuple[np.
     return (found["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0], full.sum(axis=0)
 
 
-def summary(tally: Tally, inputs: Inputs, records: Records) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Audited:
+    """A column's whole tally, and what only all of its images together say; `audited` makes it once.
+
+    rows   by id, then by stage in the order of STAGES
+    scores (id, stage) → label-free quality
+    curve  f64[bins] mIoU of the score maps over the background level; empty without truth
+    """
+
+    tally: Tally
+    rows: Sequence[Row]
+    limits: score.Limits
+    scores: Mapping[tuple[str, str], float]
+    curve: np.ndarray
+
+    @property
+    def quality(self) -> dict[str, float]:
+        """id → own mIoU of the image's last mask; without truth, that mask's score."""
+        last = (row for row in self.rows if row.stage in LAST.values())
+        return {row.id: row.miou if row.truth else self.scores[row.id, row.stage] for row in last}
+
+
+def audited(tally: Tally) -> Audited:
+    """Of all images; neither their order nor that of `tally.rows` matters."""
+    place = {stage: at for at, stage in enumerate(STAGES)}
+    rows = sorted(tally.rows, key=lambda row: (row.id, place[row.stage]))
+    curve = metrics.threshold_curve(tally.histogram) if tally.truth["score_maps"].images else np.zeros(0)
+    return Audited(tally, rows, score.Limits(rows), score.scores(rows), curve)
+
+
+def summary(audit: Audited, inputs: Inputs, records: Records) -> dict[str, Any]:
     """metrics/<m>.json as plain values, rounded: no time, host or path."""
-    names = ["background", *inputs.labels.names]
-    scored = tally.truth["pseudo_masks"].images + tally.truth["predictions"].images > 0
+    tally, names = audit.tally, ["background", *inputs.labels.names]
+    scored = any(tally.truth[stage].images for stage in LAST.values())
     found: dict[str, Any] = {
         "truth": scored,
         "protocol": {
@@ -269,45 +307,37 @@ def summary(tally: Tally, inputs: Inputs, records: Records) -> dict[str, Any]:
         "threshold": {"chosen": inputs.level},
         "stages": {stage: _stage(tally, stage, names, inputs) for stage in STAGES if tally.images[stage]},
     }
-    if (mended := inputs.pseudo_masks / CORRECTED).is_file():
+    if (mended := inputs.pseudo_masks / store.CORRECTED).is_file():
         found["corrected"] = json.loads(mended.read_text(encoding="utf-8"))["corrected"]
     if not scored:
         found["note"] = "There is no ground truth: only figures that need none are given."
-    for split, stage in (("train", "pseudo_masks"), ("val", "predictions")):
+    for split, stage in LAST.items():
         if tally.truth[stage].images:
             found.setdefault("everything_background", {})[split] = _everything_background(tally.truth[stage].confusion)
-    if tally.truth["score_maps"].images:
-        curve = metrics.threshold_curve(tally.histogram)
-        best = int(np.argmax(curve))
-        chosen = metrics.miou(tally.truth["score_maps"].confusion, protocol="background")
+    if len(audit.curve):
+        best = int(np.argmax(audit.curve))
+        chosen, oracle = metrics.miou(tally.truth["score_maps"].confusion, protocol="background"), audit.curve[best]
         found["threshold"] |= {
-            "oracle": best / len(curve), "miou_at_chosen": chosen, "miou_at_oracle": curve[best], "regret": max(0.0, curve[best] - chosen),
+            "oracle": best / len(audit.curve), "miou_at_chosen": chosen, "miou_at_oracle": oracle, "regret": max(0.0, oracle - chosen),
         }  # fmt: skip
-    return _rounded(found | _audit(tally, records, names))
+    return _rounded(found | _of_rows(audit, records, names))
 
 
-def _audit(tally: Tally, records: Records, names: Sequence[str]) -> dict[str, Any]:
+def _of_rows(audit: Audited, records: Records, names: Sequence[str]) -> dict[str, Any]:
     """What the rows and the step from one stage to the next say."""
-    learned = score.Limits(tally.rows)
-    final = [row for row in ordered(tally) if row.stage == "pseudo_masks"]
+    final = [row for row in audit.rows if row.stage == LAST["train"]]
     found: dict[str, Any] = {
-        "flow": [{"from": a, "to": b, **flow.as_values(names)} for (a, b), flow in tally.flow.items() if flow.images],
-        "signs": {stage: learned.medians[stage] for stage in STAGES if stage in learned.medians},
-        "limits": learned.as_values(),
+        "flow": [{"from": a, "to": b, **flow.as_values(names)} for (a, b), flow in audit.tally.flow.items() if flow.images],
+        "signs": {stage: audit.limits.medians[stage] for stage in STAGES if stage in audit.limits.medians},
+        "limits": audit.limits.as_values(),
         "co_occurrence": score.co_occurrence(final, records.by_id(), names),
     }
-    told = score.agreement_with_truth(ordered(tally), score.scores(tally.rows))
+    told = score.agreement_with_truth(audit.rows, audit.scores)
     return found | ({"score": told} if told else {})
 
 
-def ordered(tally: Tally) -> list[Row]:
-    """By id, then by stage in the order of STAGES."""
-    place = {stage: at for at, stage in enumerate(STAGES)}
-    return sorted(tally.rows, key=lambda row: (row.id, place[row.stage]))
-
-
 def write_tables(
-    tally: Tally,
+    audit: Audited,
     found: dict[str, Any],
     records: Records,
     *,
@@ -317,12 +347,10 @@ def write_tables(
     images: Path,
 ) -> None:
     """The CSV files: three for `dvc plots`, and audit/<m>.csv with one line per image and stage. found: what `summary` gave."""
-    curve = metrics.threshold_curve(tally.histogram) if tally.truth["score_maps"].images else []
-    tables.write_thresholds(curve, thresholds)
+    tables.write_thresholds(audit.curve, thresholds)
     tables.write_per_class(found, per_class)
-    tables.write_confusion(tally.truth["pseudo_masks"].confusion, ["background", *records.labels.names], confusion)
-    rows = ordered(tally)
-    score.write(images, rows, records.by_id(), records.labels, score.Limits(rows), score.scores(rows))
+    tables.write_confusion(audit.tally.truth["pseudo_masks"].confusion, ["background", *records.labels.names], confusion)
+    score.write(images, audit.rows, records.by_id(), records.labels, audit.limits, audit.scores)
 
 
 def _everything_background(counts: np.ndarray) -> float:

@@ -17,7 +17,6 @@ from pipeline.core.sections import Export
 from pipeline.steps.corrections import Corrections
 
 PRODUCT = "hdf5"  # always written, as pseudo_masks/
-CORRECTED = "corrections.json"  # in pseudo_masks/, only where some masks were corrected
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def write_corrected(job: Job, by_id: Mapping[str, ImageRecord]) -> None:
         }
     told = {"schema": "corrections", "version": 1, "corrected": len(rows), "images": rows}
     text = json.dumps(told, indent=1, ensure_ascii=False)
-    (job.out / CORRECTED).write_text(text + "\n", encoding="utf-8")
+    (job.out / store.CORRECTED).write_text(text + "\n", encoding="utf-8")
 
 
 def exporters(formats: Sequence[str]) -> dict[str, ModuleType]:

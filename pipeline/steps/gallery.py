@@ -5,24 +5,44 @@ An image is of one split, so the score maps and decoder masks of train and val s
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from pipeline import metrics
 from pipeline.core import store
-from pipeline.core.records import ImageRecord, Records, read_image
+from pipeline.core.records import ImageRecord, Records, read_image, sample
+from pipeline.imaging import planes
 from pipeline.steps import evaluate
 
 PER_ITEM = 16  # images that one process draws at a time
 WORST, RANDOM = 1, 2  # bits of `kind`
 PHOTOGRAPH_QUALITY, SCORE_QUALITY = 70, 75
 SCORE_SIDE = 2  # score maps are kept at 1 / 2 of a thumbnail's side: they come from a grid at stride 4 and are smooth
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of the gallery; its mIoU f32[GALLERY_STAGES] at full size, NaN where it has no such mask or no truth."""
+
+    record: ImageRecord
+    kind: int
+    miou: np.ndarray
+
+
+def shown(audit: evaluate.Audited, records: Records, count: int) -> list[Shown]:
+    """At most `count` images in id order, as `picked` finds them by their quality."""
+    chosen = picked(audit.quality, records, count)
+    ids = {record.id for record, _ in chosen}
+    miou = {(row.id, row.stage.removesuffix("_val")): row.miou for row in audit.rows if row.id in ids}
+    return [
+        Shown(record, kind, np.array([miou.get((record.id, stage), math.nan) for stage in store.GALLERY_STAGES], np.float32))
+        for record, kind in chosen
+    ]
 
 
 def picked(quality: Mapping[str, float], records: Records, count: int) -> list[tuple[ImageRecord, int]]:
@@ -36,10 +56,9 @@ def picked(quality: Mapping[str, float], records: Records, count: int) -> list[t
     of_train = round(count * len(train) / max(1, len(records)))
     for images, share in ((train, of_train), (val, count - of_train)):
         quota = min(len(images), share)
-        by_hash = sorted((record.id for record in images), key=lambda i: hashlib.sha256(i.encode("utf-8")).digest())
         by_quality = sorted((record.id for record in images), key=lambda i: _rank(quality.get(i, math.nan), i))
         half = (quota + 1) // 2
-        random = set(by_hash[:half])
+        random = {record.id for record in sample(images, half)}
         others = [image_id for image_id in by_quality if image_id not in random][: quota - half]
         worst = {*others, *by_quality[: quota - half]}  # a random image may be among the worst too
         found |= {i: RANDOM * (i in random) + WORST * (i in worst) for i in random | worst}
@@ -50,29 +69,30 @@ def _rank(quality: float, image_id: str) -> tuple[bool, float, str]:
     return math.isnan(quality), 0.0 if math.isnan(quality) else quality, image_id
 
 
-def draw_some(chosen: Sequence[tuple[ImageRecord, int]], inputs: evaluate.Inputs) -> list[store.Item]:
+def draw_some(chosen: Sequence[Shown], inputs: evaluate.Inputs) -> list[store.Item]:
     """GALLERY items of some images."""
     stores = evaluate.opened(inputs)
-    return [(record.id, _draw(record, kind, stores, inputs)) for record, kind in chosen]
+    return [(one.record.id, _draw(one, stores, inputs)) for one in chosen]
 
 
-def _draw(record: ImageRecord, kind: int, stores: evaluate.Stores, inputs: evaluate.Inputs) -> dict[str, np.ndarray]:
+def _draw(one: Shown, stores: evaluate.Stores, inputs: evaluate.Inputs) -> dict[str, np.ndarray]:
+    record = one.record
     labels, best = _labels(record, stores, inputs.level)
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
-    size = thumbnail_size(record.size, inputs.settings.thumbnail)
+    size = planes.fitted(record.size, inputs.settings.thumbnail)
     photograph = _scaled(Image.fromarray(read_image(record, inputs.root)), size, Image.Resampling.BOX)
     coarse = (max(1, size[0] // SCORE_SIDE), max(1, size[1] // SCORE_SIDE))
     heat = _scaled(Image.fromarray(np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)), coarse, Image.Resampling.BOX)
-    maps = [smaller(labels[stage], size) for stage in store.GALLERY_STAGES if stage in labels]
+    maps = [planes.nearest(labels[stage], size) for stage in store.GALLERY_STAGES if stage in labels]
     return {
-        "kind": np.array([kind], np.uint8),
+        "kind": np.array([one.kind], np.uint8),
         "size": np.array(size, np.uint16),
         "photograph": _encoded(photograph, "WEBP", quality=PHOTOGRAPH_QUALITY, method=4),
         "scores": _encoded(heat, "JPEG", quality=SCORE_QUALITY, optimize=True),
         "present": np.array([stage in labels for stage in store.GALLERY_STAGES], np.uint8),
         "maps": _packed(np.stack(maps)),
-        "truth": np.zeros(0, np.uint8) if truth is None else _packed(smaller(truth, size)),
-        "miou": np.array([_miou(truth, labels.get(stage), inputs) for stage in store.GALLERY_STAGES], np.float32),
+        "truth": np.zeros(0, np.uint8) if truth is None else _packed(planes.nearest(truth, size)),
+        "miou": one.miou,
     }
 
 
@@ -89,24 +109,6 @@ def _labels(record: ImageRecord, stores: evaluate.Stores, level: float) -> tuple
         labels["refined"] = stores.refined.read(record.id, "label")
         labels["pseudo_masks"] = stores.pseudo_masks.read(record.id, "mask")
     return labels, best
-
-
-def _miou(truth: np.ndarray | None, label: np.ndarray | None, inputs: evaluate.Inputs) -> float:
-    if truth is None or label is None:
-        return math.nan
-    counts = metrics.confusion(truth, label, len(inputs.labels) + 1)
-    return metrics.miou(counts, protocol=inputs.settings.ignored_prediction)
-
-
-def thumbnail_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:
-    """(rows, columns) px with the long side at `long_side`; smaller images keep their size, and no side falls below 1."""
-    scale = min(1.0, long_side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def smaller(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Mask values u8[h,w] at the nearest pixels, u8[size]."""
-    return np.asarray(_scaled(Image.fromarray(label), size, Image.Resampling.NEAREST))
 
 
 def _scaled(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from pipeline.core import store
 from pipeline.core.contracts import Surroundings
-from pipeline.core.records import ImageRecord, read_image
+from pipeline.core.records import ImageRecord, read_image, sample
 from pipeline.imaging import planes, sheet, transforms
 from pipeline.steps import extract
 
@@ -30,8 +29,7 @@ def tagged(records: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 def chosen(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
     """`count` images of split train that have a class, fixed by their ids, in id order."""
-    some = sorted(tagged(records), key=lambda record: hashlib.sha256(record.id.encode("utf-8")).digest())[:count]
-    return sorted(some, key=lambda record: record.id)
+    return sample(tagged(records), count)
 
 
 def inspections(

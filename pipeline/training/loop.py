@@ -10,7 +10,6 @@ crop without augmentation, shared out over the ranks as shards are. It ends with
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -26,6 +25,7 @@ import torch.multiprocessing as processes
 from torch import Tensor
 
 from pipeline.core.contracts import Batch, Clock, Phase
+from pipeline.core.records import sample
 from pipeline.training import checkpoint, optim
 from pipeline.training.data import Draw, TrainingImages, order, seed_of
 
@@ -225,11 +225,10 @@ def _score(
 
 def scored_images(images: TrainingImages) -> TrainingImages:
     """At most SCORED of them, fixed by their ids, with augmentation off: a square of the short side, at a place fixed by the id."""
-    some = sorted(images.records, key=lambda record: hashlib.sha256(record.id.encode("utf-8")).digest())[:SCORED]
     plain = replace(
         images.augment, scale_min=1.0, scale_max=1.0, area_min=None, flip=0.0, jitter=0.0, rand_augment=None, erase=0.0
     )
-    return replace(images, records=sorted(some, key=lambda record: record.id), augment=plain)
+    return replace(images, records=sample(images.records, SCORED), augment=plain)
 
 
 def _batches(

@@ -57,7 +57,14 @@ function truthOf(pictures) {
 // Score and score_maps_val have one name in the gallery: an image is of one split.
 const nameOf = (stage) => stage.replace(/_val$/, "");
 const inGallery = (method, at) => images.methods[method].kinds[at] >= 0;
-const valueOf = (method, stage, what, at) => images.methods[method].stages[stage]?.[what]?.[at] ?? null;
+const FIGURES = { miou: "IoU", score: "score", others: "agreement", both: "score and agreement" };
+
+// Agreement is of the image's last mask, whatever stage is shown; where score and agreement do not go together, the score stands alone.
+function valueOf(method, stage, what, at) {
+  const from = what === "others" ? facts.last[images.splits[at]] : stage;
+  const found = images.methods[method].stages[from]?.[what]?.[at] ?? null;
+  return found === null && what === "both" ? valueOf(method, stage, "score", at) : found;
+}
 
 function changeOf(method, stage, at) {
   const now = valueOf(method, stage, "miou", at);

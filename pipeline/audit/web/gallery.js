@@ -69,7 +69,7 @@ function card(at) {
   const said = change === null ? figure(value) : `${change < 0 ? "▼" : "▲"} ${Math.abs(change).toFixed(3)}`;
   const label = (method) => (state.beside ? `${method} ${figure(valueOf(method, state.stage, state.figure, at))}` : null);
   const made = element(
-    "button", { type: "button", class: "card", title: images.ids[at], "aria-label": `Open ${images.ids[at]}, ${state.figure === "miou" ? "IoU" : "score"} ${figure(value)}` },
+    "button", { type: "button", class: "card", title: images.ids[at], "aria-label": `Open ${images.ids[at]}, ${FIGURES[state.figure]} ${figure(value)}` },
     element("div", { class: "pictures" }, ...methods.map((method) => picture(at, method, state, label(method)))),
     element("div", { class: "under-card" }, element("span", { class: "id" }, images.ids[at]), element("span", { class: "value" }, said)),
     element("span", { class: "gauge" }, element("i", { style: `width: ${100 * (value ?? 0)}%` })),
