@@ -33,7 +33,9 @@ PAGE = """<!DOCTYPE html>
 @click.argument("out", type=click.Path(path_type=Path))
 def main(out: Path) -> None:
     """Writes the page to OUT."""
-    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE).replace("</script", "<\\/script")
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE).replace(
+        "</script", "<\\/script"
+    )
     partial = out.with_name(out.name + ".partial")
     partial.write_text(PAGE % bundle, encoding="utf-8")
     partial.replace(out)

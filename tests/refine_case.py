@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline.core import records, store
+from pipeline.core import records, sections, store
 from pipeline.core.labels import LabelSpace
 from stages import export, fit_refiner, refine
 from tests.toys import SCRATCH, learned_fit
@@ -117,8 +117,7 @@ def build(root: Path, **changes: Any) -> None:
             }
         },
     }
-    rest = ("prepare", "train", "extract", "cross_validate", "retrain", "segment", "evaluate", "report")
-    (root / "params.yaml").write_text(yaml.safe_dump(values | {name: {} for name in rest}), encoding="utf-8")
+    (root / "params.yaml").write_text(yaml.safe_dump({name: {} for name in sections.TOP_LEVEL} | values), encoding="utf-8")
 
 
 def run(stage: str) -> Result:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from pipeline.core import records, store
+from pipeline.core import records, sections, store
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Segment
@@ -221,21 +221,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         )
     records.write(tmp_path / "records.h5", records.Records(LABELS, tuple(found), ()))
     slots = {"backbone": "vit", "init": "x", "refiner": "none", "segmenter": "vit", "segmenter_init": "x"}
-    values: dict[str, Any] = {
-        name: {}
-        for name in (
-            "prepare",
-            "train",
-            "extract",
-            "fit_refiner",
-            "refine",
-            "export",
-            "cross_validate",
-            "retrain",
-            "evaluate",
-            "report",
-        )
-    }
+    values: dict[str, Any] = {name: {} for name in sections.TOP_LEVEL}
     values |= {"dataset": {"name": "folder", "root": str(tmp_path / "raw"), "options": {}}, "methods": {"cam": slots}}
     values["segment"] = {"cam": SETTINGS | {"flip": True, "scales": [0.75, 1.5], "crf": dataclasses.asdict(CRF)}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))

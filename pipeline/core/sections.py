@@ -11,10 +11,17 @@ from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Range,
 
 Compression = Literal["gzip", "zstd", "none"]
 
-TOP_LEVEL = (
-    "dataset", "methods", "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain",
-    "segment", "evaluate", "report",
-)  # fmt: skip
+OF_COLUMNS = (
+    "train",
+    "extract",
+    "fit_refiner",
+    "refine",
+    "export",
+    "cross_validate",
+    "retrain",
+    "segment",
+)  # a key for each method
+TOP_LEVEL = ("dataset", "methods", "prepare", *OF_COLUMNS, "evaluate", "report")
 
 
 @dataclass(frozen=True)
