@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.timing import PROJECT
 from pipeline import metrics
-from pipeline.core import config, records, store
+from pipeline.core import config, records, sections, store
 from pipeline.steps import evaluate
 
 log = logging.getLogger("ablation")
@@ -68,17 +68,7 @@ def read(path: Path) -> Plan:
 def params_of(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     """The preset cut down to the column, with the row's changes. A key that the preset lacks is an error."""
     values = copy.deepcopy(config.read(PROJECT / plan.preset))
-    for section in (
-        "methods",
-        "train",
-        "extract",
-        "fit_refiner",
-        "refine",
-        "export",
-        "cross_validate",
-        "retrain",
-        "segment",
-    ):
+    for section in ("methods", *sections.OF_COLUMNS):
         values[section] = {plan.column: values[section][plan.column]}
     for key, value in (plan.common | row.set).items():
         *path, last = key.split(".")

@@ -37,7 +37,7 @@ def problems(path: Path = PARAMS_FILE) -> list[str]:
     methods = values["methods"] if isinstance(values["methods"], dict) else {}
     if not methods:
         found.append(f"{path}: methods must name at least one column")
-    for section in ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment"):
+    for section in sections.OF_COLUMNS:
         extra = sorted(set(values[section] or {}) - set(methods))
         if extra:
             found.append(f"{path}: {section} has {', '.join(extra)}, which `methods` does not name (edit {path})")

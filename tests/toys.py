@@ -12,6 +12,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from pipeline.core import sections
+
 PROJECT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "square")
 SCRATCH = PROJECT / "data" / "weights" / "scratch.txt"
@@ -58,17 +60,7 @@ def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
     values = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
     values = copy.deepcopy(values)
     values["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
-    for section in (
-        "methods",
-        "train",
-        "extract",
-        "fit_refiner",
-        "refine",
-        "export",
-        "cross_validate",
-        "retrain",
-        "segment",
-    ):
+    for section in ("methods", *sections.OF_COLUMNS):
         values[section] = {key: values[section][key] for key in methods}
     for key in methods:
         values["methods"][key] |= {"init": str(SCRATCH), "segmenter_init": str(SCRATCH)}

@@ -15,6 +15,8 @@ TOP_LEVEL = (
     "dataset", "methods", "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain",
     "segment", "evaluate", "report",
 )  # fmt: skip
+# of these, the ones that have a part for each entry of `methods`
+OF_COLUMNS = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment")
 
 
 @dataclass(frozen=True)
