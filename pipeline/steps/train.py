@@ -99,7 +99,8 @@ def job(
 
 def without(made: loop.Job, held_out: Collection[str]) -> loop.Job:
     """The same job on all its images but these ids, in a work space of its own."""
-    left = [record for record in made.images.records if record.id not in set(held_out)]
+    out = set(held_out)
+    left = [record for record in made.images.records if record.id not in out]
     work_key = store.digest([made.work.name, [record.id for record in left]])
     images = dataclasses.replace(made.images, records=left)
     return dataclasses.replace(made, images=images, work=made.work.with_name(work_key[:32]))
