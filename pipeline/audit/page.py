@@ -32,7 +32,6 @@ TEMPLATE = "page.html.jinja"
 SCRIPTS = ("base.js", "data.js", "paint.js", "gallery.js", "viewer.js", "app.js")
 INLINE_BYTES = 15_000_000  # of the whole page; larger ones load their pictures from files beside it
 STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "score_maps_val", "decoder_val", "predictions")
-LAST = {"train": "pseudo_masks", "val": "predictions"}  # split → the stage whose masks are used in the end
 CHAINS = (
     ("score_maps", "decoder"),
     ("score_maps", "refined", "pseudo_masks"),
@@ -81,7 +80,7 @@ def write(out: Path, records: Records, methods: Sequence[str], inputs: Inputs, s
         "classes": ["background", *records.labels.names],
         "colours": colours.of_classes(len(records.labels), settings.palette),
         "images": gallery.table(audit.shown),
-        "last": LAST,
+        "last": audit_rows.LAST,
         "steps": {after: before for chain in CHAINS for before, after in pairwise(chain)} | _skipped(found),
     }
     several = Several({} if agreement is None else agreement.pairs, audit.outside)
@@ -210,7 +209,7 @@ def render(
         reasons=sorted(_reasons(facts["images"])),
         told={what for m in facts["images"]["methods"].values() for one in m["stages"].values() for what in one},
         pairs=several.pairs,
-        last=LAST,
+        last=audit_rows.LAST,
         outside=several.outside,
         steps=facts["steps"],
         stages=shown_stages(found),

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; signs and others may follow
-REVIEWED = ("pseudo_masks", "predictions")  # what is used in the end, on each split
+LAST = {"train": "pseudo_masks", "val": "predictions"}  # split → the stage whose masks are used in the end
+REVIEWED = tuple(LAST.values())
 HEADER = ("id", "method", "stage", "score", "others", "reasons")
 ENOUGH = (
     2  # other methods that a mask's agreement needs to stand beside its score: of two, the better is blamed for the worse

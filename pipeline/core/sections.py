@@ -11,16 +11,8 @@ from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Range,
 
 Compression = Literal["gzip", "zstd", "none"]
 
-OF_COLUMNS = (
-    "train",
-    "extract",
-    "fit_refiner",
-    "refine",
-    "export",
-    "cross_validate",
-    "retrain",
-    "segment",
-)  # a key for each method
+# those that have a part for each entry of `methods`
+OF_COLUMNS = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment")
 TOP_LEVEL = ("dataset", "methods", "prepare", *OF_COLUMNS, "evaluate", "report")
 
 
