@@ -33,7 +33,7 @@ PAIRS = 20  # of classes that co-occurrence names
 PAIR_IMAGES = 5  # with and without the other class, that a pair needs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image at one stage. signs f32 in the order of SIGNS; shares (mask value, share of the image) of tagged or shown classes;
     miou, mended and spoilt (shares of the pixels) are NaN without truth."""
