@@ -89,7 +89,7 @@ def build(root: Path, **changes: Any) -> None:
         fields = {
             "classes": classes,
             "scores": scores_of(rng, len(classes), size),
-            "agreement": np.full(len(classes), 0.5, np.float32),
+            "agreement": np.full(len(classes), 0.5, np.float16),
             "tag_logits": np.zeros(len(LABELS), np.float32),
             "affinity": affinity_of(rng, size),
             "grid": np.array(grid_of(size), np.uint16),

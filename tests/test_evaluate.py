@@ -42,7 +42,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
         scores = rng.random((len(classes), 16, 16)).astype(np.float16)
         items["scoremaps"].append(
             (image_id, {"classes": np.array(classes, np.uint16), "scores": scores,
-                        "agreement": np.full(len(classes), 0.5, np.float32), "tag_logits": np.zeros(2, np.float32),
+                        "agreement": np.full(len(classes), 0.5, np.float16), "tag_logits": np.zeros(2, np.float32),
                         "affinity": np.zeros((0, 0), np.float16), "grid": np.zeros(2, np.uint16),
                         "decoded": mask.copy() if decoder else np.zeros((0, 0), np.uint8)})
         )  # fmt: skip

@@ -57,10 +57,15 @@ class Records:
         return {record.id: record for record in self.images}
 
 
+def shuffled(ids: Iterable[str]) -> list[str]:
+    """Ids in the order of their sha256: as good as random, and the same wherever the same ids are given."""
+    return sorted(ids, key=lambda image_id: hashlib.sha256(image_id.encode("utf-8")).digest())
+
+
 def sample(records: Iterable[ImageRecord], count: int) -> list[ImageRecord]:
-    """At most `count` of them in id order, drawn by the sha256 of their ids: the same wherever the same images are given."""
-    by_hash = sorted(records, key=lambda record: hashlib.sha256(record.id.encode("utf-8")).digest())
-    return sorted(by_hash[:count], key=lambda record: record.id)
+    """At most `count` of them, the first of `shuffled`, in id order."""
+    by_id = {record.id: record for record in records}
+    return [by_id[image_id] for image_id in sorted(shuffled(by_id)[:count])]
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -57,7 +57,7 @@ SCORE_MAPS = Schema(
     {
         "classes": Field("<u2", ("k",)),
         "scores": Field("<f2", ("k", "gh", "gw")),
-        "agreement": Field("<f4", ("k",)),
+        "agreement": Field("<f2", ("k",)),
         "tag_logits": Field("<f4", ("c",)),
         "affinity": Field("<f2", ("n", "n")),
         "grid": Field("<u2", ("2",)),

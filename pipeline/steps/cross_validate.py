@@ -7,7 +7,6 @@ Mueller, Estimating label quality and errors in semantic segmentation data via a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,7 @@ import numpy as np
 from pipeline import metrics
 from pipeline.core import config, store
 from pipeline.core.labels import IGNORE, LabelSpace
-from pipeline.core.records import ImageRecord, read_image
+from pipeline.core.records import ImageRecord, read_image, shuffled
 from pipeline.core.sections import CrossValidate, Segment
 from pipeline.steps import segment, train
 from pipeline.training import loop
@@ -59,7 +58,7 @@ def folds_of(ids: Iterable[str], folds: int) -> list[list[str]]:
 
     The images' place in the order of the sha256 of their ids decides, so the order of the records does not matter.
     """
-    ordered = sorted(ids, key=lambda image_id: hashlib.sha256(image_id.encode("utf-8")).digest())
+    ordered = shuffled(ids)
     return [sorted(ordered[first::folds]) for first in range(folds)]
 
 
