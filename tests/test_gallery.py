@@ -216,4 +216,4 @@ def test_a_ceiling_that_was_measured_is_shown_as_what_share_of_it_is_reached(tmp
     (tmp_path / "metrics" / "ceiling").mkdir(parents=True)
     (tmp_path / "metrics" / "ceiling" / "cam.json").write_text('{"miou": 0.9, "images": 7}', encoding="utf-8")
     page = page_case.write(tmp_path, ["a", "b", "c", "d", "e"], labels=LABELS, methods=("cam", "weaktr"))
-    assert page.read_text(encoding="utf-8").count("% of its ceiling, 0.900") == 1
+    assert page.read_text(encoding="utf-8").count("% of the ceiling<br>0.900") == 1
