@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -99,7 +100,9 @@ def test_extract_tells_how_well_the_views_agree_and_the_audit_has_it_for_every_i
     assert len(maps) == 12 and all(((values >= 0) & (values <= 1)).all() for values in maps.values())
     with (done.folder / "audit/cam.csv").open(encoding="utf-8", newline="") as file:
         told = {row["id"]: row["views"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"}
-    assert len(told) == 9 and all(float(value) == pytest.approx(maps[one].mean(), abs=1e-5) for one, value in told.items())
+    assert len(told) == 9 and all(
+        float(value) == pytest.approx(maps[one].astype(np.float64).mean(), abs=1e-5) for one, value in told.items()
+    )
 
 
 def test_a_second_run_runs_nothing(done: Copy) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline import metrics
 from pipeline.core import config, store
@@ -123,6 +124,8 @@ def score_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     """Segments some held-out images and writes how they compare with their masks; returns their number."""
     part, records = item
     inner, run = job.segment, str(job.segment.out.resolve())
+    if inner.device == "cpu":
+        torch.set_num_threads(1)  # sums come out differently with more, and how many there are is the process's business
     masks = _masks(job.masks.resolve(), run)
     model = segment.load(inner.segmenter, inner.weights.resolve(), inner.labels, inner.device, run)
 
