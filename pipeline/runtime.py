@@ -182,13 +182,6 @@ def progress(items: Iterable[Out], total: int, what: str, unit: int = 1) -> Iter
             log.info("%s %d/%d %.0f s%s", what, at * unit, total, time.monotonic() - started, note)
 
 
-def limit_threads() -> None:
-    """One torch thread per process: sums then have one order, and bytes do not depend on the host's cores."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 @contextmanager
 def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     """Wraps a stage script's work: logging before, import guard and provenance after."""

@@ -36,9 +36,7 @@ def main(out: Path) -> None:
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE).replace(
         "</script", "<\\/script"
     )
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(PAGE % bundle, encoding="utf-8")
-    partial.replace(out)
+    out.write_text(PAGE % bundle, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pipeline.core import records, store
 from pipeline.core.config import ParamsError
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records
+from pipeline.imaging import planes
 from pipeline.steps import cross_validate, segment, train
 from pipeline.training import loop
 from stages import cross_validate as stage
@@ -77,8 +80,14 @@ def test_pixels_of_255_do_not_count_and_a_mask_of_nothing_else_has_no_figure() -
 
 def test_a_mask_is_brought_to_a_smaller_canvas_by_its_nearest_pixels() -> None:
     mask = np.repeat(np.repeat(np.array([[0, 1], [255, 2]], np.uint8), 3, axis=0), 5, axis=1)
-    assert (cross_validate.nearest(mask, (2, 2)) == [[0, 1], [255, 2]]).all()
-    assert cross_validate.nearest(mask, (1, 1)).shape == (1, 1)
+    assert (planes.nearest(mask, (2, 2)) == [[0, 1], [255, 2]]).all()
+    assert planes.nearest(mask, (1, 1)).shape == (1, 1)
+
+
+@given(st.integers(1, 600), st.integers(1, 600))
+def test_each_pixel_of_a_resized_mask_is_the_one_under_its_centre_and_of_two_the_later(old: int, new: int) -> None:
+    row = planes.nearest(np.arange(old)[None], (1, new))[0]
+    assert row.tolist() == [math.floor(Fraction((2 * at + 1) * old, 2 * new)) for at in range(new)]
 
 
 def masks_of(folder: Path, items: dict[str, np.ndarray]) -> None:

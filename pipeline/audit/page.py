@@ -83,8 +83,7 @@ def write(out: Path, records: Records, methods: Sequence[str], inputs: Inputs, s
         "last": audit_rows.LAST,
         "steps": {after: before for chain in CHAINS for before, after in pairwise(chain)} | _skipped(found),
     }
-    several = Several({} if agreement is None else agreement.pairs, audit.outside)
-    text = render(settings.title, records, found, curves(inputs.plots, methods), inputs.inspection, facts, several)
+    text = render(settings.title, records, found, curves(inputs.plots, methods), inputs.inspection, facts, audit)
     paths = gallery.write(out)
     with (out / "index.html").open("w", encoding="utf-8") as file:
         start, end = text.split(MARK)
@@ -113,26 +112,19 @@ def _skipped(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 @dataclass(frozen=True)
 class Audit:
     """What the rows of audit/<m>.csv say, by method: those of the gallery's images by (id, stage), the worst of all images, and how
-    many images of a stage have a sign out of its limits."""
+    many images of a stage have a sign out of its limits. pairs: split → f64[m,m] of `between`."""
 
+    pairs: Mapping[str, np.ndarray]
     shown: dict[str, dict[tuple[str, str], audit_rows.Row]] = field(default_factory=dict)
     worst: dict[str, list[audit_rows.Row]] = field(default_factory=dict)
     outside: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Several:
-    """What is counted over images for the page. pairs: split → f64[m,m] of `between`; outside: as in Audit."""
-
-    pairs: Mapping[str, np.ndarray]
-    outside: Mapping[str, Mapping[tuple[str, str], int]]
 
 
 def _audit(
     gallery: blocks.Gallery, folder: Path, methods: Sequence[str], count: int, agreement: between.Agreement | None
 ) -> Audit:
     """The files are read once each, row by row."""
-    shown, audit = set(gallery.ids), Audit()
+    shown, audit = set(gallery.ids), Audit({} if agreement is None else agreement.pairs)
     for method in methods:
         others = {} if agreement is None else agreement.images[method]
         kept = audit.shown[method] = {}
@@ -179,7 +171,7 @@ def render(
     curve: Mapping[str, Sequence[tuple[float, float]]],
     inspection_folder: Path,
     facts: Mapping[str, Any],
-    several: Several,
+    audit: Audit,
 ) -> str:
     """The page as text, with MARK where pictures go."""
     environment = Environment(
@@ -208,9 +200,9 @@ def render(
         images=facts["images"],
         reasons=sorted(_reasons(facts["images"])),
         told={what for m in facts["images"]["methods"].values() for one in m["stages"].values() for what in one},
-        pairs=several.pairs,
+        pairs=audit.pairs,
         last=audit_rows.LAST,
-        outside=several.outside,
+        outside=audit.outside,
         steps=facts["steps"],
         stages=shown_stages(found),
         splits=splits_of(found),

@@ -13,9 +13,8 @@ COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; signs and
 LAST = {"train": "pseudo_masks", "val": "predictions"}  # split → the stage whose masks are used in the end
 REVIEWED = tuple(LAST.values())
 HEADER = ("id", "method", "stage", "score", "others", "reasons")
-ENOUGH = (
-    2  # other methods that a mask's agreement needs to stand beside its score: of two, the better is blamed for the worse
-)
+# other methods that a mask's agreement needs to stand beside its score: of two, the better is blamed for the worse
+ENOUGH = 2
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 

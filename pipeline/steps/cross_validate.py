@@ -21,6 +21,7 @@ from pipeline.core import config, store
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, read_image, shuffled
 from pipeline.core.sections import CrossValidate, Segment
+from pipeline.imaging.planes import nearest
 from pipeline.steps import segment, train
 from pipeline.training import loop
 
@@ -95,7 +96,7 @@ def compare(found: np.ndarray, mask: np.ndarray, temperature: float) -> dict[str
     Both are held against each other on the probabilities' canvas, which is the image's size unless that is huge: a mask is
     brought there by its nearest pixels, which costs p times less than enlarging the probabilities.
     """
-    given = nearest(mask, found.shape[1:])
+    given = nearest(mask, (found.shape[1], found.shape[2]))
     known = given != IGNORE
     counts = metrics.confusion(given, found.argmax(axis=0).astype(np.uint8), len(found))
     told = np.take_along_axis(found, np.where(known, given, 0)[None].astype(np.intp), 0)[0][known]
@@ -103,14 +104,6 @@ def compare(found: np.ndarray, mask: np.ndarray, temperature: float) -> dict[str
         "soft_min": np.array([soft_min(told, temperature)], np.float32),
         "agreement": np.array([metrics.miou(counts, protocol="background")], np.float32),
     }
-
-
-def nearest(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """u8[h,w] → u8[size], the pixels under the centres of the new ones."""
-    if mask.shape == tuple(size):
-        return mask
-    rows, columns = ((np.arange(n) * 2 + 1) * old // (2 * n) for n, old in zip(size, mask.shape, strict=True))
-    return mask[rows[:, None], columns]
 
 
 @lru_cache(maxsize=1)

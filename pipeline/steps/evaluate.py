@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from pipeline import metrics
 from pipeline.audit import score, signs, tables, truth
+from pipeline.audit.rows import LAST
 from pipeline.audit.score import Row
 from pipeline.audit.truth import Flow, Sums
 from pipeline.core import store
@@ -30,7 +31,6 @@ STAGES = {
     "score_maps": "train", "decoder": "train", "refined": "train", "pseudo_masks": "train",
     "score_maps_val": "val", "decoder_val": "val", "predictions": "val",
 }  # fmt: skip
-LAST = {"train": "pseudo_masks", "val": "predictions"}  # split → the stage whose masks are used in the end
 # what comes from what: a stage's masks are held against those of the first of these that the image has
 FLOWS = (
     ("score_maps", "decoder"), ("score_maps", "refined"), ("refined", "pseudo_masks"),
