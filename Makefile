@@ -9,11 +9,11 @@ setup: ## venv, pinned packages, the pydensecrf build, a self-check
 	@$(PY) -m stages.doctor --quiet
 
 data: setup ## draws the embedded data set
-	@$(PY) -m pipeline.datasets.scenes data/raw/scenes
+	@$(PY) -m pipeline.datasets.scenes.dataset data/raw/scenes
 
 demo: data ## the whole pipeline on drawn scenes, and a table of its figures
 	dvc repro
-	@$(PY) -m pipeline.audit.summary metrics
+	@$(PY) -m pipeline.report.summary metrics
 
 test: setup lint ## everything that CI runs
 	$(PY) -m pytest -q -n 2 --dist loadfile

@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.timing import PROJECT
 from pipeline import metrics
 from pipeline.core import config, records, sections, store
-from pipeline.steps import evaluate
+from pipeline.jobs import evaluate
 
 log = logging.getLogger("ablation")
 PROTOCOL, BINS = "background", 100

@@ -19,7 +19,7 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging import pseudo_labels, transforms
 from pipeline.imaging.scoremaps import merge_views
-from pipeline.methods import afa
+from pipeline.methods.afa import method as afa
 from pipeline.training.settings import Schedule
 
 NAME = "benchmarks.afa"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import Memory, Timing, main_of, pair
-from pipeline.imaging.patch_pooling import adaptive_k_pooled, patch_contrast
+from pipeline.methods.apc.patch_pooling import adaptive_k_pooled, patch_contrast
 
 NAME = "benchmarks.apc"
 IMAGES, PLANES, SIDE, DIM, K_MAX = 16, 21, 24, 768, 24  # a ViT-B's patches at 384 px, VOC's classes and background

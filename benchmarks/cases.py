@@ -42,8 +42,8 @@ def score_maps(folder: Path) -> list[Timing]:
     from pipeline.core.records import ImageRecord
     from pipeline.core.sections import Extract
     from pipeline.imaging import transforms
-    from pipeline.methods import cam
-    from pipeline.steps import extract
+    from pipeline.jobs import score_maps
+    from pipeline.methods.cam import method as cam
     from pipeline.training.settings import Schedule
 
     del folder
@@ -57,7 +57,7 @@ def score_maps(folder: Path) -> list[Timing]:
     records = [ImageRecord(str(index), "", SIZE, "train", (index, index + 5), b"") for index in range(4)]
 
     def ours() -> list[np.ndarray]:
-        found = extract.score(images, records, method, cam.Options(), settings, "cpu")
+        found = score_maps.score(images, records, method, cam.Options(), settings, "cpu")
         return [one["scores"].astype(np.float32) for one in found]
 
     @torch.inference_mode()

@@ -18,9 +18,9 @@ from benchmarks.timing import Memory, Timing, main_of, pair
 from pipeline.core import plugins
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
-from pipeline.imaging.masking import soft_masks
-from pipeline.methods import semples
-from pipeline.nn.vit import clip
+from pipeline.methods.semples import clip
+from pipeline.methods.semples import method as semples
+from pipeline.methods.semples.masking import soft_masks
 from pipeline.training.settings import Schedule
 
 NAME = "benchmarks.semples"

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import click
 import yaml
 
-from pipeline.core.config import ParamsError
+from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.store import StoreError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -94,9 +94,9 @@ def ranks(shards: int) -> int:
     return min(shards, _count("TAG2MASK_RANKS", default))
 
 
-def loaders(on: str) -> int:
+def loaders(device: str) -> int:
     """Threads that decode images ahead of training. On CPU the cores are the ranks', so decoding stays in line."""
-    return 0 if on == "cpu" else _count("TAG2MASK_WORKERS", min(8, cores()))
+    return 0 if device == "cpu" else _count("TAG2MASK_WORKERS", min(8, cores()))
 
 
 def check_params() -> None:
@@ -121,12 +121,29 @@ def stage_name() -> str | None:
     return os.environ.get("DVC_STAGE")
 
 
-def each(function: Callable[[In], Out], items: Sequence[In], *, processes: int, what: str, unit: int = 1) -> Iterator[Out]:
-    """function(item) for every item, results in the order of `items`, with a progress bar.
+def one_thread() -> None:
+    """One torch thread in this process and in those that it starts: images and shards share the cores, sums have one order.
+
+    Before anything is built or computed: two threads that make MKL's first call of a vector function together can get a kernel of
+    low accuracy (pytorch/pytorch#188792).
+    """
+    os.environ.update(
+        {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    )  # for a torch that is imported later, and for children
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def each(
+    function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
+) -> Iterator[Out]:
+    """function(item) for every item, results in the order of `items`, with a progress bar. unit: images an item.
 
     With more than one process, `function` must be picklable; at most two items per process are in flight, so memory does not
-    grow with their number. An error in one item ends the run after the items in flight have finished.
+    grow with their number. An error in one item ends the run after the items in flight have finished. Every process has one thread.
     """
+    one_thread()
+    processes = workers(device)
     if processes == 1 or len(items) <= 1 or inline():
         yield from progress(map(function, items), len(items) * unit, what, unit)
         return
@@ -135,7 +152,7 @@ def each(function: Callable[[In], Out], items: Sequence[In], *, processes: int, 
 
 def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) -> Iterator[Out]:
     context = multiprocessing.get_context("spawn")  # fork after torch has threads is unsafe
-    with ProcessPoolExecutor(min(processes, len(items)), context) as pool:
+    with ProcessPoolExecutor(min(processes, len(items)), context, one_thread) as pool:
         running: dict[Future[Out], int] = {}
         done: dict[int, Out] = {}
         source, next_out = iter(enumerate(items)), 0
@@ -154,6 +171,11 @@ def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) 
             while next_out in done:
                 yield done.pop(next_out)
                 next_out += 1
+
+
+def info(text: str, *values: object) -> None:
+    """Logs a line."""
+    log.info(text, *values)
 
 
 def progress(items: Iterable[Out], total: int, what: str, unit: int = 1) -> Iterator[Out]:
@@ -188,6 +210,7 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     started = time.time()
+    one_thread()
     try:
         yield
     except (ParamsError, StoreError, FileNotFoundError, ValueError) as error:
@@ -254,9 +277,9 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def guard(name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = PROJECT / "params.yaml") -> None:
-    """RuntimeError if this process has imported a project file that stage `name` does not declare as a dep."""
-    deps = declared_deps(name, dvc_file, params_file)
+def guard(name: str, folder: Path = PROJECT) -> None:
+    """RuntimeError if this process has imported a project file that stage `name` of folder/dvc.yaml does not declare as a dep."""
+    deps = declared_deps(name, folder)
     covered = tuple(dep.rstrip("/") + "/" for dep in deps)
     strays = [file for file in imported_files() if file != EXEMPT and file not in deps and not file.startswith(covered)]
     if strays:
@@ -266,54 +289,44 @@ def guard(name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = 
         )
 
 
-def declared_deps(name: str, dvc_file: Path, params_file: Path) -> list[str]:
-    """The deps of one stage with ${key}, ${item.x} and params filled in; a small stand-in for DVC, which starts slowly."""
-    entry, values = _entry(name, dvc_file, params_file)
-    return [_fill(dep if isinstance(dep, str) else next(iter(dep)), values) for dep in entry.get("deps", [])]
+def declared_deps(name: str, folder: Path = PROJECT) -> list[str]:
+    """The deps of one stage, as DVC resolves them."""
+    return [dep if isinstance(dep, str) else next(iter(dep)) for dep in _resolved(name, folder).get("deps", [])]
 
 
-def _entry(name: str, dvc_file: Path, params_file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stage's entry in dvc.yaml, and what may stand in its ${…}."""
-    stages = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))["stages"]
-    params = yaml.safe_load(params_file.read_text(encoding="utf-8"))
-    base, _, key = name.partition("@")
-    entry = stages[base]
-    values: dict[str, Any] = dict(params)
-    if "foreach" in entry:
-        mapping = params[entry["foreach"].strip("${} ")]
-        values |= {"key": key, "item": mapping[key]}
-        entry = entry["do"]
-    return entry, values
-
-
-def command_paths(
-    name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = PROJECT / "params.yaml"
-) -> dict[str, Path]:
+def command_paths(name: str, folder: Path = PROJECT) -> dict[str, Path]:
     """The options of one stage's command line, as dvc.yaml has them: paths stand there alone."""
-    entry, values = _entry(name, dvc_file, params_file)
-    words = shlex.split(_fill(entry["cmd"], values))
+    words = shlex.split(_resolved(name, folder)["cmd"])
     return {word[2:]: Path(words[at + 1]) for at, word in enumerate(words) if word.startswith("--")}
 
 
-def params_digest(name: str, dvc_file: Path = PROJECT / "dvc.yaml", params_file: Path = PROJECT / "params.yaml") -> str:
-    """sha256 over the values of the params that one stage declares."""
-    entry, values = _entry(name, dvc_file, params_file)
-    declared = [_fill(param, values) for param in entry.get("params", [])]
-    found = {}
-    for param in declared:
-        value: Any = values
-        for part in param.split("."):
-            value = value[part]
-        found[param] = value
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+def params_digest(name: str, folder: Path = PROJECT) -> str:
+    """sha256 over the values of the params that one stage declares, of params.yaml and of its recipe."""
+    values: dict[str, Any] = {}
+    for entry in _resolved(name, folder).get("params", []):
+        by_file = {PARAMS_FILE.name: [entry]} if isinstance(entry, str) else entry
+        for file, keys in by_file.items():
+            content = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
+            values |= {f"{file}:{key}": _at(content, key) for key in keys}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _fill(text: str, values: dict[str, Any]) -> str:
-    while "${" in text:
-        before, _, rest = text.partition("${")
-        name, _, after = rest.partition("}")
-        found: Any = values
-        for part in name.strip().split("."):
-            found = found[part]
-        text = f"{before}{found}{after}"
-    return text
+def _at(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content
+
+
+def _resolved(name: str, folder: Path) -> dict[str, Any]:
+    """A stage's entry in folder/dvc.yaml, its ${…} filled in by DVC's own rules, without the rest of DVC, which starts slowly."""
+    from dvc.parsing.context import Context
+
+    params = yaml.safe_load((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+    base, _, key = name.partition("@")
+    entry = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"][base]
+    context = Context(params)
+    if "foreach" in entry:
+        runs = context.resolve(entry["foreach"])
+        context = Context({**params, "key": key, "item": runs[key]})
+        entry = entry["do"]
+    return context.resolve(entry)

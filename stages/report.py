@@ -1,55 +1,43 @@
-"""Metrics, curves and galleries of all columns → report/index.html and review.csv; or what changed since a revision."""
+"""Metrics, curves and galleries of all runs → report/index.html and review.csv; or what changed since a revision."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline import runtime
-from pipeline.audit import against as revisions
-from pipeline.audit import page
-from pipeline.core import config, sections
-from pipeline.core import records as records_file
+from pipeline.core import sections
+from pipeline.jobs import report as job
 
-FOLDER = click.Path(path_type=Path)
+FOLDER: Any = click.Path(path_type=Path)
 
 
 @click.command()
 @click.option("--records", type=FOLDER, help="Read: records.h5 of prepare.")
-@click.option("--metrics", type=FOLDER, help="Read: folder of <method>.json.")
-@click.option("--plots", type=FOLDER, help="Read: folder of <method>/threshold.csv.")
-@click.option("--gallery", type=FOLDER, help="Read: folder of <method>.h5.")
-@click.option("--inspection", type=FOLDER, help="Read: folder of <method>.h5.")
-@click.option("--audit", type=FOLDER, help="Read: folder of <method>.csv, a row per image and stage.")
+@click.option("--metrics", type=FOLDER, help="Read: folder of <run>.json.")
+@click.option("--plots", type=FOLDER, help="Read: folder of <run>/threshold.csv.")
+@click.option("--gallery", type=FOLDER, help="Read: folder of <run>.h5.")
+@click.option("--inspection", type=FOLDER, help="Read: folder of <run>.h5.")
+@click.option("--audit", type=FOLDER, help="Read: folder of <run>.csv, a row per image and stage.")
 @click.option("--report", type=FOLDER, help="Written: folder with index.html and review.csv.")
 @click.option(
     "--against", metavar="REV", help="Writes against.html beside the report instead: changes since a git revision."
 )
-def main(against: str | None, **paths: Path | None) -> None:
-    """Writes one page for all columns: figures per stage, drawings, and a gallery of pictures. No network is needed.
+def main(against: str | None, **options: Path | None) -> None:
+    """Writes one page for all runs: figures per stage, drawings, and a gallery of pictures. No network is needed.
 
     Reads sections methods and report of params.yaml. With --against, paths that are not given are those of dvc.yaml.
     """
+    paths = {name: path for name, path in options.items() if path is not None}
     with runtime.stage():
-        values = sections.read()
-        methods = list(values["methods"])
         if against is not None:
-            there = runtime.command_paths("report", Path("dvc.yaml"), config.PARAMS_FILE) | {
-                k: v for k, v in paths.items() if v
-            }
-            found = revisions.compare(methods, there["metrics"], there["audit"], revisions.revision(against))
-            out = there["report"].with_name("against.html")  # not inside the report, which is a cached out
-            out.write_text(revisions.render(against, found, f"{there['report'].name}/index.html"), encoding="utf-8")
-            click.echo(out)
-            return
-        read = {name: path for name, path in paths.items() if path is not None}
-        missing = [f"--{name}" for name in paths if name not in read]
-        if missing:
+            click.echo(job.compared(sections.read(), against, runtime.command_paths("report", Path()) | paths))
+        elif missing := [f"--{name}" for name in options if name not in paths]:
             raise click.UsageError(f"Missing {', '.join(missing)}.")
-        settings = config.parse(sections.Report, values["report"], "report")
-        inputs = page.Inputs(read["metrics"], read["plots"], read["gallery"], read["inspection"], read["audit"])
-        page.write(read["report"], records_file.read(read["records"]), methods, inputs, settings)
+        else:
+            job.run(sections.read(), paths)
 
 
 if __name__ == "__main__":

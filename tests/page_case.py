@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.audit import page
+from pipeline import stage_order
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
+from pipeline.report import page
 
 SIZE = (24, 32)
 PANELS = np.frombuffer(b"photograph,map", np.uint8)
@@ -47,7 +48,7 @@ def masks_of(at: int, stages: int, classes: int) -> tuple[np.ndarray, np.ndarray
 
 def item_of(at: int, split: str, photograph: np.ndarray, scores: np.ndarray, classes: int, truth: bool) -> dict[str, Any]:
     present = np.array(
-        [name in (TRAIN if split == "train" else ("score_maps", "predictions")) for name in store.GALLERY_STAGES]
+        [name in (TRAIN if split == "train" else ("score_maps", "predictions")) for name in stage_order.GALLERY]
     )
     true, maps = masks_of(at, int(present.sum()), classes)
     miou = (

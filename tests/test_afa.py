@@ -19,14 +19,14 @@ from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
 from pipeline.imaging import pseudo_labels
-from pipeline.methods import afa
-from pipeline.steps import extract
+from pipeline.jobs import extract
+from pipeline.methods.afa import method as afa
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.pixel_losses import dense_energy
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights
 from tests.toy_batches import batch
-from tests.toys import toy_params
+from tests.toys import toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
@@ -35,7 +35,7 @@ WARM, LABELLED, SPREAD = Clock(0, 0, 100), Clock(0, 40, 100), Clock(0, 80, 100) 
 
 
 def made(backbone: str = "mit", architecture: str = "scenes_mit", **changes: Any) -> afa.Method:
-    model = toy_params(Path("raw"), ["afa"])["train"]["afa"]["model"]
+    model = toy_recipe("afa")["train"]["model"]
     model |= {"architecture": architecture, "image_size": 64, "cam_iters": 0.3, "aff_iters": 0.5, **changes}
     torch.manual_seed(0)
     return afa.Method(LABELS, config.parse(afa.Params, model, "model"), SCHEDULE, plugins.load("nn", backbone))

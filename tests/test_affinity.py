@@ -16,7 +16,7 @@ from pipeline.core.labels import IGNORE
 from pipeline.imaging.affinity import affinity_labels, affinity_loss, propagate
 from pipeline.imaging.par import ParSettings, refine_image
 from pipeline.imaging.planes import trinary_labels
-from pipeline.refiners.walk import Params, Refiner
+from pipeline.refiners.walk.refiner import Params, Refiner
 from tests.shared_data import golden
 
 

@@ -18,13 +18,13 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.imaging.patch_pooling import Rule, adaptive_k_pooled, chosen_patches, patch_contrast
-from pipeline.methods import apc
-from pipeline.steps import extract
+from pipeline.jobs import extract
+from pipeline.methods.apc import method as apc
+from pipeline.methods.apc.patch_pooling import Rule, adaptive_k_pooled, chosen_patches, patch_contrast
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.toy_batches import batch
-from tests.toys import toy_params
+from tests.toys import toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
@@ -43,7 +43,7 @@ DECODER = {
 
 
 def parsed(**changes: Any) -> apc.Params:
-    model = toy_params(Path("raw"), ["apc"])["train"]["apc"]["model"]
+    model = toy_recipe("apc")["train"]["model"]
     model |= {"architecture": "scenes_vit", "image_size": 64, "decoder": DECODER, "context": "none", **ALL_LOSSES, **changes}
     return config.parse(apc.Params, model, "model")
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.audit import between, rows
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
-from pipeline.steps import evaluate
+from pipeline.jobs import evaluate
+from pipeline.report import method_agreement as between
+from pipeline.report import rows
 from tests import page_case
 from tests.test_evaluate import SETTINGS, build
 

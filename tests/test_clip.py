@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.core import config
-from pipeline.nn import family
-from pipeline.nn.vit import clip
-from pipeline.nn.vit.clip import CriticFile, Remembered, Tokens, read_critic
+from pipeline.methods.semples import clip
+from pipeline.methods.semples.clip import CriticFile, Remembered, Tokens, read_critic
+from pipeline.nn import weights
 
 open_clip: Any = clip.open_clip  # imported there, after torchvision was mended
 TINY = {
@@ -117,7 +117,7 @@ def test_a_mean_of_sentences_is_a_unit_vector_again(file: CriticFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "mean"), [("clip", (0.48145466, 0.4578275, 0.40821073)), ("imagenet", family.IMAGENET_MEAN)]
+    ("normalisation", "mean"), [("clip", (0.48145466, 0.4578275, 0.40821073)), ("imagenet", weights.IMAGENET_MEAN)]
 )
 def test_the_mean_colour_is_zero_and_any_size_is_brought_to_the_critics(
     file: CriticFile, normalisation: clip.Normalisation, mean: tuple[float, ...]
@@ -133,7 +133,7 @@ def test_half_precision_and_pth_files_serve(file: CriticFile, tmp_path: Path) ->
     half = read_critic(saved("tiny", tmp_path / "half.safetensors", half=True), "clip").sentences(["a photo of dog."])
     torch.testing.assert_close(half, texts, atol=1e-2, rtol=0)
     path = tmp_path / "tiny.pt"
-    torch.save({"state_dict": family.read_weights(Path(file.weights))}, path)
+    torch.save({"state_dict": weights.read_weights(Path(file.weights))}, path)
     again = CriticFile("tiny", str(path), hashlib.sha256(path.read_bytes()).hexdigest())
     torch.testing.assert_close(read_critic(again, "clip").sentences(["a photo of dog."]), texts)
 

@@ -12,13 +12,12 @@ import pytest
 import refine_case as case
 from PIL import Image
 
-from pipeline import mask_files
+from pipeline import corrections, mask_files
 from pipeline.core import records as records_file
 from pipeline.core.records import Records, file_stem
+from pipeline.corrections import CorrectionsError
 from pipeline.exporters import cvat
-from pipeline.exporters.hdf5 import PseudoMasks
-from pipeline.steps import corrections
-from pipeline.steps.corrections import CorrectionsError
+from pipeline.readers import PseudoMasks
 
 SIZES = {image_id: size for image_id, size, _, _ in case.IMAGES}
 

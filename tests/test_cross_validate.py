@@ -24,7 +24,7 @@ from pipeline.core.config import ParamsError
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.imaging import planes
-from pipeline.steps import cross_validate, segment, train
+from pipeline.jobs import cross_validate, segment, train
 from pipeline.training import loop
 from stages import cross_validate as stage
 from tests.test_segment import Colours

@@ -107,7 +107,7 @@ def test_every_exporter_that_writes_is_a_dep_of_export(stages: dict[str, Any]) -
     files = {f"pipeline/exporters/{path.name}" for path in (PROJECT / "pipeline" / "exporters").glob("*.py")}
     written = files - {
         "pipeline/exporters/__init__.py",
-        "pipeline/exporters/hdf5.py",
+        "pipeline/readers.py",
     }  # hdf5 is a reader: export writes the product
     assert all(written <= set(deps(stage)) for name, stage in stages.items() if name.startswith("export@"))
 
@@ -156,21 +156,21 @@ def stale_after(stages: dict[str, Any], changed: str) -> set[str]:
     [
         ("pipeline/crf.py", each("fit_refiner", "refine", "cross_validate", "segment")),
         ("pipeline/metrics.py", each("cross_validate", "evaluate")),
-        ("pipeline/methods/cam.py", {"train@cam", "extract@cam"}),
-        ("pipeline/methods/weaktr.py", {"train@weaktr", "extract@weaktr"}),
-        ("pipeline/steps/inspect.py", each("extract")),
-        ("pipeline/segmenters/vit.py", each("cross_validate", "retrain", "segment")),
-        ("pipeline/steps/cross_validate.py", each("cross_validate")),
-        ("pipeline/refiners/crf.py", each("fit_refiner", "refine")),
-        ("pipeline/refiners/none.py", set()),
-        ("pipeline/datasets/folder.py", set()),
+        ("pipeline/methods/cam/method.py", {"train@cam", "extract@cam"}),
+        ("pipeline/methods/weaktr/method.py", {"train@weaktr", "extract@weaktr"}),
+        ("pipeline/jobs/inspect.py", each("extract")),
+        ("pipeline/segmenters/vit/segmenter.py", each("cross_validate", "retrain", "segment")),
+        ("pipeline/jobs/cross_validate.py", each("cross_validate")),
+        ("pipeline/refiners/crf/refiner.py", each("fit_refiner", "refine")),
+        ("pipeline/refiners/none/refiner.py", set()),
+        ("pipeline/datasets/folder/dataset.py", set()),
         ("pipeline/nn/resnet/backbone.py", set()),
         ("pipeline/nn/mit/backbone.py", set()),
-        ("pipeline/audit/page.py", {"report"}),
+        ("pipeline/report/page.py", {"report"}),
         ("pipeline/exporters/cvat.py", each("export")),
-        ("pipeline/exporters/hdf5.py", set()),
+        ("pipeline/readers.py", set()),
         ("pipeline/mask_files.py", each("export", "segment")),
-        ("pipeline/steps/apply.py", each("segment")),
+        ("pipeline/jobs/segment_folder.py", each("segment")),
         ("data/corrections/a b.png", each("export")),
         ("pipeline/runtime.py", set()),
     ],

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.core.labels import IGNORE
-from pipeline.core.listing import DatasetError, id_problem, read_mask, split_tags, val_by_hash, without_suffix
-from pipeline.datasets import coco2014, folder, voc2012
+from pipeline.core.records import read_mask
+from pipeline.datasets.coco2014 import dataset as coco2014
+from pipeline.datasets.folder import dataset as folder
+from pipeline.datasets.voc2012 import dataset as voc2012
+from pipeline.listing import DatasetError, id_problem, split_tags, val_by_hash, without_suffix
 from tests.shared_data import shared
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipeline.core import store
-from pipeline.exporters.hdf5 import PseudoMasks
+from pipeline.readers import PseudoMasks
 from tests.toys import PROJECT, toy_folder, toy_params
 
 COLUMN = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate")
@@ -121,7 +121,7 @@ def test_metrics_and_plots_can_be_shown(done: Copy) -> None:
         ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "cross_validate@cam", "segment@cam"]),
         ("pipeline/metrics.py", ["cross_validate@cam", "evaluate@cam"]),
         ("pipeline/exporters/voc_png.py", ["export@cam"]),
-        ("pipeline/methods/cam.py", ["train@cam", "extract@cam"]),
+        ("pipeline/methods/cam/method.py", ["train@cam", "extract@cam"]),
         ("pipeline/runtime.py", []),
     ],
 )

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from pipeline import metrics
-from pipeline.audit import page, signs
+from pipeline.audit import gallery, signs
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Evaluate, Report
-from pipeline.steps import evaluate, gallery
+from pipeline.jobs import evaluate
+from pipeline.report import page
 from tests.toys import PROJECT, toy_image
 
 LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))

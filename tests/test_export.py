@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Export
-from pipeline.exporters.hdf5 import PseudoMasks
 from pipeline.imaging.palette import voc_palette
-from pipeline.steps import export
+from pipeline.jobs import export
+from pipeline.readers import PseudoMasks
 
 LABELS = LabelSpace(("cat", "dog"))
 TRAIN = sorted(image_id for image_id, _, split, _ in case.IMAGES if split == "train")

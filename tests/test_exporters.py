@@ -26,7 +26,7 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records, file_stem
 from pipeline.exporters import coco_rle, cvat, hf_parquet, label_studio, voc_png, yolo_seg
 from pipeline.imaging.palette import voc_palette
-from pipeline.steps import export
+from pipeline.jobs import export
 from tests.toys import PROJECT
 
 LABELS = LabelSpace(("boat", 'car & "van"', "größe"))

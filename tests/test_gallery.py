@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import metrics, runtime
-from pipeline.audit import blocks, charts, colours, page, rows
+from pipeline import metrics, runtime, stage_order
+from pipeline.audit import gallery
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
 from pipeline.imaging import planes
-from pipeline.steps import evaluate, gallery
+from pipeline.jobs import evaluate
+from pipeline.report import charts, colours, page, rows
+from pipeline.report import gallery as blocks
 from tests import page_case
 from tests.test_evaluate import LABELS, build, tallied
 
@@ -65,10 +67,10 @@ def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
         assert (rows_, columns) == (32, 32)
         assert Image.open(io.BytesIO(item["photograph"].tobytes())).size == (32, 32)
         assert Image.open(io.BytesIO(item["scores"].tobytes())).size == (16, 16)
-        names = [name for name, there in zip(store.GALLERY_STAGES, item["present"], strict=True) if there]
+        names = [name for name, there in zip(stage_order.GALLERY, item["present"], strict=True) if there]
         maps = np.frombuffer(zlib.decompress(item["maps"].tobytes()), np.uint8).reshape(len(names), 32, 32)
         last = names.index("predictions" if record.split == "val" else "pseudo_masks")
-        assert item["miou"][store.GALLERY_STAGES.index(names[last])] == pytest.approx(quality[record.id], abs=1e-6)
+        assert item["miou"][stage_order.GALLERY.index(names[last])] == pytest.approx(quality[record.id], abs=1e-6)
         if record.split == "train":
             full = masks.read(record.id, "mask")
             assert set(np.unique(maps[last])) <= set(np.unique(full))

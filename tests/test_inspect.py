@@ -14,10 +14,10 @@ from pipeline.core import config, plugins, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.imaging import sheet
-from pipeline.steps import inspect
+from pipeline.jobs import inspect
 from pipeline.training.settings import Schedule
 from tests.test_training import records_of
-from tests.toys import toy_folder, toy_params
+from tests.toys import toy_folder, toy_recipe
 
 LABELS = LabelSpace(("disc", "square"))
 
@@ -44,7 +44,7 @@ def test_every_map_of_a_method_becomes_a_panel(
 ) -> None:
     root = toy_folder(tmp_path / "raw", train=4, val=0)
     module = plugins.load("methods", name)
-    model = toy_params(root, [name])["train"][name]["model"]
+    model = toy_recipe(name)["train"]["model"]
     torch.manual_seed(0)
     schedule = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     method = module.Method(LABELS, config.parse(module.Params, model, "model"), schedule, plugins.load("nn", "vit")).eval()

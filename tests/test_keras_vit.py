@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.core import plugins
-from pipeline.methods import apc
+from pipeline.methods.apc import method as apc
 from tests.test_apc import made
 
 

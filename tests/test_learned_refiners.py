@@ -14,7 +14,8 @@ from torch import Tensor
 from pipeline.core import config, plugins, store
 from pipeline.core.contracts import Batch, Clock, ImageMaps
 from pipeline.core.labels import IGNORE
-from pipeline.refiners import affinitynet, irn
+from pipeline.refiners.affinitynet import refiner as affinitynet
+from pipeline.refiners.irn import refiner as irn
 from tests.shared_data import shared
 from tests.toys import SCRATCH, learned_fit
 
@@ -156,7 +157,7 @@ def test_a_killed_fit_goes_on_with_its_labels_and_ends_with_the_same_bytes(
     kept = list(Path(".work").rglob("labels/part-*.h5"))
     written = [path.stat().st_mtime_ns for path in kept]
     assert kept
-    label_part = "pipeline.steps.fit_refiner.label_part"
+    label_part = "pipeline.jobs.fit_refiner.label_part"
     monkeypatch.setattr(label_part, lambda *rest, **named: 1 / 0)
     case.run_well("fit_refiner")
     assert Path("out/refiner.safetensors").read_bytes() == undisturbed and written

@@ -16,12 +16,12 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.nn import family
-from pipeline.steps import extract
+from pipeline.jobs import extract
+from pipeline.nn import weights
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import shared
-from tests.toys import SCRATCH, toy_params
+from tests.toys import SCRATCH, toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
 ARCHITECTURES = {
@@ -41,7 +41,7 @@ SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, 
 
 def built(method: str, backbone: str, architecture: str, **changes: Any) -> Any:
     module = plugins.load("methods", method)
-    model = toy_params(Path("raw"), [method])["train"][method]["model"]
+    model = toy_recipe(method)["train"]["model"]
     model |= {
         "architecture": architecture,
         "image_size": 64,
@@ -53,9 +53,7 @@ def built(method: str, backbone: str, architecture: str, **changes: Any) -> Any:
 
 
 def options_of(method: str) -> Any:
-    return config.parse(
-        plugins.load("methods", method).Options, toy_params(Path("raw"), [method])["extract"][method]["options"], "o"
-    )
+    return config.parse(plugins.load("methods", method).Options, toy_recipe(method)["extract"]["options"], "o")
 
 
 def batch(padding: int = 0) -> Batch:
@@ -173,7 +171,7 @@ def test_a_pth_file_in_a_wrapper_loads_and_a_pickled_program_does_not(tmp_path: 
     vit.load_initial(backbone, tmp_path / "a.pth")
     torch.save({"model": Path}, tmp_path / "b.pth")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        family.read_weights(tmp_path / "b.pth")
+        weights.read_weights(tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize("name", ["vit_huge_of_nobody", "resnet18"])
@@ -205,7 +203,7 @@ def test_the_shipped_backbone_fits_and_is_small() -> None:
 
 
 def test_drawn_scenes_are_fair_and_always_the_same(tmp_path: Path) -> None:
-    from pipeline.datasets import scenes
+    from pipeline.datasets.scenes import dataset as scenes
 
     drawn = [scenes.draw_scene(scenes.scene_rng(0, "train", index)) for index in range(60)]
     share = np.mean([(mask > 0).mean() for _, mask, _, _ in drawn])

@@ -15,11 +15,11 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.nn.mit import backbone
 from pipeline.nn.segformer_head import SegFormerHead
-from pipeline.segmenters import mit
+from pipeline.segmenters.mit import segmenter as mit
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights
-from tests.toys import SCRATCH, toy_params
+from tests.toys import SCRATCH, toy_recipe
 
 
 def official() -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
@@ -68,7 +68,7 @@ def test_maps_lie_at_strides_4_8_16_and_16(size: tuple[int, int]) -> None:
 
 
 def segmenter(**changes: Any) -> mit.Segmenter:
-    model = toy_params(Path("raw"), ["afa"])["retrain"]["afa"]["model"] | changes
+    model = toy_recipe("afa")["retrain"]["model"] | changes
     schedule = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     torch.manual_seed(0)
     return mit.Segmenter(LabelSpace(("disc", "square")), parse(mit.Params, model, "model"), schedule, backbone)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline.audit import blocks, page
 from pipeline.core.labels import LabelSpace
+from pipeline.report import gallery as blocks
+from pipeline.report import page
 from tests import page_case
 
 CHROMIUM = shutil.which("chromium")

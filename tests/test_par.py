@@ -13,7 +13,7 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import ImageMaps
 from pipeline.core.labels import IGNORE
 from pipeline.imaging import par, planes
-from pipeline.refiners.par import Params, Refiner
+from pipeline.refiners.par.refiner import Params, Refiner
 from tests.shared_data import golden
 
 DILATIONS = (1, 2, 4, 8, 12, 24)

@@ -19,12 +19,12 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.methods import ppl
-from pipeline.steps import extract
+from pipeline.jobs import extract
+from pipeline.methods.ppl import method as ppl
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.test_resnet import published
-from tests.toys import SCRATCH, toy_params
+from tests.toys import SCRATCH, toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
 SCHEDULE = Schedule(6, 4, 2, 1e-2, 0.0, "adamw", "poly", 0, 0.0)
@@ -38,7 +38,7 @@ def made(
     backbone: str = "resnet", architecture: str = "scenes_resnet", labels: LabelSpace = LABELS, **changes: Any
 ) -> ppl.Method:
     """A method in eval mode whose residual branches all count, cut after group 2 where nothing else is said."""
-    model = toy_params(Path("raw"), ["ppl"])["train"]["ppl"]["model"]
+    model = toy_recipe("ppl")["train"]["model"]
     model |= {"architecture": architecture, "mode": "single", "positions": [2], "freeze_norms": False, **changes}
     torch.manual_seed(0)
     method = ppl.Method(labels, parse(ppl.Params, model, "model"), SCHEDULE, plugins.load("nn", backbone)).eval()

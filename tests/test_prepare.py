@@ -19,9 +19,9 @@ from PIL import Image
 from pipeline import runtime
 from pipeline.core import records, store
 from pipeline.core.labels import IGNORE
-from pipeline.core.listing import DatasetError
 from pipeline.core.sections import Dataset, Prepare
-from pipeline.steps.prepare import prepare
+from pipeline.jobs.prepare import prepare
+from pipeline.listing import DatasetError
 from stages.prepare import main
 from tests.shared_data import shared
 from tests.toys import PROJECT, toy_folder, toy_params

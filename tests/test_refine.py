@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.core import config, plugins, store
 from pipeline.core.contracts import ImageMaps
 from pipeline.imaging import planes, threshold
-from pipeline.steps import refine
+from pipeline.jobs import refine
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,8 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings
-from pipeline.segmenters.vit import Options, Segmenter
-from pipeline.steps import segment
+from pipeline.jobs import segment
+from pipeline.segmenters.vit.segmenter import Options, Segmenter
 from pipeline.training import checkpoint
 from stages import segment as stage
 from tests.test_segmenter_vit import MODEL, SCHEDULE, small

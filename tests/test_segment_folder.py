@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging.palette import voc_palette
-from pipeline.steps import apply
+from pipeline.jobs import segment_folder as apply
 from stages import segment as stage
 from tests.test_segment import picture, project, save, small
 

@@ -13,16 +13,16 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.nn.resnet import backbone
-from pipeline.segmenters import resnet
+from pipeline.segmenters.resnet import segmenter as resnet
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
-from tests.toys import toy_params
+from tests.toys import toy_recipe
 
 HEADS = ["deeplab_v2", "deeplab_v3plus"]
 
 
 def segmenter(**changes: Any) -> resnet.Segmenter:
-    model = toy_params(Path("raw"), ["ppl"])["retrain"]["ppl"]["model"] | changes
+    model = toy_recipe("ppl")["retrain"]["model"] | changes
     schedule = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     torch.manual_seed(0)
     return resnet.Segmenter(LabelSpace(("disc", "square")), parse(resnet.Params, model, "model"), schedule, backbone)

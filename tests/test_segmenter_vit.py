@@ -15,7 +15,7 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.nn.vit import backbone, coco_ids
-from pipeline.segmenters.vit import Clipping, Options, Params, Segmenter, clipped_cross_entropy
+from pipeline.segmenters.vit.segmenter import Clipping, Options, Params, Segmenter, clipped_cross_entropy
 from pipeline.training import checkpoint
 from pipeline.training.pixel_losses import balanced_cross_entropy
 from pipeline.training.settings import Schedule

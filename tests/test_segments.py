@@ -22,7 +22,7 @@ from pycocotools import mask as coco
 from pipeline.core import config, store
 from pipeline.core.contracts import ImageMaps
 from pipeline.imaging import planes, threshold
-from pipeline.refiners import segments as refiner
+from pipeline.refiners.segments import refiner
 from stages import check
 from tests.segments_case import masks_of, plain_rle, rle, section, write_folder, write_lines
 from tests.toys import PROJECT

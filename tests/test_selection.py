@@ -17,15 +17,15 @@ from torch import Tensor
 from pipeline.core import config
 from pipeline.core.contracts import Batch, Clock, Phase
 from pipeline.core.labels import LabelSpace
-from pipeline.methods import semples
+from pipeline.jobs import train
+from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
-from pipeline.steps import train
 from pipeline.training import checkpoint, loop
 from pipeline.training.data import Draw
 from pipeline.training.settings import Training
 from tests.test_training import Toy, job_in, records_of, trained
 from tests.toy_batches import batch
-from tests.toys import SCRATCH, toy_folder, toy_params
+from tests.toys import SCRATCH, toy_folder, toy_recipe
 
 EPOCHS = 4
 
@@ -152,7 +152,7 @@ def test_an_epoch_ends_in_the_step_that_shows_its_last_image(count: int, size: i
 
 
 def params_of(select: str) -> tuple[Training, semples.Params]:
-    section = toy_params(Path("raw"), ["semples"])["train"]["semples"]
+    section = toy_recipe("semples")["train"]
     section["model"]["select"] = select
     section["schedule"] |= {"epochs": 3, "lr": 0.05}
     training = config.parse(Training, section, "train.semples")
@@ -173,7 +173,7 @@ def test_semples_keeps_an_epoch_of_refine_or_the_last_step() -> None:
         assert {phase.name: phase.keep_best for phase in small(select).phases()} == {
             "critic": (), "align": (), "prompt": (), "refine": wanted,
         }  # fmt: skip
-    section: dict[str, Any] = toy_params(Path("raw"), ["semples"])["train"]["semples"]["model"]
+    section: dict[str, Any] = toy_recipe("semples")["train"]["model"]
     with pytest.raises(config.ParamsError, match=r"select.*last.*critic"):
         config.parse(semples.Params, section | {"select": "best"}, "train.semples.model")
 

@@ -15,16 +15,24 @@ from torch import Tensor
 from pipeline.core import config
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
-from pipeline.imaging.masking import blobs, masked, soft_masks, visible_share
-from pipeline.methods import weaktr
-from pipeline.methods.semples import Method, Options, Params, contrastive_prompt, prompt_suppression, segment_label_matching
+from pipeline.methods.semples import local_critic
+from pipeline.methods.semples.masking import blobs, masked, soft_masks, visible_share
+from pipeline.methods.semples.method import (
+    Method,
+    Options,
+    Params,
+    contrastive_prompt,
+    prompt_suppression,
+    segment_label_matching,
+)
+from pipeline.methods.weaktr import method as weaktr
 from pipeline.nn.vit import backbone as vit
-from pipeline.nn.vit import fusion, local_critic
+from pipeline.nn.vit import fusion
 from pipeline.training.checkpoint import save_model, save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights, shared
 from tests.toy_batches import batch
-from tests.toys import SCRATCH, toy_params
+from tests.toys import SCRATCH, toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
@@ -37,7 +45,7 @@ SHAPES = {
 
 def model_params(**changes: Any) -> dict[str, Any]:
     """train.semples.model of the toys; a change `a.b` goes to key b of mapping a."""
-    model = toy_params(Path("raw"), ["semples"])["train"]["semples"]["model"]
+    model = toy_recipe("semples")["train"]["model"]
     for name, value in changes.items():
         *path, last = name.split("__")
         at = model

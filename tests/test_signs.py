@@ -15,7 +15,7 @@ from pipeline.audit import score, signs
 from pipeline.audit.score import Limits, Row
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
-from pipeline.steps import evaluate
+from pipeline.jobs import evaluate
 from tests.test_evaluate import build, tallied
 from tests.toys import toy_image
 

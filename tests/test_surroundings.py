@@ -15,20 +15,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from pipeline.audit import page, surroundings
 from pipeline.core import config, store
 from pipeline.core.contracts import Surroundings
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Extract
 from pipeline.imaging import sheet, transforms
-from pipeline.methods import semples
+from pipeline.jobs import extract, inspect
+from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
-from pipeline.steps import extract, inspect
+from pipeline.report import page, surroundings
 from pipeline.training.settings import Schedule
 from tests.test_training import records_of
 from tests.toy_batches import batch
-from tests.toys import SCRATCH, toy_folder, toy_params
+from tests.toys import SCRATCH, toy_folder, toy_recipe
 
 LABELS = LabelSpace(("disc", "<i>", "größe"))
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 3, 0.5, False, "fp32", 4, "gzip", 2, {})
@@ -224,7 +224,7 @@ def test_images_of_one_class_alone_have_none_of_others_to_compare_with(
 
 
 def small(**changes: Any) -> semples.Method:
-    model = toy_params(Path("raw"), ["semples"])["train"]["semples"]["model"]
+    model = toy_recipe("semples")["train"]["model"]
     model["prompt"] |= changes.pop("prompt", {})
     torch.manual_seed(0)
     params = config.parse(semples.Params, model | changes, "train.semples.model")

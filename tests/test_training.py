@@ -20,7 +20,7 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.records import ImageRecord
 from pipeline.imaging import rand_augment, transforms
-from pipeline.steps import train
+from pipeline.jobs import train
 from pipeline.training import checkpoint, loop, optim
 from pipeline.training.data import TrainingImages, order
 from pipeline.training.settings import Augment, RandAugment, Schedule

@@ -16,7 +16,7 @@ from pipeline.audit import signs
 from pipeline.core import plugins
 from pipeline.core.records import ImageRecord
 from pipeline.imaging.scoremaps import agreement_of_views, merge_views, upright
-from pipeline.steps import evaluate, extract
+from pipeline.jobs import evaluate, extract
 from tests.test_evaluate import build, tallied
 from tests.test_methods import SETTINGS, built
 

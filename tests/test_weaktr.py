@@ -16,16 +16,16 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.methods.weaktr import Method, Options, Params
+from pipeline.jobs import extract
+from pipeline.methods.weaktr.method import Method, Options, Params
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import coco_ids, fusion
 from pipeline.nn.vit.class_tokens import ClassTokenVit
-from pipeline.segmenters.vit import Segmenter
-from pipeline.steps import extract
+from pipeline.segmenters.vit.segmenter import Segmenter
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights
-from tests.toys import toy_params
+from tests.toys import toy_recipe
 
 
 def official(variant: str) -> tuple[Method, dict[str, np.ndarray]]:
@@ -88,7 +88,7 @@ SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 
 
 def small(**changes: Any) -> Method:
-    model = toy_params(Path("raw"), ["weaktr"])["train"]["weaktr"]["model"]
+    model = toy_recipe("weaktr")["train"]["model"]
     torch.manual_seed(0)
     made = Method(LABELS, config.parse(Params, model | changes, "train.weaktr.model"), SCHEDULE, vit)
     with torch.no_grad():  # alike tokens would hide mistakes of order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,32 +54,44 @@ def toy_folder(root: Path, *, train: int = 9, val: int = 3, side: int = 64, mask
     return root
 
 
-def toy_params(root: Path, methods: Sequence[str] = ("cam",)) -> dict[str, Any]:
-    """presets/scenes-all.yaml, cut down to toys: the same sections, a few steps, the columns of some methods only."""
-    values = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
-    values = copy.deepcopy(values)
-    values["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
-    for section in ("methods", *sections.OF_COLUMNS):
-        values[section] = {key: values[section][key] for key in methods}
-    for key in methods:
-        values["methods"][key] |= {"init": str(SCRATCH), "segmenter_init": str(SCRATCH)}
-        for section in ("train", "retrain"):
-            part = values[section][key]
-            part["augment"]["size"] = 64
-            part["model"]["image_size"] = 64
-            inner = [value for value in part["model"].values() if isinstance(value, dict) and "schedule" in value]
-            for scheduled in (part, *inner):  # a method may have schedules of further phases
-                scheduled["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
-        values["extract"][key] |= {"images_per_part": 4, "scales": [1.0], "inspect": 2}
-        values["refine"][key]["images_per_part"] = 4
-        values["segment"][key] |= {
-            "images_per_part": 2,
-            "scales": [1.0],
-            "window": 64,
-            "window_stride": 64,
-            "short_side": None,
-        }
-    return values
+def toy_recipe(method: str) -> dict[str, Any]:
+    """recipes/scenes/<method>.yaml, cut down to toys: the same sections, a few steps."""
+    recipe = yaml.safe_load((PROJECT / "recipes" / "scenes" / f"{method}.yaml").read_text(encoding="utf-8"))
+    for section in ("train", "retrain"):
+        part = recipe[section]
+        part["augment"]["size"] = 64
+        part["model"]["image_size"] = 64
+        inner = [value for value in part["model"].values() if isinstance(value, dict) and "schedule" in value]
+        for scheduled in (part, *inner):  # a method may have schedules of further phases
+            scheduled["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
+    recipe["extract"] |= {"images_per_part": 4, "scales": [1.0], "inspect": 2}
+    recipe["refine"]["images_per_part"] = 4
+    recipe["segment"] |= {"images_per_part": 2, "scales": [1.0], "window": 64, "window_stride": 64, "short_side": None}
+    return recipe
+
+
+class Toy:
+    """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a folder."""
+
+    def __init__(self, root: Path, methods: Sequence[str] = ("cam",)) -> None:
+        self.params = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
+        self.params["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
+        self.params["methods"] = {key: self.params["methods"][key] for key in methods}
+        self.recipes = {key: toy_recipe(key) for key in methods}
+        for key, run in self.params["methods"].items():
+            run |= {"recipe": f"recipes/{key}.yaml", "init": str(SCRATCH), "segmenter_init": str(SCRATCH)}
+
+    def write(self, folder: Path) -> None:
+        """params.yaml and recipes/<run>.yaml."""
+        (folder / "recipes").mkdir(parents=True, exist_ok=True)
+        (folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False), encoding="utf-8")
+        for key, recipe in self.recipes.items():
+            (folder / "recipes" / f"{key}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+    def settings(self, key: str = "cam") -> sections.Settings:
+        """Of one run, without files."""
+        run = sections.Run(**self.params["methods"][key])
+        return sections.Settings(key, run, sections.dataset(self.params), self.params, self.recipes[key])
 
 
 def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.imaging import drawing
-from pipeline.imaging.drawing import Canvas, Part, Points
+from pipeline.datasets.scenes import drawing
+from pipeline.datasets.scenes.drawing import Canvas, Part, Points
 from pipeline.training.checkpoint import save_tensors
 
 log = logging.getLogger("pretrain")

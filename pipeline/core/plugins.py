@@ -7,15 +7,19 @@ from pathlib import Path
 from types import ModuleType
 
 _PIPELINE = Path(__file__).resolve().parents[1]
-_FAMILY_FILE = {"nn": ".backbone"}  # a backbone family is a folder whose face is backbone.py
+# A member of an open set is a folder with this module in it, and with what serves this member alone; an exporter is one file.
+ENTRIES = {
+    "methods": "method", "refiners": "refiner", "segmenters": "segmenter", "datasets": "dataset", "nn": "backbone",
+}  # fmt: skip
+FILES = "exporters"
 
 
 def available(kind: str) -> list[str]:
     """Names that `load(kind, …)` takes, sorted. kind: methods, refiners, segmenters, datasets, exporters or nn."""
     folder = _PIPELINE / kind
-    if kind in _FAMILY_FILE:
-        return sorted(entry.name for entry in folder.iterdir() if (entry / "backbone.py").exists())
-    return sorted(entry.stem for entry in folder.glob("*.py") if entry.stem != "__init__")
+    if kind == FILES:
+        return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    return sorted(path.parent.name for path in folder.glob(f"*/{ENTRIES[kind]}.py"))
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -23,4 +27,4 @@ def load(kind: str, name: str) -> ModuleType:
     names = available(kind)
     if name not in names:
         raise ValueError(f"no {name!r} in pipeline/{kind}; there are {', '.join(names)} (edit params.yaml)")
-    return importlib.import_module(f"pipeline.{kind}.{name}{_FAMILY_FILE.get(kind, '')}")
+    return importlib.import_module(f"pipeline.{kind}.{name}" + ("" if kind == FILES else f".{ENTRIES[kind]}"))

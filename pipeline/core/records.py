@@ -84,6 +84,14 @@ def decode(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def read_mask(path: Path) -> np.ndarray:
+    """u8[h,w] values of a palette or 8-bit greyscale image. ValueError for any other kind: colours are no class numbers."""
+    with Image.open(path) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise ValueError(f"mask {path.name} is a {image.mode} image; it must be palette or 8-bit greyscale")
+        return np.asarray(image).astype(np.uint8)  # a 1-bit image reads as 0 and 1, which are background and the first class
+
+
 def read_image(record: ImageRecord, root: Path) -> np.ndarray:
     """u8[h,w,3] RGB of a record. RuntimeError if the file is no longer the one that prepare saw."""
     data = (root / record.path).read_bytes()

@@ -1,24 +1,30 @@
-"""The sections of params.yaml that belong to stages. Plug-ins keep their own Params beside the code that uses them."""
+"""params.yaml and the recipes that it names → settings of one run. Plug-ins keep their own Params beside the code that uses them.
+
+params.yaml holds what differs from user to user; a recipe holds the settings of one method for one kind of data.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pipeline.core import config
 from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Range, Share
 
 Compression = Literal["gzip", "zstd", "none"]
+T = TypeVar("T")
 
-# those that have a part for each entry of `methods`
-OF_COLUMNS = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment")
-TOP_LEVEL = ("dataset", "methods", "prepare", *OF_COLUMNS, "evaluate", "report")
+TOP_LEVEL = ("dataset", "methods", "prepare", "export", "evaluate", "report")  # of params.yaml
+OF_RECIPE = ("train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it names folders and files
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """`root` is where the raw images lie; `options` goes to pipeline/datasets/<name>.py's Params."""
+    """`root` is where the raw images lie; `options` goes to pipeline/datasets/<name>'s Params."""
 
     name: str
     root: str
@@ -26,9 +32,20 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Column:
-    """methods.<m>: the slots of one column of the DAG. `init` and `segmenter_init` are files, or scratch."""
+class Run:
+    """methods.<run>: one chain of stages. The key is the run's own name, so that runs of one method stand side by side.
 
+    method          a folder of pipeline/methods
+    recipe          file with the settings of each stage
+    backbone        a folder of pipeline/nn: the family of the method's network
+    init            file of the backbone's initial weights; one that ends in .txt: start from random weights
+    refiner         a folder of pipeline/refiners
+    segmenter       a folder of pipeline/segmenters, and of pipeline/nn
+    segmenter_init  file of the segmenter's initial weights, as init
+    """
+
+    method: str
+    recipe: str
     backbone: str
     init: str
     refiner: str
@@ -47,7 +64,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Extract:
-    """extract.<m>: views and storage, the same for every method; `options` goes to the method's Options.
+    """Section extract: views and storage, the same for every method; `options` goes to the method's Options.
 
     scales      image side factors; each view's sides are rounded to the backbone's stride so that no pixel is lost
     long_side   px, or null: larger images are first scaled down to it, which bounds memory
@@ -75,7 +92,7 @@ class Extract:
 
 @dataclass(frozen=True)
 class Refine:
-    """refine.<m>: `options` goes to the refiner's Params.
+    """Section refine: `options` goes to the refiner's Params.
 
     disagree_at  null, or two background levels (low, high) as factors of the fitted one: pixels whose labels differ
                  between them are marked, and export may set them to 255
@@ -94,7 +111,7 @@ class Refine:
 
 @dataclass(frozen=True)
 class Export:
-    """export.<m>: which pixels become 255, and in which formats the masks are written beside the HDF5 store."""
+    """Section export of params.yaml: which pixels become 255, and in which formats the masks are written beside the HDF5 store."""
 
     ignore_below: Share
     ignore_disagreement: bool
@@ -105,7 +122,7 @@ class Export:
 
 @dataclass(frozen=True)
 class CrossValidate:
-    """cross_validate.<m>: how far segmenters that never saw a pseudo-mask agree with it.
+    """Section cross_validate: how far segmenters that never saw a pseudo-mask agree with it.
 
     folds        0: off; else the train images are cut into so many, and one segmenter is trained without each of them
     temperature  of the soft-min over an image's pixels: small ones ask for the least believed pixels, large ones for the mean
@@ -121,7 +138,7 @@ class CrossValidate:
 
 @dataclass(frozen=True)
 class Segment:
-    """segment.<m>: sliding windows of `window` px every `window_stride` px on the image scaled by each of `scales`.
+    """Section segment: sliding windows of `window` px every `window_stride` px on the image scaled by each of `scales`.
 
     short_side  px of the short side at scale 1, or null: the image's own size
     crf         null, or the keys of crf.CrfSettings
@@ -173,18 +190,83 @@ class Report:
 
 
 def read(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """The whole file, its top-level keys checked. ParamsError names what is unknown or missing."""
-    values = config.read(path)
-    problems = [f"unknown section {key!r}" for key in values if key not in TOP_LEVEL]
-    problems += [f"section {key!r} is missing" for key in TOP_LEVEL if key not in values]
+    """The whole of params.yaml, its top-level keys checked. ParamsError names what is unknown or missing."""
+    return _with_keys(config.read(path), TOP_LEVEL, path)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A whole recipe, its top-level keys checked. ParamsError names what is unknown or missing."""
+    if not path.is_file():
+        recipes = ", ".join(sorted(other.as_posix() for other in path.parent.glob("*.yaml"))) or "none"
+        raise config.ParamsError(
+            f"recipe {path} is missing (beside it: {recipes}); name another in methods.<run>.recipe of {PARAMS_FILE}"
+        )
+    return _with_keys(config.read(path), OF_RECIPE, path)
+
+
+def _with_keys(values: dict[str, Any], allowed: tuple[str, ...], path: Path) -> dict[str, Any]:
+    problems = [f"unknown section {key!r}" for key in values if key not in allowed]
+    problems += [f"section {key!r} is missing" for key in allowed if key not in values]
     if problems:
-        raise config.ParamsError(f"{path}: {'; '.join(problems)}; allowed are {', '.join(TOP_LEVEL)} (edit {path})")
+        raise config.ParamsError(f"{path}: {'; '.join(problems)}; allowed are {', '.join(allowed)} (edit {path})")
     return values
 
 
-def dataset(values: dict[str, Any]) -> Dataset:
+def dataset(values: Mapping[str, Any]) -> Dataset:
     return config.parse(Dataset, values["dataset"], "dataset")
 
 
-def column(values: dict[str, Any], key: str) -> Column:
-    return config.parse(Column, config.section(values, "methods", key), f"methods.{key}")
+def runs(values: Mapping[str, Any]) -> list[str]:
+    """Names of the runs, in their order. ParamsError if there is none, or one cannot be the name of a folder."""
+    names = list(values["methods"]) if isinstance(values["methods"], dict) else []
+    if not names:
+        raise config.ParamsError(f"{PARAMS_FILE}: methods must name at least one run (edit {PARAMS_FILE})")
+    wrong = [name for name in names if not isinstance(name, str) or not RUN_NAME.fullmatch(name)]
+    if wrong:
+        raise config.ParamsError(
+            f"{PARAMS_FILE}: methods: {', '.join(map(repr, wrong))} cannot name a run; allowed are letters, digits, `-`, `_` and `.`, "
+            f"the first a letter or a digit (edit {PARAMS_FILE})"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that params.yaml and its recipe say about one run. A section is parsed when it is asked for, so that a stage parses,
+    and imports, no other stage's."""
+
+    name: str
+    run: Run
+    dataset: Dataset
+    params: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, name: str, path: Path = PARAMS_FILE) -> Settings:
+        """ParamsError if the file, the run or its recipe is missing or wrong."""
+        values = read(path)
+        runs(values)
+        run = config.parse(Run, config.section(values, "methods", name, file=path), f"methods.{name}", path)
+        return cls(name, run, dataset(values), values, read_recipe(Path(run.recipe)))
+
+    @property
+    def file(self) -> Path:
+        """Of the recipe, for errors."""
+        return Path(self.run.recipe)
+
+    @property
+    def root(self) -> Path:
+        """Folder of the raw images."""
+        return Path(self.dataset.root)
+
+    def section(self, kind: type[T], name: str) -> T:
+        """A section of the recipe."""
+        return config.parse(kind, config.section(self.recipe, name, file=self.file), name, self.file)
+
+    def shared(self, kind: type[T], name: str) -> T:
+        """A section of params.yaml, which all runs share."""
+        return config.parse(kind, config.section(self.params, name), name)
+
+    def part(self, kind: type[T], values: Any, where: str) -> T:
+        """What a plug-in calls its own within a section of the recipe; `where` is its dotted key."""
+        return config.parse(kind, values, where, self.file)

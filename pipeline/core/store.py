@@ -81,8 +81,8 @@ HELD_OUT = Schema("held_out", 1, {"soft_min": Field("<f4", ("1",)), "agreement":
 SMALL_MASKS = Schema("small_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 # small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
 # thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
-# stages that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where there is no truth
-GALLERY_STAGES = ("score_maps", "decoder", "refined", "pseudo_masks", "predictions")
+# stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where
+# there is no truth
 GALLERY = Schema(
     "gallery",
     1,
@@ -398,6 +398,6 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def missing_parts(folder: Path, parts: Sequence[Sequence[str]]) -> list[int]:
+def missing_parts(folder: Path, parts: Sequence[Any]) -> list[int]:
     """Part numbers that are not finished yet, in order."""
     return [part for part in range(len(parts)) if not part_path(folder, part).exists()]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
-from pipeline.nn.family import load_whole, pad_to_stride
+from pipeline.nn.weights import load_whole, pad_to_stride
 from pipeline.training.optim import decayed
 from pipeline.training.pixel_losses import balanced_cross_entropy, mean_cross_entropy
 from pipeline.training.settings import Schedule

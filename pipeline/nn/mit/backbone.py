@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipeline.nn import family
+from pipeline.nn import weights
 from pipeline.nn.mit.encoder import SIZES, MixTransformer, Size
 
 
@@ -22,7 +22,7 @@ class Backbone(nn.Module):
         self.net, self.dims, self.dim, self.stride = net, size.dims, size.dims[-1], size.stride
         self.strides = tuple(accumulate(size.strides, mul))
         self.blocks, self.heads = size.depths[-1], size.heads[-1]
-        self.normalise = family.Normalise()
+        self.normalise = weights.Normalise()
 
     def forward(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
@@ -62,9 +62,9 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str:
 
 def load_initial(backbone: Backbone, init: Path) -> None:
     """SegFormer's ImageNet weights or an AFA checkpoint (its encoder) from a local file, or none (.txt file)."""
-    if init.suffix == family.SCRATCH and init.is_file():
+    if init.suffix == weights.SCRATCH and init.is_file():
         return
-    if init.suffix == family.HUB:
+    if init.suffix == weights.HUB:
         raise ValueError(f"{init}: timm's hub has no MiT; name a local file in methods.<m>.init of params.yaml")
-    tensors = family.read_weights(init)
-    family.load_matching(backbone.net, {name.removeprefix("encoder."): value for name, value in tensors.items()}, init)
+    tensors = weights.read_weights(init)
+    weights.load_matching(backbone.net, {name.removeprefix("encoder."): value for name, value in tensors.items()}, init)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.nn import family
+from pipeline.nn import weights
 from pipeline.nn.torchvision_guard import mend
 
 mend()
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
     def __init__(self, net: ResNet | ResNet38d) -> None:
         super().__init__()
         self.net = net
-        self.normalise = family.Normalise()
+        self.normalise = weights.Normalise()
         if isinstance(net, ResNet38d):
             self.dims, self.strides = resnet38d.TAP_DIMS, resnet38d.TAP_STRIDES
             self.splits = len(resnet38d.GROUPS) - 1
@@ -147,14 +147,14 @@ def load_initial(backbone: Backbone, init: Path) -> None:
     A file has timm's key names, which are torchvision's, PSA's (resnet38d) or one of IRN's aliases. Counters of batch norms may be
     missing, as they are in old files: fixed norms do not read them.
     """
-    if init.suffix == family.SCRATCH and init.is_file():
+    if init.suffix == weights.SCRATCH and init.is_file():
         return
-    if init.suffix == family.HUB and init.is_file():
-        tensors = timm.create_model(family.hub_name(init), pretrained=True, num_classes=0).state_dict()
+    if init.suffix == weights.HUB and init.is_file():
+        tensors = timm.create_model(weights.hub_name(init), pretrained=True, num_classes=0).state_dict()
     else:
-        tensors = family.read_weights(init)
+        tensors = weights.read_weights(init)
     counters = {name: v for name, v in backbone.net.state_dict().items() if name.endswith("num_batches_tracked")}
-    family.load_matching(backbone.net, counters | renamed(tensors), init)
+    weights.load_matching(backbone.net, counters | renamed(tensors), init)
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

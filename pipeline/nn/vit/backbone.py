@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.nn import family
+from pipeline.nn import weights
 from pipeline.nn.torchvision_guard import mend
 
 mend()
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
     def __init__(self, net: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net = net
-        self.normalise = family.Normalise(mean, std)
+        self.normalise = weights.Normalise(mean, std)
         self.dim = int(net.embed_dim)
         self.stride = int(net.patch_embed.patch_size[0])
         self.prefix = int(net.num_prefix_tokens)
@@ -130,7 +130,7 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
     """
     if architecture in OWN:
         net = OWN[architecture](image_size, drop_path)
-        return Backbone(net, family.IMAGENET_MEAN, family.IMAGENET_STD)
+        return Backbone(net, weights.IMAGENET_MEAN, weights.IMAGENET_STD)
     if not timm.is_model(architecture):
         near = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:8]) or "see timm.list_models('*vit*')"
         raise ValueError(f"timm has no model {architecture!r}; near it: {near} (edit architecture in params.yaml)")
@@ -158,7 +158,7 @@ def load_initial(backbone: Backbone, init: Path) -> None:
     """
     tensors = initial_tensors(backbone.net, backbone.prefix, init)
     if tensors is not None:
-        family.load_matching(backbone.net, tensors, init)
+        weights.load_matching(backbone.net, tensors, init)
 
 
 def initial_tensors(net: Any, prefix: int, init: Path) -> dict[str, Tensor] | None:
@@ -166,12 +166,12 @@ def initial_tensors(net: Any, prefix: int, init: Path) -> dict[str, Tensor] | No
 
     None where training starts from random weights.
     """
-    if init.suffix == family.SCRATCH and init.is_file():
+    if init.suffix == weights.SCRATCH and init.is_file():
         return None
-    if init.suffix == family.HUB and init.is_file():
-        tensors = timm.create_model(family.hub_name(init), pretrained=True, num_classes=0).state_dict()
+    if init.suffix == weights.HUB and init.is_file():
+        tensors = timm.create_model(weights.hub_name(init), pretrained=True, num_classes=0).state_dict()
     else:
-        tensors = family.read_weights(init)
+        tensors = weights.read_weights(init)
     given, grid, before = tensors.get("pos_embed"), list(net.patch_embed.grid_size), 0 if net.no_embed_class else prefix
     if given is not None and given.ndim == 3 and given.shape[1] != before + grid[0] * grid[1]:
         tensors["pos_embed"] = resample_abs_pos_embed(given, grid, num_prefix_tokens=before)

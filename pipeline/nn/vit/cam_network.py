@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.core.config import Positive, Range
 from pipeline.core.contracts import ScoreMaps
 from pipeline.imaging.pooling import Pool, pooled
-from pipeline.nn import family as weights_file
+from pipeline.nn import weights
 from pipeline.nn.vit import fusion as fuse
 from pipeline.nn.vit.class_tokens import ClassTokenVit
 from pipeline.nn.vit.coco_ids import COCO_IDS, COCO_USED_IDS
@@ -245,7 +245,7 @@ def published(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The authors' weights, in a wrapper {"model": …} or not → the values of CamParams that they published, and the tensors in our
     names. Width, grid and number of classes are read off the tensors. ValueError lists the keys that miss."""
-    given = renamed(weights_file.unwrapped(state_dict))
+    given = renamed(weights.unwrapped(state_dict))
     needed = [
         "backbone.net.pos_embed", "backbone.net.cls_token", "head.weight", MARK, f"{FUSION}attn_feat_ffn.0.weight",
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn import family
+from pipeline.nn import weights
 from pipeline.nn.torchvision_guard import mend
 from pipeline.nn.vit import backbone as plain
 
@@ -94,7 +94,7 @@ class ClassTokenVit(nn.Module):
         """Weights of a plain ViT; its class token and that token's position are repeated for every class."""
         tensors = plain.initial_tensors(self.net, self.registers + 1, init)
         if tensors is not None:
-            family.load_matching(self.net, self._repeated(tensors), init)
+            weights.load_matching(self.net, self._repeated(tensors), init)
 
     def plain_weights(self, net: Any) -> dict[str, Tensor]:
         """State dict of this network for `net`, a timm ViT of the same architecture with one class token, of any grid: the mean of the

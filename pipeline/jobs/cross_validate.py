@@ -1,0 +1,179 @@
+"""Pseudo-masks + records → folds, a segmenter trained without each of them, and how well it agrees with the masks it never saw.
+
+The score is cleanlab's for semantic segmentation (cleanlab.segmentation.rank.get_label_quality_scores, method "softmin"; Lad and
+Mueller, Estimating label quality and errors in semantic segmentation data via any model, arXiv 2307.05080), written anew and streamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import metrics
+from pipeline.core import config, store
+from pipeline.core import records as records_file
+from pipeline.core.labels import IGNORE, LabelSpace
+from pipeline.core.records import ImageRecord, read_image, shuffled
+from pipeline.core.sections import CrossValidate, Segment, Settings
+from pipeline.imaging.planes import nearest
+from pipeline.jobs import segment, train
+from pipeline.jobs.engine import Engine, parts_of, run_parts
+from pipeline.training import loop
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The images that are held out, in id order, and the training on all others."""
+
+    number: int
+    training: loop.Job
+    held_out: tuple[ImageRecord, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one process needs, picklable: how to segment with the fold's weights, and what to hold the result against."""
+
+    segment: segment.Job
+    masks: Path
+    temperature: float
+
+    @property
+    def device(self) -> str:
+        return self.segment.device
+
+
+def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, held_out: Path, engine: Engine) -> None:
+    """Stage cross_validate: one training per fold, and how its segmenter agrees with the fold's pseudo-masks. With folds 0 a store of
+    no images."""
+    chosen, segmentation = settings.section(CrossValidate, "cross_validate"), segment_settings(settings)
+    labels = records_file.read(records).labels
+    if not chosen.folds:
+        write(held_out, (), labels, chosen)
+        return
+    whole, metadata = train.job(settings, "segmenters", records=records, init=init, masks=pseudo_masks, engine=engine)
+    folds = plan(whole, chosen.folds, settings.file)
+    digest = store.digest([dataclasses.asdict(chosen), dataclasses.asdict(segmentation)])
+    with store.Workspace(held_out, store.digest([whole.work.name, digest])) as work:
+        folders = []
+        for fold in folds:
+            weights = work.folder / f"fold-{fold.number}.safetensors"
+            name = f"fold {fold.number + 1} of {settings.name}"
+            if not weights.exists():
+                train.train(
+                    fold.training, metadata, model=weights, log=weights.with_suffix(".csv"), engine=engine,
+                    what=f"train without {name}",
+                )  # fmt: skip
+            folder = weights.with_suffix("")
+            parts = parts_of(fold.held_out, segmentation.images_per_part)
+            inner = segment.Job(
+                segmenter=settings.run.segmenter, weights=weights, settings=segmentation, crf=None,
+                options=segment.options_of(settings, segmentation), root=settings.root, labels=labels, parts=len(parts),
+                params_digest=digest, out=folder, device=engine.device(),
+            )  # fmt: skip
+            job = Job(inner, pseudo_masks, chosen.temperature)
+            run_parts(score_part, parts, job, out=folder, engine=engine, what=f"segment {name}")
+            folders.append(folder)
+        write(work.result / held_out.name, gathered(folders), labels, chosen)
+
+
+def segment_settings(settings: Settings) -> Segment:
+    """Section segment, but one view: scale 1, not mirrored, without a CRF. Its probabilities are asked for, not its edges."""
+    return dataclasses.replace(settings.section(Segment, "segment"), scales=(1.0,), flip=False, crf=None)
+
+
+def folds_of(ids: Iterable[str], folds: int) -> list[list[str]]:
+    """`folds` disjoint lists of sorted ids that cover all; their sizes differ by one at most.
+
+    The images' place in the order of the sha256 of their ids decides, so the order of the records does not matter.
+    """
+    ordered = shuffled(ids)
+    return [sorted(ordered[first::folds]) for first in range(folds)]
+
+
+def plan(whole: loop.Job, folds: int, file: Path) -> list[Fold]:
+    """One training per fold, each as `whole`, retrain's own, but without the fold's images. ParamsError for too many folds."""
+    by_id = {record.id: record for record in whole.images.records}
+    if folds > len(by_id):
+        raise config.ParamsError(
+            f"{file}: cross_validate.folds: got {folds}, allowed is 0 (off) or 2 up to the number of images with a pseudo-mask, "
+            f"{len(by_id)} (edit {file})"
+        )
+    return [
+        Fold(number, train.without(whole, held_out), tuple(by_id[image_id] for image_id in held_out))
+        for number, held_out in enumerate(folds_of(by_id, folds))
+    ]
+
+
+def soft_min(probabilities: np.ndarray, temperature: float) -> float:
+    """f[n] in 0..1, the probabilities of the given labels → Σ s · softmax((1 - s) / temperature), in 0..1; NaN for none.
+
+    The softmax is over pixels: as the temperature falls, the mean turns into that of the least believed pixel.
+    """
+    if not probabilities.size:
+        return float("nan")
+    given = probabilities.astype(np.float64)
+    weights = np.exp((given.min() - given) / temperature)  # the greatest exponent is 0
+    return float((given * weights).sum() / weights.sum())
+
+
+def compare(found: np.ndarray, mask: np.ndarray, temperature: float) -> dict[str, np.ndarray]:
+    """Probabilities f32[p,h',w'] and mask u8[h,w] → HELD_OUT fields. Pixels of 255 do not count; NaN where all are 255.
+
+    Both are held against each other on the probabilities' canvas, which is the image's size unless that is huge: a mask is
+    brought there by its nearest pixels, which costs p times less than enlarging the probabilities.
+    """
+    given = nearest(mask, (found.shape[1], found.shape[2]))
+    known = given != IGNORE
+    counts = metrics.confusion(given, found.argmax(axis=0).astype(np.uint8), len(found))
+    told = np.take_along_axis(found, np.where(known, given, 0)[None].astype(np.intp), 0)[0][known]
+    return {
+        "soft_min": np.array([soft_min(told, temperature)], np.float32),
+        "agreement": np.array([metrics.miou(counts, protocol="background")], np.float32),
+    }
+
+
+@lru_cache(maxsize=1)
+def _masks(folder: Path, run: str) -> store.Store:
+    """Opened once per process, for as long as `run`, the work space, is the same."""
+    del run
+    return store.Store(folder, store.PSEUDO_MASKS)
+
+
+def score_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
+    """Segments some held-out images and writes how they compare with their masks; returns their number."""
+    part, records = item
+    inner, run = job.segment, str(job.segment.out.resolve())
+    masks = _masks(job.masks.resolve(), run)
+    model = segment.load(inner.segmenter, inner.weights.resolve(), inner.labels, inner.device, run)
+
+    def compared(record: ImageRecord) -> dict[str, np.ndarray]:
+        image = read_image(record, inner.root)
+        found = segment.probabilities(image, model, inner, planes_count=len(inner.labels) + 1)
+        return compare(found, masks.read(record.id, "mask"), job.temperature)
+
+    items = ((record.id, compared(record)) for record in records)
+    store.write_part(
+        store.part_path(inner.out, part), store.HELD_OUT, items, labels=inner.labels, part=part, parts=inner.parts,
+        params_digest=inner.params_digest, compression="none",
+    )  # fmt: skip
+    return len(records)
+
+
+def gathered(folders: Iterable[Path]) -> Iterator[store.Item]:
+    """What the folds found, in id order: two numbers an image."""
+    found = {image_id: values for folder in folders for image_id, values in store.Store(folder, store.HELD_OUT)}
+    return iter(sorted(found.items()))
+
+
+def write(path: Path, items: Iterable[store.Item], labels: LabelSpace, chosen: CrossValidate) -> None:
+    """held_out.h5; without items a store of no images."""
+    store.write_part(
+        path, store.HELD_OUT, items, labels=labels, part=0, parts=1,
+        params_digest=store.digest(dataclasses.asdict(chosen)), compression="gzip",
+    )  # fmt: skip

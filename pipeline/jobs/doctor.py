@@ -1,0 +1,146 @@
+"""The machine and params.yaml → what is there, and what to do where something is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from pipeline.core import sections
+from pipeline.core.config import ParamsError
+from pipeline.jobs import check
+from pipeline.nn.torchvision_guard import mend
+
+FREE_GIB = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """subject: what was looked at; state: how it is; advice: what to do, None where all is well."""
+
+    subject: str
+    state: str
+    advice: str | None
+
+    @property
+    def text(self) -> str:
+        mark = "ok  " if self.advice is None else "FIX "
+        return f"{mark} {self.subject}: {self.state}" + (f"\n     → {self.advice}" if self.advice else "")
+
+
+def python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(
+        "Python", version, None if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then `make setup`"
+    )
+
+
+def tool(name: str, advice: str) -> Callable[[], Finding]:
+    def found() -> Finding:
+        path = shutil.which(name)
+        return Finding(name, path or "missing", None if path else advice)
+
+    return found
+
+
+def package(module: str, distribution: str) -> Callable[[], Finding]:
+    def found() -> Finding:
+        try:
+            mend()  # torchvision beside a CPU-only torch
+            importlib.import_module(module)
+        except Exception as error:
+            return Finding(distribution, f"cannot be imported: {error}", "rm -rf .venv && make setup")
+        return Finding(distribution, metadata.version(distribution), None)
+
+    return found
+
+
+def cuda() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this torch is built for CPU" if torch.version.cuda is None else "no driver or no device"
+        return Finding("CUDA", f"none ({why}); everything runs on {len(os.sched_getaffinity(0))} cores", None)
+    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return Finding("CUDA", ", ".join(f"{one.name} {one.total_memory / 2**30:.0f} GiB" for one in devices), None)
+
+
+def disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return Finding(
+        "disk", f"{free:.0f} GiB free", None if free > FREE_GIB else f"free at least {FREE_GIB} GiB: DVC keeps every result"
+    )
+
+
+def links() -> Finding:
+    """Whether DVC's cache can share bytes with the workspace, tried with a file."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        source, target = Path(folder) / "a", Path(folder) / "b"
+        source.write_bytes(b"x")
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            return Finding("DVC links", "copy: this file system has no hard links, so results take their space twice", None)
+    return Finding("DVC links", "hard links work: results take their space once", None)
+
+
+def params() -> Finding:
+    problems = check.problems()
+    return Finding(
+        "params.yaml", "well" if not problems else "\n".join(problems), None if not problems else "edit params.yaml"
+    )
+
+
+def inputs() -> Finding:
+    """The files that the runs start from, and the data."""
+    try:
+        values = sections.read()
+        root = Path(sections.dataset(values).root)
+        runs = [sections.Settings.read(name).run for name in sections.runs(values)]
+    except ParamsError:
+        return Finding("inputs", "params.yaml must be mended first", "edit params.yaml")
+    named = {path for run in runs for path in (run.init, run.segmenter_init)}
+    made = {f"artifacts/{key}/model.safetensors" for key in values["methods"]}  # a run may start where another has ended
+    missing = sorted(path for path in named - made if not Path(path).is_file())
+    if missing:
+        return Finding(
+            "inputs", f"missing: {', '.join(missing)}", "put the weights there (data/weights/README.md), or name others"
+        )
+    if not root.is_dir():
+        return Finding(
+            "inputs",
+            f"dataset.root {root} is no folder",
+            "`make data` draws the scenes; else set dataset.root in params.yaml",
+        )
+    return Finding("inputs", f"weights and {root} are there", None)
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    python,
+    tool("g++", "apt-get install g++ (pydensecrf is compiled once)"),
+    tool("git", "apt-get install git (DVC needs it)"),
+    package("torch", "torch"),
+    package("torchvision", "torchvision"),
+    package("timm", "timm"),
+    package("pydensecrf.densecrf", "pydensecrf"),
+    package("h5py", "h5py"),
+    package("open_clip", "open_clip_torch"),
+    package("dvc", "dvc"),
+    cuda,
+    disk,
+    links,
+    params,
+    inputs,
+)
+PACKAGES = CHECKS[:10]  # what stops all work
+
+
+def findings(*, packages_only: bool) -> list[Finding]:
+    """All of them, or those without which nothing runs: compiler and packages."""
+    return [check() for check in (PACKAGES if packages_only else CHECKS)]

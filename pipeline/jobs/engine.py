@@ -1,0 +1,73 @@
+"""Where a job's work runs, as a job sees it (runtime.py decides), and how a store is written part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pipeline.core import store
+from pipeline.core.records import ImageRecord
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Part = list[ImageRecord]
+
+
+class Engine(Protocol):
+    """Nothing that it answers changes a result. `pipeline.runtime` fills it."""
+
+    def device(self) -> str:
+        """Torch device name."""
+        ...
+
+    def ranks(self, shards: int) -> int:
+        """Processes that share the shards of a training step."""
+        ...
+
+    def loaders(self, device: str) -> int:
+        """Threads that decode images ahead of training."""
+        ...
+
+    def each(
+        self, function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
+    ) -> Iterator[Out]:
+        """function(item) for every item, results in the order of `items`. device: where the function computes; unit: images an item."""
+        ...
+
+    def progress(self, items: Iterable[Out], total: int, what: str) -> Iterator[Out]:
+        """Passes items through and shows how many of `total` there were."""
+        ...
+
+    def code_digest(self) -> str:
+        """sha256 of the project's code imported so far."""
+        ...
+
+    def info(self, text: str, *values: object) -> None:
+        """Logs a line."""
+        ...
+
+
+def parts_of(records: Iterable[ImageRecord], images_per_part: int) -> list[Part]:
+    """Records in the order of their ids, cut as the parts of a store are; no records give one empty part."""
+    by_id = {record.id: record for record in records}
+    return [[by_id[image_id] for image_id in ids] for ids in store.parts_of(by_id, images_per_part)]
+
+
+def run_parts(
+    function: Callable[[tuple[int, Part], Any], Any],
+    parts: Sequence[Part],
+    job: Any,
+    *,
+    out: Path,
+    engine: Engine,
+    what: str,
+) -> None:
+    """function((number, part), job) for each part that folder `out` does not hold yet: a killed run goes on where it was.
+
+    The function writes its part; it and `job`, a frozen dataclass, are picklable. A job that has a `device` computes there.
+    """
+    missing = [(number, parts[number]) for number in store.missing_parts(out, parts)]
+    for _ in engine.each(partial(function, job=job), missing, what=what, device=getattr(job, "device", "cpu")):
+        pass

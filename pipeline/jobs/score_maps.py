@@ -1,0 +1,187 @@
+"""Images + model → score maps and how well their views agree, part by part; views of equally sized images share a batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.core import config, plugins, store
+from pipeline.core.contracts import ScoreMaps
+from pipeline.core.labels import LabelSpace
+from pipeline.core.records import ImageRecord, read_image
+from pipeline.core.sections import Extract
+from pipeline.imaging import planes, scoremaps, transforms
+from pipeline.training import checkpoint
+from pipeline.training.loop import PRECISIONS
+from pipeline.training.settings import Training
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one process needs, picklable. model: the trained weights; backbone: name of the family in pipeline/nn."""
+
+    method: str
+    backbone: str
+    model: Path
+    settings: Extract
+    options: Any  # the method's Options
+    root: Path
+    labels: LabelSpace
+    parts: int
+    params_digest: str
+    out: Path
+    device: str
+
+
+@lru_cache(maxsize=1)
+def load(method: str, backbone: str, model: Path, device: str, run: str) -> Any:
+    """The trained method, in eval mode on device; kept for as long as `run`, the work space, is the same.
+
+    ValueError if the file is another method's.
+    """
+    del run
+    told = checkpoint.read_metadata(model)
+    if told["plugin"] != method:
+        raise ValueError(f"{model} was trained as method {told['plugin']!r}, not {method!r}")
+    module = plugins.load("methods", method)
+    training = config.parse(Training, json.loads(told["section"]), "train", model)
+    params = config.parse(module.Params, training.model, "train.model", model)
+    built = module.Method(
+        LabelSpace(tuple(json.loads(told["labels"]))), params, training.schedule, plugins.load("nn", backbone)
+    )
+    checkpoint.load_into(built, model)
+    return built.to(device).eval()
+
+
+def extract_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
+    """Writes one part of score maps; returns its number of images."""
+    part, records = item
+    method = load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
+    items = _items(records, method, job)
+    store.write_part(
+        store.part_path(job.out, part), store.SCORE_MAPS, items, labels=job.labels, part=part, parts=job.parts,
+        params_digest=job.params_digest, compression=job.settings.compression,
+    )  # fmt: skip
+    return len(records)
+
+
+def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Iterator[store.Item]:
+    """Score maps in id order. Batches hold equally sized images of this part, so they do not depend on the processes."""
+    views_each = 2 if job.settings.flip else 1
+    together = max(1, job.settings.views_per_batch // views_each)
+    batches = list(alike(records, together))
+    batch_of = {record.id: number for number, batch in enumerate(batches) for record in batch}
+    ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
+    for record in records:
+        if record.id not in ready:
+            batch = batches[batch_of[record.id]]
+            images = [read_image(member, job.root) for member in batch]
+            for member, arrays in zip(
+                batch, score(images, batch, method, job.options, job.settings, job.device), strict=True
+            ):
+                ready[member.id] = arrays
+        yield record.id, ready.pop(record.id)
+
+
+def alike(records: Sequence[ImageRecord], together: int) -> Iterator[list[ImageRecord]]:
+    """Batches of equally sized images, at most `together`, each in the order of the records."""
+    groups: dict[tuple[int, int], list[ImageRecord]] = {}
+    for record in records:
+        groups.setdefault(record.size, []).append(record)
+    for group in groups.values():
+        yield from (group[at : at + together] for at in range(0, len(group), together))
+
+
+@torch.inference_mode()
+def score(
+    images: Sequence[np.ndarray],
+    records: Sequence[ImageRecord],
+    method: Any,
+    options: Any,
+    settings: Extract,
+    device: str,
+) -> list[dict[str, np.ndarray]]:
+    """Equally sized images u8[h,w,3] → one set of SCORE_MAPS fields each.
+
+    On train the classes of the tags are kept; on val, and where nobody tagged the image, those that the network finds.
+    """
+    h, w = records[0].size
+    grid = -(-h // settings.stride), -(-w // settings.stride)
+    maps: list[ScoreMaps] = []
+    size = (h, w)
+    for scale in settings.scales:
+        size = transforms.view_size((h, w), scale, method.stride, settings.long_side)
+        views = np.stack([transforms.resize(image, size) for image in images])
+        batch = transforms.tensor_of(views, device)
+        if settings.flip:
+            batch = torch.cat([batch, batch.flip(-1)])
+        dtype = PRECISIONS[settings.precision]
+        with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+            last = len(maps) + 1 == len(settings.scales)
+            maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
+    logits = torch.stack([_views(found.tag_logits, len(images)) for found in maps]).mean(dim=(0, 2))  # [b,c]
+    cells = size[0] // method.stride, size[1] // method.stride  # of the last scale, whose affinity is kept
+    return [_one(row, record, maps, logits[row], grid, cells, settings, len(images)) for row, record in enumerate(records)]
+
+
+def _views(values: Tensor, images: int) -> Tensor:
+    """[views * b, …] → [b, views, …]; the batch held all plain views first, then all mirrored ones."""
+    return values.reshape(-1, images, *values.shape[1:]).transpose(0, 1)
+
+
+def _one(
+    row: int,
+    record: ImageRecord,
+    maps: Sequence[ScoreMaps],
+    logits: Tensor,
+    grid: tuple[int, int],
+    cells: tuple[int, int],
+    settings: Extract,
+    images: int,
+) -> dict[str, np.ndarray]:
+    if record.split == "train" and record.tags is not None:
+        classes = torch.tensor(record.tags, dtype=torch.long)
+    else:
+        classes = torch.nonzero(logits.float().sigmoid() >= settings.tag_threshold).flatten().cpu()
+    views = [_views(found.scores, images)[row][:, classes.to(found.scores.device)].float() for found in maps]
+    merged = scoremaps.merge_views(views, rule=settings.merge, size=grid).cpu()
+    affinity = maps[-1].affinity if settings.keep_affinity else None
+    if settings.keep_affinity and affinity is None:
+        raise ValueError("extract.keep_affinity is true, but this method has no affinity; set it to false in the recipe")
+    return {
+        "classes": classes.numpy().astype(np.uint16),
+        "scores": merged.numpy().astype(np.float16),
+        "agreement": scoremaps.agreement_of_views(views, rule=settings.merge, size=grid).cpu().numpy().astype(np.float16),
+        "tag_logits": logits.float().cpu().numpy(),
+        "affinity": np.zeros((0, 0), np.float16)
+        if affinity is None
+        else _views(affinity, images)[row][0].cpu().numpy().astype(np.float16),
+        "grid": np.array((0, 0) if affinity is None else cells, np.uint16),
+        "decoded": _decoded(row, record, maps, classes, grid, images),
+    }
+
+
+def _decoded(
+    row: int, record: ImageRecord, maps: Sequence[ScoreMaps], classes: Tensor, grid: tuple[int, int], images: int
+) -> np.ndarray:
+    """u8[h,w] mask values of the method's own decoder: on train among background and the tags, else among all planes.
+
+    Probabilities of all views are averaged on the grid of the score maps.
+    """
+    decoded = [found.decoded for found in maps if found.decoded is not None]
+    if not decoded:
+        return np.zeros((0, 0), np.uint8)
+    tagged = record.split == "train" and record.tags is not None
+    kept = F.pad(classes + 1, (1, 0)) if tagged else torch.arange(decoded[0].shape[1])
+    views = [_views(found, images)[row][:, kept.to(found.device)].float() for found in decoded]
+    shares = scoremaps.merge_views(views, rule="mean", size=grid).cpu().numpy()
+    return kept.numpy().astype(np.uint8)[planes.winners(shares, record.size)[0]]

@@ -1,0 +1,222 @@
+"""Images + segmenter → predictions: sliding windows over several scales and mirror images, then perhaps a CRF.
+
+Shape letters: p planes (background and c classes), h w pixels of the image or view at hand, v views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pipeline.core import config, plugins, store
+from pipeline.core import records as records_file
+from pipeline.core.labels import LabelSpace
+from pipeline.core.records import ImageRecord, read_image
+from pipeline.core.sections import Segment, Settings
+from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
+from pipeline.imaging import planes, transforms
+from pipeline.jobs.engine import Engine, parts_of, run_parts
+from pipeline.training import checkpoint
+from pipeline.training.loop import PRECISIONS
+from pipeline.training.settings import Training
+
+WINDOWS_PER_BATCH = 4
+# Floats in one stack of planes, 512 MiB. A view or result that would need more is computed on a smaller canvas, and its
+# planes are enlarged one by one: with 20 classes this begins at 6.4 megapixels, with 80 at 1.7 (640 × 480 at scale 1.75
+# still fits). At most three stacks are alive, so memory is bounded whatever the photographs.
+MOST_VALUES = 2**27
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one process needs, picklable. segmenter: the plug-in's and its family's name; weights: what retrain wrote."""
+
+    segmenter: str
+    weights: Path
+    settings: Segment
+    crf: CrfSettings | None
+    options: Any  # the segmenter's Options
+    root: Path
+    labels: LabelSpace
+    parts: int
+    params_digest: str
+    out: Path
+    device: str
+
+
+def run(settings: Settings, *, records: Path, segmenter: Path, predictions: Path, engine: Engine) -> None:
+    """Stage segment: predictions on split val; tags are not used."""
+    listed = records_file.read(records)
+    job = job_of(settings, segmenter, root=settings.root, labels=listed.labels, out=predictions, device=engine.device())
+    parts = parts_of(listed.split("val"), job.settings.images_per_part)
+    files = store.file_digest(records), store.file_digest(segmenter)
+    with store.Workspace(predictions, store.digest([job.params_digest, engine.code_digest(), *files])) as work:
+        job = dataclasses.replace(job, parts=len(parts), out=work.result)
+        run_parts(segment_part, parts, job, out=work.result, engine=engine, what=f"segment {settings.name}")
+
+
+def job_of(settings: Settings, weights: Path, *, root: Path, labels: LabelSpace, out: Path, device: str) -> Job:
+    """How to segment images under `root` with the run's segmenter. ValueError if `weights` are not of it and of these classes."""
+    segmentation, name = settings.section(Segment, "segment"), settings.run.segmenter
+    training_of(name, weights, labels)
+    return Job(
+        segmenter=name, weights=weights, settings=segmentation, crf=crf_of(settings, segmentation),
+        options=options_of(settings, segmentation), root=root, labels=labels, parts=0,
+        params_digest=store.digest(dataclasses.asdict(segmentation)), out=out, device=device,
+    )  # fmt: skip
+
+
+def crf_of(settings: Settings, segmentation: Segment) -> CrfSettings | None:
+    """segment.crf, strictly parsed."""
+    return None if segmentation.crf is None else settings.part(CrfSettings, segmentation.crf, "segment.crf")
+
+
+def options_of(settings: Settings, segmentation: Segment) -> Any:
+    """segment.options as the segmenter's Options."""
+    module = plugins.load("segmenters", settings.run.segmenter)
+    return settings.part(module.Options, segmentation.options, "segment.options")
+
+
+def training_of(name: str, weights: Path, labels: LabelSpace) -> tuple[Training, Any]:
+    """How `weights` were trained: section retrain.<m> and the segmenter's Params, from the file's metadata.
+
+    ValueError if the file belongs to another segmenter or to other classes than `labels`.
+    """
+    told = checkpoint.read_metadata(weights)
+    if told["plugin"] != name:
+        raise ValueError(f"{weights} was trained as segmenter {told['plugin']!r}, not {name!r}; run retrain again")
+    classes = tuple(json.loads(told["labels"]))
+    if classes != labels.names:
+        raise ValueError(
+            f"{weights} knows {', '.join(classes)}, records.h5 has {', '.join(labels.names)}; run retrain again"
+        )
+    plugins.load("nn", name)  # imported here, so that the stage's digest of code has the family in it
+    training = config.parse(Training, json.loads(told["section"]), "retrain", weights)
+    return training, config.parse(plugins.load("segmenters", name).Params, training.model, "retrain.model", weights)
+
+
+@lru_cache(maxsize=1)
+def load(name: str, weights: Path, labels: LabelSpace, device: str, run: str) -> Any:
+    """The trained segmenter, in eval mode on device; kept for as long as `run`, the work space, is the same."""
+    del run
+    training, params = training_of(name, weights, labels)
+    built = plugins.load("segmenters", name).Segmenter(labels, params, training.schedule, plugins.load("nn", name))
+    checkpoint.load_into(built, weights)
+    return built.to(device).eval()
+
+
+def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
+    """Writes one part of predictions; returns its number of images."""
+    part, records = item
+    model = load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
+    items = ((record.id, segment_one(read_image(record, job.root), model, job)) for record in records)
+    store.write_part(
+        store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
+        params_digest=job.params_digest, compression=job.settings.compression,
+    )  # fmt: skip
+    return len(records)
+
+
+def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray]:
+    """PREDICTIONS fields of one image u8[h,w,3]: label u8[h,w] of mask values, confidence u8[h,w]."""
+    found = probabilities(image, model, job, planes_count=len(job.labels) + 1)
+    if job.crf is not None:
+        found = _refined(resize(image, found.shape[1:]), found, job.crf)
+    label, confidence = planes.winners(found, image.shape[:2])
+    return {"label": label, "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)}
+
+
+def _refined(image: np.ndarray, found: np.ndarray, settings: CrfSettings) -> np.ndarray:
+    """u8[h,w,3], f32[p,h,w] → f32[p,h,w]: CRF over the planes that win somewhere (WeakTr section 2.4), 0 for the others."""
+    some = np.unique(found.argmax(axis=0))
+    out = np.zeros_like(found)
+    out[some] = dense_crf(image, unary_from_probabilities(found[some]), settings)
+    return out
+
+
+def bounded(size: tuple[int, int], planes_count: int) -> tuple[int, int]:
+    """size (h, w) px, or the largest of the same shape whose stack of planes has at most MOST_VALUES values."""
+    h, w = size
+    factor = min(1.0, math.sqrt(MOST_VALUES / (planes_count * h * w)))
+    return max(1, int(h * factor)), max(1, int(w * factor))
+
+
+def resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """u8[h,w,3] → u8[size], bilinear with antialiasing as training crops are. size is (h, w) px."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+@torch.inference_mode()
+def probabilities(image: np.ndarray, model: Any, job: Job, *, planes_count: int) -> np.ndarray:
+    """u8[h,w,3] → f32[p,h,w], the mean of the softmax over all scales and mirror images.
+
+    Huge images come back on a smaller canvas (bounded). A logit is averaged before the softmax only where windows overlap.
+    """
+    h, w = image.shape[:2]
+    settings = job.settings
+    canvas = bounded((h, w), planes_count)
+    base = 1.0 if settings.short_side is None else settings.short_side / min(h, w)
+    total: Tensor | None = None
+    for scale in settings.scales:
+        size = bounded((max(1, round(h * base * scale)), max(1, round(w * base * scale))), planes_count)
+        view = transforms.tensor_of(resize(image, size), job.device)
+        for mirrored in (False, True) if settings.flip else (False,):
+            share = _share(view, mirrored, model, job, canvas)
+            total = share if total is None else total.add_(share)
+            del share  # a stack of planes that the next view would find still there
+    assert total is not None  # Segment has at least one scale
+    return total.div_(len(settings.scales) * (2 if settings.flip else 1)).cpu().numpy()
+
+
+def _share(view: Tensor, mirrored: bool, model: Any, job: Job, canvas: tuple[int, int]) -> Tensor:
+    """f32[3,h,w] → softmax f32[p,*canvas] of the view, or of its mirror image turned back."""
+    logits = windowed(view.flip(-1) if mirrored else view, model, job)
+    logits = logits.flip(-1) if mirrored else logits
+    if logits.shape[-2:] != canvas:
+        logits = F.interpolate(logits[None], canvas, mode="bilinear", align_corners=False)[0]
+    return logits.softmax(dim=0)
+
+
+def windowed(view: Tensor, model: Any, job: Job) -> Tensor:
+    """f32[3,h,w] → logits f32[p,h,w], averaged where windows overlap; one batch of windows is alive at a time.
+
+    A view smaller than a window is not enlarged: it is one window of its own size, which the segmenter pads to its stride.
+    """
+    (h, w), settings = view.shape[-2:], job.settings
+    high, wide = min(settings.window, h), min(settings.window, w)
+    corners = [
+        (top, left) for top in starts(h, high, settings.window_stride) for left in starts(w, wide, settings.window_stride)
+    ]
+    total, count = None, view.new_zeros(h, w)
+    dtype = PRECISIONS[settings.precision]
+    for at in range(0, len(corners), WINDOWS_PER_BATCH):
+        some = corners[at : at + WINDOWS_PER_BATCH]
+        batch = torch.stack([view[:, top : top + high, left : left + wide] for top, left in some])
+        with torch.autocast(job.device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+            logits = model.segment(batch, job.options).float()
+        if total is None:
+            total = view.new_zeros(logits.shape[1], h, w)
+        for (top, left), window in zip(some, logits, strict=True):
+            total[:, top : top + high, left : left + wide] += window
+            count[top : top + high, left : left + wide] += 1
+    assert total is not None  # there is at least one window
+    return total.div_(count)
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side: every stride px, the last one aligned to the border. stride ≤ window ≤ length."""
+    return sorted({*range(0, length - window + 1, stride), length - window})

@@ -1,0 +1,117 @@
+"""What data sets share: ids, tag lists, image files, and one error that names all offenders."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from pipeline.core.contracts import Listing
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+SHOWN = 20
+
+
+class DatasetError(ValueError):
+    """The raw data are not usable; the text lists the first offenders and how many there are.
+
+    listings are the images that could be listed all the same, so that prepare can say what else is wrong; hint: what to do.
+    """
+
+    def __init__(self, problems: Sequence[str], *, listings: Sequence[Listing] = (), hint: str = "") -> None:
+        self.problems, self.listings, self.hint = list(problems), list(listings), hint
+        lines = [f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} in the data set:", *problems[:SHOWN]]
+        lines += [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n".join([*lines, *([hint] if hint else [])]))
+
+    def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[()]]:  # it must survive the way back from a process
+        return partial(DatasetError, self.problems, listings=self.listings, hint=self.hint), ()
+
+
+def id_problem(image_id: str) -> str | None:
+    """Why an id cannot be used, or None. Ids are relative paths without suffix; they never leave their folder."""
+    if any("\ud800" <= character <= "\udfff" for character in image_id):  # how Python shows undecodable file names
+        return f"{image_id!r}: the file name is no valid UTF-8"
+    path = PurePosixPath(image_id)
+    if not image_id or "\0" in image_id:
+        return f"{image_id!r}: an id must not be empty or hold a null character"
+    if path.is_absolute() or ".." in path.parts or "\\" in image_id:
+        return f"{image_id!r}: an id must be a relative path without `..` or backslashes"
+    return None
+
+
+def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV with a header, UTF-8 (a byte-order mark is fine), cells stripped of outer spaces.
+
+    DatasetError where the file or a needed column is missing, or where rows are longer or shorter than the header allows:
+    tags parted by commas would otherwise be lost without a word.
+    """
+    if not path.is_file():
+        raise DatasetError([f"{path} is missing"])
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            problems = [
+                f"{path}: column {name!r} is missing; the header is {header}" for name in needed if name not in header
+            ]
+            problems += [f"{path}: column {name!r} stands twice" for name in twice(header)]
+            if problems:
+                raise DatasetError(problems)
+            least = 1 + max(header.index(name) for name in needed)
+            rows = []
+            for cells in reader:
+                if not cells:
+                    continue
+                if not least <= len(cells) <= len(header):
+                    allowed = f"{least} to {len(header)}" if least < len(header) else str(least)
+                    problems.append(
+                        f"{path} line {reader.line_num}: {len(cells)} columns, not {allowed}; part tags by spaces or `;`"
+                    )
+                padded = [*cells, *[""] * len(header)][: len(header)]
+                rows.append({name: cell.strip() for name, cell in zip(header, padded, strict=True)})
+    except UnicodeDecodeError as error:
+        raise DatasetError([f"{path} is not UTF-8 ({error}); save it as UTF-8"]) from error
+    except csv.Error as error:
+        raise DatasetError([f"{path} is no CSV: {error}"]) from error
+    if problems:
+        raise DatasetError(problems)
+    return rows
+
+
+def split_tags(cells: Iterable[str]) -> list[tuple[str, ...]]:
+    """Tag cells of one column → tags per row. Tags are separated by `;` if any cell holds one (names may then have spaces),
+    else by spaces. An empty cell means: looked at, and nothing is there."""
+    cells = list(cells)
+    separator = ";" if any(";" in cell for cell in cells) else None
+    return [tuple(dict.fromkeys(tag.strip() for tag in cell.split(separator) if tag.strip())) for cell in cells]
+
+
+def without_suffix(name: str) -> str:
+    """`a/b.jpg` → `a/b`; a suffix that is no image's stays, so `scan.v2` is an id."""
+    return name[: -len(PurePosixPath(name).suffix)] if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def twice(values: Iterable[str]) -> list[str]:
+    """Values that come more than once, sorted."""
+    seen: set[str] = set()
+    return sorted({value for value in values if value in seen or seen.add(value)})
+
+
+def val_by_hash(image_id: str, share: float) -> str:
+    """Split of an image by its id alone: the same on every host, and unmoved when images are added."""
+    number = int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return "val" if number < share * 2**64 else "train"
+
+
+def images_under(folder: Path) -> list[Path]:
+    """Image files at any depth, relative to folder, sorted; hidden ones (systems leave some) are passed over.
+
+    DatasetError if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DatasetError([f"folder {folder} is missing"])
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path.relative_to(folder) for path in found if not path.name.startswith("."))

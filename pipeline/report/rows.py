@@ -1,0 +1,105 @@
+"""audit/<m>.csv, one row per image and stage → rows; the worst of them → review.csv."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.stage_order import LAST
+
+COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; signs and others may follow
+REVIEWED = tuple(LAST.values())
+HEADER = ("id", "method", "stage", "score", "others", "reasons")
+# other methods that a mask's agreement needs to stand beside its score: of two, the better is blamed for the worse
+ENOUGH = 2
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image at one stage; miou is None without truth, score (label-free, 0..1) where none could be given.
+
+    others: agreement of a REVIEWED mask with those of the `compared` other methods that have the image, 0..1; None where none has.
+    """
+
+    id: str
+    stage: str
+    miou: float | None
+    score: float | None
+    reasons: tuple[str, ...]
+    others: float | None = None
+    compared: int = 0
+
+    @property
+    def both(self) -> float | None:
+        """Mean of score and agreement where that was measured to tell more than the score: docs/audit.md."""
+        if self.score is None or self.others is None or self.stage != "pseudo_masks" or self.compared < ENOUGH:
+            return None
+        return (self.score + self.others) / 2
+
+    @property
+    def quality(self) -> float | None:
+        """What the worst are found by: score and agreement, or the score, or the mIoU where there is no other."""
+        found = (one for one in (self.both, self.score, self.miou) if one is not None)
+        return next(found, None)
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Streams the rows of one column. FileNotFoundError, or ValueError naming file and line of what is wrong."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run `dvc repro evaluate`")
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from parse(file, str(path))
+
+
+def parse(file: Iterable[str], name: str) -> Iterator[Row]:
+    """Lines of such a table → rows; `name` is for errors."""
+    lines = csv.DictReader(file)
+    missing = [column for column in COLUMNS if column not in (lines.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{name} lacks the columns {', '.join(missing)}; run `dvc repro evaluate`")
+    for line in lines:
+        try:
+            miou, score = _number(line["miou"]), _number(line["score"])
+        except ValueError as error:
+            raise ValueError(f"{name}, line {lines.line_num}: {error}; run `dvc repro evaluate`") from error
+        reasons = tuple(word for word in (line["reasons"] or "").split("|") if word)
+        yield Row(line["id"], line["stage"], miou, score, reasons)
+
+
+def _number(text: str | None) -> float | None:
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def worst(rows: Iterable[Row], count: int) -> list[Row]:
+    """The `count` rows of the lowest quality among the masks that are used in the end; memory does not grow with the rows."""
+    ranked = (row for row in rows if row.stage in REVIEWED and row.quality is not None)
+    return heapq.nsmallest(count, ranked, key=lambda row: (row.quality, row.id, row.stage))
+
+
+def write_review(path: Path, found: Mapping[str, Sequence[Row]]) -> None:
+    """review.csv: method → its worst rows. Texts that a spreadsheet would take for a formula start with an apostrophe."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        for method, rows in found.items():
+            for row in rows:
+                texts = (row.id, method, row.stage)
+                score = row.score if row.score is not None else row.miou
+                writer.writerow(
+                    [*map(safe_cell, texts), _shown(score), _shown(row.others), safe_cell("|".join(row.reasons))]
+                )
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
+
+
+def safe_cell(text: str) -> str:
+    """An apostrophe before what could start a formula, also behind blanks; other texts stay as they are."""
+    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) or text.startswith("'") else text
