@@ -42,7 +42,6 @@ def score_maps(folder: Path) -> list[Timing]:
     from pipeline.core.records import ImageRecord
     from pipeline.core.sections import Extract
     from pipeline.imaging import transforms
-    from pipeline.jobs import score_maps
     from pipeline.methods.cam import method as cam
     from pipeline.training.settings import Schedule
 
@@ -57,7 +56,7 @@ def score_maps(folder: Path) -> list[Timing]:
     records = [ImageRecord(str(index), "", SIZE, "train", (index, index + 5), b"") for index in range(4)]
 
     def ours() -> list[np.ndarray]:
-        found = score_maps.score(images, records, method, cam.Options(), settings, "cpu")
+        found = scoring.score(images, records, method, cam.Options(), settings, "cpu")
         return [one["scores"].astype(np.float32) for one in found]
 
     @torch.inference_mode()

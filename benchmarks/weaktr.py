@@ -18,7 +18,7 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.jobs import score_maps
+from pipeline.jobs import score_maps as scoring
 from pipeline.methods.cam import method as cam
 from pipeline.methods.weaktr import method as weaktr
 from pipeline.nn.vit import fusion
@@ -68,7 +68,7 @@ def maps_of(name: str) -> Callable[[], object]:
     settings = Extract((1.0, 1.2), None, True, merge, 4, 16, 0.5, False, "fp32", 64, "gzip", 0, {})
     images = [photograph(index, PHOTOGRAPH) for index in range(2)]
     records = [ImageRecord(str(index), "", PHOTOGRAPH, "train", (index, index + 5), b"") for index in range(2)]
-    return lambda: score_maps.score(images, records, trained, options, settings, "cpu")
+    return lambda: scoring.score(images, records, trained, options, settings, "cpu")
 
 
 def fusion_of(name: str) -> Callable[[], object]:
