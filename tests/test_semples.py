@@ -20,7 +20,7 @@ from pipeline.methods import weaktr
 from pipeline.methods.semples import Method, Options, Params, contrastive_prompt, prompt_suppression, segment_label_matching
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import fusion, local_critic
-from pipeline.training.checkpoint import save_model, save_tensors
+from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights, shared
 from tests.toy_batches import batch
@@ -376,7 +376,7 @@ def trained_weaktr(path: Path, names: Sequence[str] = LABELS.names, **changes: A
     with torch.no_grad():
         made.backbone.net.cls_token.normal_()
     section = json.dumps({"model": values})
-    save_model(path, made, {"plugin": "weaktr", "labels": json.dumps(list(names)), "section": section})
+    save_tensors(path, made.state_dict(), {"plugin": "weaktr", "labels": json.dumps(list(names)), "section": section})
     return made.eval()
 
 

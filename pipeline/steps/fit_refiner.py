@@ -126,7 +126,8 @@ def train(job: loop.Job, progress: Callable[[Iterator[str], int], Iterable[str]]
 
     trained = job.work / "trained.safetensors"
     if not trained.exists():
-        for _ in progress(loop.train(job), loop.total_steps(job)):
+        run = loop.train(job)
+        for _ in progress(run.notes, run.steps):
             pass
     return network_state(checkpoint.read_tensors(trained))
 

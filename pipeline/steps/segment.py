@@ -26,7 +26,7 @@ from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import planes, transforms
 from pipeline.training import checkpoint
-from pipeline.training.loop import PRECISIONS
+from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
 
 WINDOWS_PER_BATCH = 4

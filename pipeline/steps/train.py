@@ -118,7 +118,8 @@ def run(
     with store.Workspace(model, made.work.name) as work:
         trained = made.work / "trained.safetensors"
         if not trained.exists():
-            for _ in progress(loop.train(made), loop.total_steps(made)):
+            training = loop.train(made)
+            for _ in progress(training.notes, training.steps):
                 pass
         checkpoint.save_tensors(work.result / model.name, checkpoint.read_tensors(trained), metadata)
         log.parent.mkdir(parents=True, exist_ok=True)
