@@ -11,6 +11,6 @@ def step_count(phase: Phase, images: int) -> int:
 
 
 def ends_epoch(phase: Phase, step: int, images: int) -> bool:
-    """Whether a pass over the images ends within this step (from 0). The last step always counts: their number is rounded."""
+    """Whether a pass over the images ends in this step (from 0). The last step always counts: their number is rounded."""
     last = step + 1 == step_count(phase, images)
     return last or (step + 1) * phase.batch_size // images > step * phase.batch_size // images

@@ -38,7 +38,7 @@ class Exchange(Protocol):
         ...
 
     def gather(self, shards: int, size: int) -> Gathered:
-        """Waits for all ranks and ends the round. size: elements of a shard's tensors together. RuntimeError if a rank failed."""
+        """Waits for all ranks and ends the round. size: elements of a shard's tensors. RuntimeError if a rank failed."""
         ...
 
     def abort(self) -> None:
@@ -49,8 +49,8 @@ class Exchange(Protocol):
 class SharedMemory:
     """An Exchange of processes on one host, picklable to them as they start.
 
-    Even and odd rounds have memory of their own. So one meeting per round is enough: what a rank reads after it is written again
-    only after the next meeting, which that rank attends when it has read.
+    Even and odd rounds have memory of their own. So one meeting per round is enough: what a rank reads after it is
+    written again only after the next meeting, which that rank attends when it has read.
     """
 
     def __init__(self, *, ranks: int, shards: int, size: int) -> None:

@@ -1,7 +1,7 @@
 """A Trainable + images → trained weights and a CSV of losses. One loop for methods, learned refiners and segmenters.
 
-A step is cut into `shards`; every shard is computed by itself, with one torch thread, and their gradients are summed in shard
-order. Ranks (processes) only share out the shards, so the result does not depend on how many there are.
+A step is cut into `shards`; every shard is computed by itself, with one torch thread, and their gradients are summed in
+shard order. Ranks (processes) only share out the shards, so the result does not depend on how many there are.
 
 A phase with `keep_best` is scored after each epoch, on a few training images that are always the same, each seen in the same
 crop without augmentation, shared out over the ranks as shards are. It ends with the weights of the best epoch.

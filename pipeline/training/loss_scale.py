@@ -9,7 +9,8 @@ GROWS_AFTER = 2000  # finite steps in a row
 class LossScale:
     """value: losses are multiplied by it, and gradients divided. 1 throughout for precisions other than fp16.
 
-    Halves after a step whose gradients are not finite, which is then left out; doubles after GROWS_AFTER finite steps in a row.
+    Halves after a step whose gradients are not finite, which is then left out; doubles after GROWS_AFTER finite steps in
+    a row.
     """
 
     def __init__(self, precision: str) -> None:

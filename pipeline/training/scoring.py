@@ -16,7 +16,7 @@ SCORED_IMAGES = 512
 
 
 def scored_images(images: TrainingImages) -> TrainingImages:
-    """At most SCORED_IMAGES of them, fixed by their ids, not augmented: a square of the short side, at a place fixed by the id."""
+    """At most SCORED_IMAGES of them, fixed by their ids, not augmented: a square of the short side, placed by the id."""
     plain = replace(
         images.augment, scale_min=1.0, scale_max=1.0, area_min=None, flip=0.0, jitter=0.0, rand_augment=None, erase=0.0
     )

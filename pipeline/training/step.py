@@ -75,7 +75,7 @@ class Stepper:
         return {name: value.float() for name, value in losses.items()}
 
     def _distribute(self, sums: Tensor) -> bool:
-        """Sets each gradient to the sum over shards and each float buffer to their mean. False if a gradient is not finite."""
+        """Sets gradients to the sum over shards and float buffers to their mean. False if a gradient is not finite."""
         start, scale = 0, self.scale.value
         for parameter in self._trained:
             gradient = sums[start : start + parameter.numel()].to(parameter.device).reshape(parameter.shape)
