@@ -1,4 +1,4 @@
-"""Losses of steps → rows of log.csv: step (from 1, over all phases), phase, lr, loss (their sum), every loss by name, score."""
+"""Losses of steps → log.csv, with step (from 1, over all phases), phase, lr, loss (the sum), every loss by name, score."""
 
 from __future__ import annotations
 
