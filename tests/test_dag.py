@@ -230,6 +230,7 @@ def of_dataset(name: str) -> Rule:
 TABLE: list[tuple[str, Rule]] = [
     ("pipeline/runtime.py", nothing),  # where work runs, never what comes out
     ("pipeline/readers.py", nothing),
+    ("pipeline/section_schema.py", nothing),
     ("pipeline/core/*", everything),
     ("pipeline/listing.py", each("prepare")),
     ("pipeline/stage_order.py", each("evaluate", "report")),
@@ -265,9 +266,9 @@ TABLE: list[tuple[str, Rule]] = [
         (f"pipeline/jobs/{kind}.py", each(kind))
         for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "evaluate", "report")
     ),
-    *((f"pipeline/jobs/{command}.py", nothing) for command in ("check", "doctor", "segment_folder")),
+    *((f"pipeline/jobs/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder")),
     *((f"stages/{kind}.py", each(kind)) for kind in ("prepare", *TRAINED, "export", "evaluate", "report")),
-    *((f"stages/{command}.py", nothing) for command in ("check", "doctor", "segment_folder", "plots_page")),
+    *((f"stages/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder", "plots_page")),
     ("benchmarks/*", nothing),
 ]
 

@@ -73,7 +73,7 @@ def parse(kind: type[T], value: Any, where: str, file: Path = PARAMS_FILE) -> T:
 
 
 def json_schema(kind: type[Any], generator: type[GenerateJsonSchema] = GenerateJsonSchema) -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref. With descriptions: pipeline.schema."""
+    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref. With descriptions: pipeline.section_schema."""
     schema = _adapter(kind).json_schema(schema_generator=generator)
     return _inlined(schema, schema.pop("$defs", {}))
 
