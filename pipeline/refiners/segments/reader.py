@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-SHOWN = 20  # problems that one error spells out
+from pipeline.core.problems import counted, listed
+
 SUFFIX = ".json"
 MOST_CHARACTERS = 7  # of one compressed run length: 35 bits, and COCO's are 32
 MOST_PIXELS = 2**16  # along a side
@@ -229,11 +230,7 @@ def require(
         return
     missing = any(image_id not in entries for image_id in sizes)  # then other ids show how the file names images
     others = [image_id for image_id in entries if image_id not in sizes] if missing else []
-    lines = [
-        f"{file.path}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'} with its segments:",
-        *problems[:SHOWN],
-    ]
-    lines += [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    lines = [f"{file.path}: {counted(problems)} with its segments:", listed(problems)]
     lines += [f"it has {', '.join(map(repr, others[:5]))}, which no training image with a tag is called"] if others else []
     raise ValueError("\n".join([*lines, FILE_HINT]))
 
