@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.core import records as image_files
+from pipeline.core import store
 from pipeline.core.labels import IGNORE, LabelSpace
+from pipeline.core.problems import counted
 from pipeline.core.records import ImageRecord, Records
 from pipeline.mask_files import Colour, colour_of, id_of, legend, read_label_map, values_of_colours
 
@@ -30,8 +32,7 @@ class CorrectionsError(ValueError):
     """Corrected masks cannot be used; the text lists every offender."""
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
-        count = f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'}"
-        super().__init__("\n".join([f"{count} in {folder}:", *problems, HINT]))
+        super().__init__("\n".join([f"{counted(problems)} in {folder}:", *problems, HINT]))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def find(folder: Path, records: Records) -> Corrections:
             problem = _problem(path, by_id[image_id], records.labels, colours)
             if problem:
                 problems.append(f"{shown!r}: {problem}")
-            digests.append((image_id, hashlib.sha256(path.read_bytes()).hexdigest()))
+            digests.append((image_id, store.file_digest(path)))
     if problems:
         raise CorrectionsError(folder, problems)
     told = repr((sorted(digests), sorted((colours or {}).items())))

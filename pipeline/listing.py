@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.contracts import Listing
+from pipeline.core.problems import counted, listed
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-SHOWN = 20
 
 
 class DatasetError(ValueError):
@@ -22,9 +22,8 @@ class DatasetError(ValueError):
 
     def __init__(self, problems: Sequence[str], *, listings: Sequence[Listing] = (), hint: str = "") -> None:
         self.problems, self.listings, self.hint = list(problems), list(listings), hint
-        lines = [f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} in the data set:", *problems[:SHOWN]]
-        lines += [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        super().__init__("\n".join([*lines, *([hint] if hint else [])]))
+        lines = [f"{counted(problems)} in the data set:", listed(problems), *([hint] if hint else [])]
+        super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[()]]:  # it must survive the way back from a process
         return partial(DatasetError, self.problems, listings=self.listings, hint=self.hint), ()

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.store import StoreError
 
@@ -308,7 +309,7 @@ def params_digest(name: str, folder: Path = PROJECT) -> str:
         for file, keys in by_file.items():
             content = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
             values |= {f"{file}:{key}": _at(content, key) for key in keys}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return store.digest(values)
 
 
 def _at(content: Any, key: str) -> Any:

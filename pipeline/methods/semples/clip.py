@@ -7,7 +7,6 @@ Shape letters: b images, m sentences or images to look at, k prompt vectors, w c
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.core import store
 from pipeline.nn import weights
 from pipeline.nn.torchvision_guard import mend
 
@@ -253,11 +253,7 @@ def check_file(path: Path, sha256: str, where: str) -> None:
 def _sha256(path: Path, changed: int) -> str:
     """changed: when; a file that is written anew is read anew."""
     del changed
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return store.file_digest(path)
 
 
 @lru_cache(maxsize=1)
