@@ -17,12 +17,12 @@ from PIL import Image
 
 from pipeline import metrics, runtime, stage_order
 from pipeline.audit import gallery
+from pipeline.audit.tally import audited
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
 from pipeline.imaging import planes
-from pipeline.jobs import evaluate
 from pipeline.report import charts, colours, page, rows
 from pipeline.report import gallery as blocks
 from tests import page_case
@@ -58,7 +58,7 @@ def test_the_worst_are_picked_and_the_random_ones_are_the_same_for_every_column(
 
 def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    audit = evaluate.audited(tallied(inputs, read))
+    audit = audited(tallied(inputs, read))
     items, quality = dict(gallery.draw_some(gallery.shown(audit, read, 8), inputs)), audit.quality
     masks, truth = store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS), store.Store(inputs.truth, store.TRUTH)
     for record in read:
