@@ -27,7 +27,7 @@ EXTRACT = [
     "inspection.h5",
 ]
 # the stage as a user starts it, but with a checkpoint after every step
-CODE = "import pipeline.training.loop as loop; loop.CHECKPOINT_SECONDS = 0.0; from stages.{0} import main; main()"
+CODE = "import pipeline.training.resume as resume; resume.CHECKPOINT_SECONDS = 0.0; from stages.{0} import main; main()"
 
 
 def start(folder: Path, stage: str, words: list[str]) -> subprocess.Popen[bytes]:

@@ -234,7 +234,7 @@ def save(path: Path, model: Segmenter, labels: LabelSpace) -> None:
         "seed": 0, "precision": "fp32", "augment": augment, "schedule": dataclasses.asdict(SCHEDULE), "model": MODEL,
     }  # fmt: skip
     told = {"plugin": "vit", "labels": json.dumps(labels.names), "section": json.dumps(section)}
-    checkpoint.save_model(path, model, told)
+    checkpoint.save_tensors(path, model.state_dict(), told)
 
 
 def run(out: str) -> Result:

@@ -20,8 +20,9 @@ from pipeline.core.labels import LabelSpace
 from pipeline.jobs import train
 from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
-from pipeline.training import checkpoint, loop
+from pipeline.training import checkpoint, loop, resume, scoring
 from pipeline.training.data import Draw
+from pipeline.training.epochs import ends_epoch, step_count
 from pipeline.training.settings import Training
 from tests.test_training import Toy, job_in, records_of, trained
 from tests.toy_batches import batch
@@ -44,7 +45,7 @@ class Scored(Toy):
         ]  # fmt: skip
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        factor = self.worse if clock.fraction >= 1 - 1 / EPOCHS else 1.0
+        factor = self.worse if clock.step / clock.steps >= 1 - 1 / EPOCHS else 1.0
         return {"bias": -factor * self.head.bias[0] + 0 * super().losses(batch, clock)["tags"]}
 
     def score(self, batch: Batch) -> Tensor:
@@ -109,9 +110,9 @@ def test_a_run_that_is_cut_off_remembers_its_best_epoch(
     tmp_path: Path, root: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(job_in(tmp_path / "a", root, build=Scored))
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
     job = job_in(tmp_path / "b", root, build=Scored)
-    steps: Any = loop.train(job)
+    steps: Any = loop.train(job).notes
     for _ in range(stop_after):
         next(steps)
     steps.close()
@@ -130,22 +131,22 @@ def test_scoring_looks_at_the_same_few_images_without_augmentation(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = job_in(tmp_path / "a", root).images
-    monkeypatch.setattr(loop, "SCORED", 4)
-    found = loop.scored_images(images)
-    again = loop.scored_images(dataclasses.replace(images, records=records_of(root)[::-1]))
-    assert found.records == again.records and len(found) == 4
-    first, second = found.batch(0, [Draw(0, 0)]), found.batch(0, [Draw(0, 0)])
+    monkeypatch.setattr(scoring, "SCORED_IMAGES", 4)
+    scored = scoring.scored_images(images)
+    again = scoring.scored_images(dataclasses.replace(images, records=records_of(root)[::-1]))
+    assert scored.records == again.records and len(scored) == 4
+    first, second = scored.batch(0, [Draw(0, 0)]), scored.batch(0, [Draw(0, 0)])
     assert torch.equal(first.images, second.images) and first.valid.all()
 
 
 @given(count=st.integers(1, 30), size=st.integers(1, 12), epochs=st.integers(1, 4))
 def test_an_epoch_ends_in_the_step_that_shows_its_last_image(count: int, size: int, epochs: int) -> None:
     phase = dataclasses.replace(Scored().phases()[0], epochs=epochs, batch_size=size)
-    steps = loop._steps(phase, count)
+    steps = step_count(phase, count)
     for step in range(steps):
         shown = range(step * size, (step + 1) * size)
-        wanted = step + 1 == steps or any((place + 1) % count == 0 for place in shown)
-        assert loop._ends_epoch(phase, step, steps, count) == wanted
+        expected = step + 1 == steps or any((place + 1) % count == 0 for place in shown)
+        assert ends_epoch(phase, step, count) == expected
 
 
 # SemPLeS
@@ -169,9 +170,9 @@ def small(select: str) -> semples.Method:
 
 
 def test_semples_keeps_an_epoch_of_refine_or_the_last_step() -> None:
-    for select, wanted in {"last": (), "critic": ("head.", "adaptive_attention_fusion.")}.items():
+    for select, prefixes in {"last": (), "critic": ("head.", "adaptive_attention_fusion.")}.items():
         assert {phase.name: phase.keep_best for phase in small(select).phases()} == {
-            "critic": (), "align": (), "prompt": (), "refine": wanted,
+            "critic": (), "align": (), "prompt": (), "refine": prefixes,
         }  # fmt: skip
     section: dict[str, Any] = toy_recipe("semples")["train"]["model"]
     with pytest.raises(config.ParamsError, match=r"select.*last.*critic"):
@@ -180,15 +181,15 @@ def test_semples_keeps_an_epoch_of_refine_or_the_last_step() -> None:
 
 @torch.no_grad()
 def test_the_score_is_what_the_masks_take_of_the_class() -> None:
-    method, some = small("critic").eval(), batch(((1, 0, 0), (0, 1, 1)))
+    method, tagged = small("critic").eval(), batch(((1, 0, 0), (0, 1, 1)))
     critic, texts, total = method._critic(), method._class_vectors(), 0.0
-    maps = method.score_maps(some.images, semples.Options()).scores
+    maps = method.score_maps(tagged.images, semples.Options()).scores
     for image, label in ((0, 0), (1, 1), (1, 2)):
         mask = method._masks(maps, torch.tensor([[image, label]]), critic.side, method.params.masks.eps)
-        shown = critic.prepared(some.images)[image][None]
+        shown = critic.prepared(tagged.images)[image][None]
         inside, outside = critic.images(shown * mask)[0] @ texts[label], critic.images(shown * (1 - mask))[0] @ texts[label]
         total += float(inside - outside)
-    torch.testing.assert_close(method.score(some), torch.tensor([total, 3.0]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(method.score(tagged), torch.tensor([total, 3.0]), atol=1e-5, rtol=1e-4)
     assert not method.score(batch(((0, 0, 0), (0, 0, 0)))).any()
 
 
@@ -200,8 +201,8 @@ def test_semples_ends_with_its_epoch_of_the_highest_score(tmp_path: Path, root: 
     trained(job)
     made = build()
     made.load_state_dict(weights(job))
-    images = loop.scored_images(job.images)
-    found = made.eval().score(images.batch(3, [Draw(index, 0) for index in range(len(images))])).tolist()
+    images = scoring.scored_images(job.images)
+    total, count = made.eval().score(images.batch(3, [Draw(index, 0) for index in range(len(images))])).tolist()
     logged = scores_of(job)
-    assert len(logged) == 3 and found[0] / found[1] == pytest.approx(max(logged), rel=1e-3, abs=1e-5)
+    assert len(logged) == 3 and total / count == pytest.approx(max(logged), rel=1e-3, abs=1e-5)
     assert max(logged) - min(logged) > 1e-4  # or any epoch would do

@@ -28,7 +28,7 @@ from pipeline.methods.semples.method import (
 from pipeline.methods.weaktr import method as weaktr
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import fusion
-from pipeline.training.checkpoint import save_model, save_tensors
+from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.shared_data import golden, golden_weights, shared
 from tests.toy_batches import batch
@@ -384,7 +384,7 @@ def trained_weaktr(path: Path, names: Sequence[str] = LABELS.names, **changes: A
     with torch.no_grad():
         made.backbone.net.cls_token.normal_()
     section = json.dumps({"model": values})
-    save_model(path, made, {"plugin": "weaktr", "labels": json.dumps(list(names)), "section": section})
+    save_tensors(path, made.state_dict(), {"plugin": "weaktr", "labels": json.dumps(list(names)), "section": section})
     return made.eval()
 
 

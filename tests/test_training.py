@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +23,10 @@ from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.records import ImageRecord
 from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
-from pipeline.training import checkpoint, loop, optim
+from pipeline.training import checkpoint, loop, optim, resume
 from pipeline.training.data import TrainingImages, order
+from pipeline.training.exchange import SharedMemory
+from pipeline.training.loss_scale import GROWS_AFTER, LossScale
 from pipeline.training.settings import Augment, RandAugment, Schedule
 from tests import toys
 from tests.toys import toy_folder
@@ -61,11 +65,11 @@ class Toy(nn.Module):
 def records_of(root: Path) -> list[ImageRecord]:
     import hashlib
 
-    found = []
+    records = []
     for path in sorted((root / "images").glob("*.png")):
         digest = hashlib.sha256(path.read_bytes()).digest()
-        found.append(ImageRecord(path.stem, f"images/{path.name}", (64, 64), "train", (len(found) % 2,), digest))
-    return found
+        records.append(ImageRecord(path.stem, f"images/{path.name}", (64, 64), "train", (len(records) % 2,), digest))
+    return records
 
 
 def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
@@ -75,8 +79,8 @@ def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
 
 
 def trained(job: loop.Job) -> bytes:
-    notes = list(loop.train(job))
-    assert len(notes) <= loop.total_steps(job)
+    training = loop.train(job)
+    assert len(list(training.notes)) <= training.steps
     return (job.work / "trained.safetensors").read_bytes() + (job.work / "log.csv").read_bytes()
 
 
@@ -100,14 +104,80 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
     tmp_path: Path, root: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(job_in(tmp_path / "a", root))
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
     job = job_in(tmp_path / "b", root)
-    steps = loop.train(job)
+    steps = loop.train(job).notes
     for _ in range(stop_after):
         next(steps)
     steps.close()
     assert (job.work / "checkpoint.safetensors").exists()
     assert whole == trained(job)
+
+
+def counting_threads(folder: Path) -> Toy:
+    """Notes this process and its number of torch threads, each time that a trainable is built."""
+    with (folder / f"{os.getpid()}.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{torch.get_num_threads()}\n")
+    return Toy()
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes start with two torch threads, whatever the machine has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_process_builds_its_trainable_with_one_torch_thread(tmp_path: Path, root: Path, ranks: int) -> None:
+    folder = tmp_path / "threads"
+    folder.mkdir()
+    trained(job_in(tmp_path / "a", root, ranks=ranks, build=partial(counting_threads, folder)))
+    counts = [path.read_text(encoding="utf-8").split() for path in folder.iterdir()]
+    assert len(counts) == ranks
+    assert all(set(of_process) == {"1"} for of_process in counts)
+
+
+def only_in(process: int) -> Toy:
+    if os.getpid() != process:
+        raise ValueError("no memory left")
+    return Toy()
+
+
+def test_the_run_ends_with_an_error_as_soon_as_another_process_fails(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(RuntimeError, match="another training process failed"):
+        trained(job_in(tmp_path / "a", root, ranks=2, build=partial(only_in, os.getpid())))
+
+
+def test_shards_are_summed_in_their_order_whatever_the_order_they_came_in() -> None:
+    exchange = SharedMemory(ranks=1, shards=3, size=2)
+    values = [1e8, 1.0, -1e8]  # in f32 their sum depends on the order
+    for shards in ((0, 1, 2), (2, 1, 0)):
+        for shard in shards:
+            exchange.put(shard, [torch.tensor([[values[shard]]]), torch.tensor(1.0)], torch.tensor([float(shard)]))
+        gathered = exchange.gather(3, 2)
+        assert gathered.sums.tolist() == [0.0, 3.0]
+        assert gathered.figures[:, :2].tolist() == [[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]
+
+
+def test_the_loss_scale_halves_at_once_and_doubles_after_many_finite_steps() -> None:
+    scale = LossScale("fp16")
+    first = scale.value
+    scale.update(False)
+    assert scale.value == first / 2
+    for _ in range(GROWS_AFTER - 1):
+        scale.update(True)
+    assert scale.value == first / 2
+    scale.update(True)
+    assert scale.value == first
+    for precision in ("fp32", "bf16"):
+        fixed = LossScale(precision)
+        fixed.update(False)
+        assert fixed.value == 1
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path, root: Path) -> None:
@@ -118,7 +188,7 @@ def test_another_seed_gives_other_weights(tmp_path: Path, root: Path) -> None:
 def test_half_precision_trains_to_finite_weights(tmp_path: Path, root: Path, precision: str) -> None:
     job = job_in(tmp_path / "a", root, precision=precision)
     trained(job)
-    weights = loop.checkpoint.read_tensors(job.work / "trained.safetensors")
+    weights = checkpoint.read_tensors(job.work / "trained.safetensors")
     assert all(torch.isfinite(value.float()).all() for value in weights.values())
 
 
@@ -178,8 +248,8 @@ def test_no_epochs_leave_the_weights_as_they_were(tmp_path: Path, root: Path) ->
 
     job = job_in(tmp_path / "a", root, build=Idle)
     trained(job)
-    found = checkpoint.read_tensors(tmp_path / "a" / "trained.safetensors")
-    assert all(torch.equal(value, found[name]) for name, value in Idle().state_dict().items())
+    after = checkpoint.read_tensors(tmp_path / "a" / "trained.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in Idle().state_dict().items())
     assert (tmp_path / "a" / "log.csv").read_text().startswith("step,phase,lr,loss")
 
 

@@ -44,10 +44,6 @@ class Clock:
     step: int
     steps: int
 
-    @property
-    def fraction(self) -> float:
-        return self.step / max(1, self.steps)
-
     def reached(self, iters: float) -> bool:
         """Whether a warm-up of so many steps, or below 1 of such a share of all steps, is over."""
         return self.step >= (iters if iters >= 1 else iters * self.steps)

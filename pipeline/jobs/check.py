@@ -20,8 +20,7 @@ class Problems(list[str]):
         try:
             return check()
         except (ParamsError, ValueError) as error:
-            if str(error) not in self:  # two runs may share a recipe
-                self.append(str(error))
+            self.append(str(error))
             return None
 
 
@@ -44,13 +43,13 @@ def problems(path: Path = PARAMS_FILE) -> list[str]:
     for name in found.of(lambda: sections.runs(values)) or () if dataset is not None else ():
         settings = found.of(lambda name=name: Settings.read(name, path))
         if settings is not None:
-            _check_run(settings, found)
+            found += [problem for problem in problems_of(settings) if problem not in found]  # two runs may share a recipe
     return found
 
 
-def _check_run(settings: Settings, found: Problems) -> None:
-    """Every section of the run's recipe, with its plug-ins."""
-    run = settings.run
+def problems_of(settings: Settings) -> list[str]:
+    """Everything in a run's recipe that some stage would refuse, its plug-ins included; [] if all is well."""
+    found, run = Problems(), settings.run
     for name in (run.backbone, run.segmenter):
         found.of(lambda name=name: plugins.load("nn", name))
     found.of(lambda: train.training_of(settings, "methods"))
@@ -72,6 +71,7 @@ def _check_run(settings: Settings, found: Problems) -> None:
     if segmentation is not None:
         found.of(lambda: segment.crf_of(settings, segmentation))
         found.of(lambda: segment.options_of(settings, segmentation))
+    return found
 
 
 def _affinity_is_kept(settings: Settings, extraction: sections.Extract) -> None:

@@ -56,7 +56,7 @@ def parts_of(records: Iterable[ImageRecord], images_per_part: int) -> list[Part]
 
 
 def run_parts(
-    function: Callable[[tuple[int, Part], Any], Any],
+    function: Callable[..., Any],
     parts: Sequence[Part],
     job: Any,
     *,

@@ -164,7 +164,8 @@ def train(job: loop.Job, engine: Engine, what: str) -> dict[str, np.ndarray]:
 
     trained = job.work / "trained.safetensors"
     if not trained.exists():
-        for _ in engine.progress(loop.train(job), loop.total_steps(job), what):
+        run = loop.train(job)
+        for _ in engine.progress(run.notes, run.steps, what):
             pass
     return network_state(checkpoint.read_tensors(trained))
 

@@ -21,7 +21,7 @@ from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Extract
 from pipeline.imaging import planes, scoremaps, transforms
 from pipeline.training import checkpoint
-from pipeline.training.loop import PRECISIONS
+from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
 
 

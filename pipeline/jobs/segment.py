@@ -29,7 +29,7 @@ from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import planes, transforms
 from pipeline.jobs.engine import Engine, parts_of, run_parts
 from pipeline.training import checkpoint
-from pipeline.training.loop import PRECISIONS
+from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
 
 WINDOWS_PER_BATCH = 4

@@ -117,7 +117,8 @@ def train(made: loop.Job, metadata: Mapping[str, str], *, model: Path, log: Path
     with store.Workspace(model, made.work.name) as work:
         trained = made.work / "trained.safetensors"
         if not trained.exists():
-            for _ in engine.progress(loop.train(made), loop.total_steps(made), what):
+            training = loop.train(made)
+            for _ in engine.progress(training.notes, training.steps, what):
                 pass
         checkpoint.save_tensors(work.result / model.name, checkpoint.read_tensors(trained), metadata)
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -14,17 +14,12 @@ METADATA_KEY = "tag2mask"  # one key only: safetensors writes several in random 
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes path whole or not at all."""
+    """Writes path whole or not at all. A model's metadata has `plugin`, and as JSON `labels` and `section`."""
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     clean = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(clean, partial, metadata={METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)})
     partial.replace(path)
-
-
-def save_model(path: Path, module: torch.nn.Module, metadata: Mapping[str, str]) -> None:
-    """The module's state dict; by convention metadata has `labels`, `section` (both JSON) and `plugin`."""
-    save_tensors(path, module.state_dict(), metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
