@@ -60,7 +60,7 @@ def test_a_broken_package_and_a_missing_tool_have_a_cure(
     told: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = (doctor.package("no_such_module", "timm"), doctor.tool("no-such-tool", "apt-get install it"))
-    monkeypatch.setattr(doctor, "CHECKS", broken)
+    monkeypatch.setattr(doctor, "PACKAGES", broken)
     found = told(Toy(Path("raw")), "--quiet")
     assert found.exit_code == 1
     assert "FIX  timm: cannot be imported" in found.output and "make setup" in found.output

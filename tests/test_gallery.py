@@ -200,16 +200,13 @@ def test_drawings_are_well_formed_and_say_their_figures() -> None:
 
 
 def test_the_digest_of_params_changes_with_a_stages_own_params_only(tmp_path: Path) -> None:
-    dvc_file = tmp_path / "dvc.yaml"
-    dvc_file.write_text(
-        "stages: {train: {foreach: '${methods}', do: {params: ['train.${key}'], deps: []}}}", encoding="utf-8"
-    )
+    train = {"foreach": "${methods}", "do": {"params": [{"${item.recipe}": ["train"]}], "deps": []}}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"train": train}}), encoding="utf-8")
 
     def digest(seed: int, other: int) -> str:
-        (tmp_path / "params.yaml").write_text(
-            json.dumps({"methods": {"cam": {}}, "train": {"cam": {"seed": seed}}, "report": other})
-        )
-        return runtime.params_digest("train@cam", dvc_file, tmp_path / "params.yaml")
+        (tmp_path / "params.yaml").write_text(json.dumps({"methods": {"cam": {"recipe": "r.yaml"}}, "report": other}))
+        (tmp_path / "r.yaml").write_text(json.dumps({"train": {"seed": seed}, "refine": other}))
+        return runtime.params_digest("train@cam", tmp_path)
 
     assert digest(1, 1) == digest(1, 2) != digest(2, 1)
 

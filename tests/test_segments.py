@@ -434,7 +434,7 @@ def test_check_refuses_a_file_that_is_not_there_before_anything_is_trained(
     toy.write(tmp_path)
     assert check.problems() == []
     (tmp_path / "all.jsonl").unlink()
-    assert [problem for problem in check.problems() if "fit_refiner.segments.path" in problem]
+    assert [problem for problem in check.problems() if "segments.path: there is no file or folder" in problem]
 
 
 def test_a_source_with_keys_of_another_is_refused(tmp_path: Path) -> None:
