@@ -182,9 +182,18 @@ def test_more_widths_than_feature_maps_are_refused(tmp_path: Path) -> None:
     [
         (affinitynet.Labels, {"powers": [8, 4], "crf": case.CRF}, {}, "low < high"),
         (irn.Labels, {"factors": [2, 1], "gt_prob": 0.7, "crf": case.CRF}, {}, "low < high"),
+        (affinitynet.Labels, {"powers": [4], "crf": case.CRF}, {}, r"powers: got \[4\], allowed is a list \[.*, .*\]"),
+        (
+            irn.Labels,
+            {"factors": [0.3], "gt_prob": 0.7, "crf": case.CRF},
+            {},
+            r"factors: got \[0.3\], allowed is a list \[.*, .*\]",
+        ),
     ],
 )
-def test_labels_without_an_order_are_refused(kind: Any, part: dict[str, Any], changes: dict[str, Any], told: str) -> None:
+def test_labels_that_are_no_ordered_pair_are_refused(
+    kind: Any, part: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
     with pytest.raises(config.ParamsError, match=told):
         config.parse(kind, part | changes, "fit_refiner.cam.labels")
 

@@ -438,8 +438,10 @@ def test_check_refuses_a_file_that_is_not_there_before_anything_is_trained(
 
 
 def test_a_source_with_keys_of_another_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(config.ParamsError, match=r"fit_refiner\.segments"):
+    with pytest.raises(config.ParamsError) as error:
         fit_params(SOURCES["slic"] | {"scale": 1.0})
+    line = "params.yaml: fit_refiner.segments.scale: unknown key, allowed are source, n_segments, compactness, sigma"
+    assert str(error.value) == f"{line}\n(edit params.yaml)"
 
 
 def test_neither_torch_nor_skimage_is_imported_where_a_file_is_read() -> None:

@@ -1,57 +1,38 @@
-"""params.yaml → frozen dataclasses without defaults; every wrong key is reported at once, before any work."""
+"""params.yaml → frozen dataclasses without defaults; every wrong key is reported at once, before any work.
+
+Types of fields: bool, int, float, str, Any, Literal, dict[str, X], tuple[X, ...], tuple[X, Y], nested dataclasses, X | None, unions,
+and numbers with bounds: Annotated[float, pydantic.Field(gt=0, le=1)]. A union of dataclasses names the Literal field that tells
+them apart: Annotated[A | B, pydantic.Field(discriminator="source")].
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, NewType, TypeVar
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import ErrorDetails, SchemaValidator
 
 PARAMS_FILE = Path("params.yaml")
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}  # keywords of JSON schema
+TYPES = {"integer": "a whole number", "number": "a number", "string": "a text", "boolean": "true or false", "null": "null"}
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+T = TypeVar("T")
 
 
 class ParamsError(ValueError):
     """Something in params.yaml is not allowed; the text names key, value, what is allowed and the file."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number, both included; `above` excludes its bound."""
-
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-
-    def __str__(self) -> str:
-        words = []
-        if self.above is not None:
-            words.append(f"> {self.above:g}")
-        if self.low is not None:
-            words.append(f">= {self.low:g}")
-        if self.high is not None:
-            words.append(f"<= {self.high:g}")
-        return " and ".join(words)
-
-    def holds(self, value: float) -> bool:
-        return (
-            (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-        )
-
-
-Positive = Annotated[int, Range(low=1)]
-Count = Annotated[int, Range(low=0)]
-Share = Annotated[float, Range(low=0, high=1)]
-AboveZero = Annotated[float, Range(above=0)]
-NonNegative = Annotated[float, Range(low=0)]
-
-T = TypeVar("T")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -81,119 +62,127 @@ def section(values: Mapping[str, Any], *keys: str, file: Path = PARAMS_FILE) -> 
 def parse(kind: type[T], value: Any, where: str, file: Path = PARAMS_FILE) -> T:
     """`value` (plain YAML) as an instance of the frozen dataclass `kind`. `where` is its dotted key for errors.
 
-    Types understood: bool, int, float, str, Literal, None, unions, tuple[X, ...], dict[str, X], nested dataclasses and
-    Annotated[number, Range]. Raises ParamsError listing every offender.
+    Nothing is converted but lists to tuples and whole numbers to floats. Raises ParamsError listing every offender.
     """
-    errors: list[str] = []
-    result = _convert(kind, value, where, errors)
-    if errors:
-        raise ParamsError("\n".join(f"{file}: {error}" for error in errors) + f"\n(edit {file})")
-    return result
-
-
-def _describe(kind: Any) -> str:
-    origin = typing.get_origin(kind)
-    if origin is Annotated:
-        base, *extras = typing.get_args(kind)
-        return " ".join([_describe(base), *map(str, extras)])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(kind))
-    if origin is tuple:
-        return f"a list of {_describe(typing.get_args(kind)[0])}"
-    if origin is dict:
-        return f"a mapping to {_describe(typing.get_args(kind)[1])}"
-    if kind is type(None):
-        return "null"
-    if dataclasses.is_dataclass(kind):
-        return "a mapping with " + ", ".join(field.name for field in dataclasses.fields(kind))
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, str(kind))
-
-
-def _convert(kind: Any, value: Any, where: str, errors: list[str]) -> Any:
-    origin = typing.get_origin(kind)
-
-    def refuse() -> None:
-        errors.append(f"{where}: got {value!r}, allowed is {_describe(kind)}")
-
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _convert_dataclass(kind, value, where, errors)
-    if origin is Annotated:
-        base, *extras = typing.get_args(kind)
-        before = len(errors)
-        converted = _convert(base, value, where, errors)
-        if len(errors) == before and not all(extra.holds(converted) for extra in extras):
-            refuse()
-        elif len(errors) > before:
-            del errors[before:]
-            refuse()
-        return converted
-    if origin in (Union, types.UnionType):
-        return _convert_union(kind, value, where, errors)
-    if origin is Literal:
-        if not any(value == option and type(value) is type(option) for option in typing.get_args(kind)):
-            refuse()
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            return refuse()
-        inner = typing.get_args(kind)[0]
-        return tuple(_convert(inner, item, f"{where}[{at}]", errors) for at, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            return refuse()
-        inner = typing.get_args(kind)[1]
-        return {key: _convert(inner, item, f"{where}.{key}", errors) for key, item in value.items()}
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value != value or value in (float("inf"), float("-inf")):
-            refuse()
-        return float(value)
-    if kind is Any or (isinstance(kind, type) and type(value) is kind):
-        return value
-    if kind is type(None) and value is None:
-        return None
-    refuse()
-    return None
-
-
-def _convert_union(kind: Any, value: Any, where: str, errors: list[str]) -> Any:
-    options = typing.get_args(kind)
-    attempts: list[list[str]] = []
-    for option in options:
-        attempt: list[str] = []
-        converted = _convert(option, value, where, attempt)
-        if not attempt:
-            return converted
-        attempts.append(attempt)
-    real = [option for option in options if option is not type(None)]
-    if len(real) == 1 and value is not None:  # "X or null": X's own words say more
-        errors.extend(attempts[options.index(real[0])])
-    else:
-        errors.append(f"{where}: got {value!r}, allowed is {_describe(kind)}")
-    return None
-
-
-def _convert_dataclass(kind: type[Any], value: Any, where: str, errors: list[str]) -> Any:
-    if not isinstance(value, dict):
-        errors.append(f"{where}: got {value!r}, allowed is {_describe(kind)}")
-        return None
-    hints = typing.get_type_hints(kind, include_extras=True)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in value:
-        if key not in names:
-            errors.append(f"{where}.{key}: unknown key, allowed are {', '.join(names)}")
-    before = len(errors)
-    made = {}
-    for name in names:
-        if name not in value:
-            errors.append(f"{where}.{name}: missing, allowed is {_describe(hints[name])}")
-        else:
-            made[name] = _convert(hints[name], value[name], f"{where}.{name}", errors)
-    if len(errors) > before or set(made) != set(names):
-        return None
     try:
-        return kind(**made)
-    except ValueError as error:  # rules between keys live in __post_init__
-        errors.append(f"{where}: {error}")
-        return None
+        return _validator(kind).validate_python(value)
+    except ValidationError as error:
+        schema = json_schema(kind)
+        lines = [_line(schema, value, where, list(problem["loc"]), problem) for problem in error.errors()]
+        raise ParamsError("\n".join(f"{file}: {line}" for line in dict.fromkeys(lines)) + f"\n(edit {file})") from None
+
+
+def json_schema(kind: type[Any], generator: type[GenerateJsonSchema] = GenerateJsonSchema) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref. With descriptions: pipeline.schema."""
+    schema = _adapter(kind).json_schema(schema_generator=generator)
+    return _inlined(schema, schema.pop("$defs", {}))
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    section = NewType("section", kind)  # pyright: ignore[reportGeneralTypeIssues]
+    return TypeAdapter(section, config=STRICT)  # beside a dataclass itself, pydantic refuses a config
+
+
+@functools.cache
+def _validator(kind: type[Any]) -> SchemaValidator:
+    return SchemaValidator(_for_yaml(_adapter(kind).core_schema))
+
+
+def _for_yaml(schema: Any) -> Any:
+    """pydantic's strict core schema → one that takes a mapping for a dataclass and a list for a tuple, since YAML has no other."""
+    if isinstance(schema, list):
+        return [_for_yaml(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: _for_yaml(part) for key, part in schema.items()}
+    return parts | {"strict": False} if parts.get("type") in ("dataclass", "tuple") else parts
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inlined(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        beside = {key: part for key, part in schema.items() if key != "$ref"}
+        schema = definitions[schema["$ref"].rpartition("/")[2]] | beside
+    if "propertyName" in schema:  # of a discriminator; `mapping` beside it only points to definitions
+        schema = {"propertyName": schema["propertyName"]}
+    return {key: _inlined(part, definitions) for key, part in schema.items()}
+
+
+# ---- errors in plain words ----------------------------------------------------------------------------------------------------
+
+
+def _line(schema: dict[str, Any], value: Any, where: str, steps: list[Any], error: ErrorDetails) -> str:
+    """One of pydantic's errors. `steps` lead to it from `where`, which holds `value` and allows `schema`."""
+    options = [option for option in schema.get("anyOf", ()) if option.get("type") != "null"]
+    if len(options) == 1:  # "X or null": X's own words say more
+        schema = options[0]
+    if not steps or "anyOf" in schema:  # among several options, nobody knows which was meant
+        return _refusal(schema, value, where, error)
+    step, *rest = steps
+    if "discriminator" in schema:  # pydantic has the variant's name as a step
+        name = schema["discriminator"]["propertyName"]
+        variant = next(option for option in schema["oneOf"] if option["properties"][name]["const"] == step)
+        return _line(variant, value, where, rest, error)
+    if "properties" in schema:
+        return _line_of_key(schema["properties"], value, where, step, rest, error)
+    if schema["type"] == "array":
+        if step >= len(value):  # the list is too short
+            return _refusal(schema, value, where, error)
+        item = schema["prefixItems"][step] if "prefixItems" in schema else schema["items"]
+        return _line(item, value[step], f"{where}[{step}]", rest, error)
+    if rest == ["[key]"]:  # the key is wrong, not what it holds
+        return _refusal(schema, value, where, error)
+    return _line(schema["additionalProperties"], value[step], f"{where}.{step}", rest, error)
+
+
+def _line_of_key(
+    properties: Mapping[str, Any], value: Mapping[str, Any], where: str, key: Any, rest: list[Any], error: ErrorDetails
+) -> str:
+    if key not in properties:
+        return f"{where}.{key}: unknown key, allowed are {', '.join(properties) or 'none'}"
+    if key not in value:
+        return f"{where}.{key}: missing, allowed is {_allowed(properties[key])}"
+    return _line(properties[key], value[key], f"{where}.{key}", rest, error)
+
+
+def _refusal(schema: dict[str, Any], value: Any, where: str, error: ErrorDetails) -> str:
+    if error["type"] == "value_error" and "ctx" in error and "anyOf" not in schema:
+        return f"{where}: {error['ctx']['error']}"  # rules between keys live in __post_init__
+    if "discriminator" in schema and isinstance(value, dict):
+        name = schema["discriminator"]["propertyName"]
+        return _line_of_key({name: _tag(schema)}, value, where, name, [], error)
+    return f"{where}: got {value!r}, allowed is {_allowed(schema)}"
+
+
+def _tag(schema: dict[str, Any]) -> dict[str, Any]:
+    """What the discriminator of a union may hold."""
+    name = schema["discriminator"]["propertyName"]
+    return {"enum": [option["properties"][name]["const"] for option in schema["oneOf"]]}
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in plain words."""
+    if "discriminator" in schema:
+        return f"a mapping whose {schema['discriminator']['propertyName']} is {_allowed(_tag(schema))}"
+    if "anyOf" in schema:
+        return " or ".join(map(_allowed, schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    match schema.get("type"):
+        case "array" if "prefixItems" in schema:
+            return f"a list [{', '.join(map(_allowed, schema['prefixItems']))}]"
+        case "array":
+            return f"a list of {_allowed(schema['items'])}"
+        case "object" if "properties" in schema:
+            return f"a mapping with {', '.join(schema['properties'])}"
+        case "object":
+            return f"a mapping to {_allowed(schema['additionalProperties'])}"
+        case None:
+            return "anything"
+        case plain:
+            bounds = " and ".join(f"{sign} {schema[keyword]:g}" for keyword, sign in BOUNDS.items() if keyword in schema)
+            return f"{TYPES[plain]} {bounds}" if bounds else TYPES[plain]

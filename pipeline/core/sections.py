@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import Field
+
 from pipeline.core import config
-from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Range, Share
+from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Share
 
 Compression = Literal["gzip", "zstd", "none"]
 T = TypeVar("T")
@@ -75,11 +77,11 @@ class Extract:
     inspect     number of training images whose inner maps the report shows; 0: nothing of a method's inside
     """
 
-    scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
+    scales: tuple[Annotated[float, Field(ge=0.1, le=4)], ...]
     long_side: Positive | None
     flip: bool
     merge: Literal["irn", "afa", "weaktr", "mean"]
-    stride: Annotated[int, Range(low=1, high=32)]
+    stride: Annotated[int, Field(ge=1, le=32)]
     views_per_batch: Positive
     tag_threshold: Share
     keep_affinity: bool
@@ -98,14 +100,14 @@ class Refine:
                  between them are marked, and export may set them to 255
     """
 
-    disagree_at: tuple[Annotated[float, Range(above=0)], ...] | None
+    disagree_at: tuple[AboveZero, AboveZero] | None
     images_per_part: Positive
     compression: Compression
     options: Any
 
     def __post_init__(self) -> None:
         pair = self.disagree_at
-        if pair is not None and (len(pair) != 2 or pair[0] >= pair[1]):
+        if pair is not None and pair[0] >= pair[1]:
             raise ValueError(f"disagree_at: got {list(pair)}, allowed is null or [low, high] with low < high")
 
 
@@ -145,7 +147,7 @@ class Segment:
     options     goes to the segmenter's Options
     """
 
-    scales: tuple[Annotated[float, Range(low=0.1, high=4)], ...]
+    scales: tuple[Annotated[float, Field(ge=0.1, le=4)], ...]
     flip: bool
     short_side: Positive | None
     window: Positive
@@ -175,9 +177,9 @@ class Evaluate:
     """
 
     ignored_prediction: Literal["excluded", "background", "miss"]
-    threshold_bins: Annotated[int, Range(low=10, high=1000)]
+    threshold_bins: Annotated[int, Field(ge=10, le=1000)]
     gallery: Count
-    thumbnail: Annotated[int, Range(low=32, high=512)]
+    thumbnail: Annotated[int, Field(ge=32, le=512)]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from pipeline.core.config import AboveZero, Positive, Range
+from pipeline.core.config import AboveZero, Positive
 
 AROUND = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 SMALLEST = 1e-8
@@ -30,7 +31,7 @@ class ParSettings:
     w1, w2       width of the colour term, weight of the distance term
     """
 
-    scale: Annotated[float, Range(low=0.1, high=1)]
+    scale: Annotated[float, Field(ge=0.1, le=1)]
     dilations: tuple[Positive, ...]
     iterations: Positive
     w1: AboveZero

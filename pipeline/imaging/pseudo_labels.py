@@ -11,9 +11,10 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from pipeline.core.config import AboveZero, Count, Range
+from pipeline.core.config import AboveZero, Count
 from pipeline.core.labels import IGNORE
 from pipeline.imaging.affinity import propagate
 from pipeline.imaging.par import ParSettings, refine_pixels
@@ -29,8 +30,8 @@ class LabelSettings:
     par         the pixel-adaptive refinement of background and classes
     """
 
-    low: Annotated[float, Range(above=0, high=1)]
-    high: Annotated[float, Range(above=0, high=1)]
+    low: Annotated[float, Field(gt=0, le=1)]
+    high: Annotated[float, Field(gt=0, le=1)]
     par: ParSettings
 
     def __post_init__(self) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from pipeline.core.config import Range
 from pipeline.core.contracts import ImageMaps
 
 BINS = 500
@@ -26,7 +26,7 @@ class Background:
     """
 
     rule: Literal["fixed", "otsu", "otsu3"]
-    level: Annotated[float, Range(above=0, high=2)]
+    level: Annotated[float, Field(gt=0, le=2)]
 
     def __post_init__(self) -> None:
         if self.rule == "fixed" and self.level >= 1:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Range, Share
+from pydantic import Field
+
+from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Share
 from pipeline.core.contracts import Phase
 from pipeline.imaging.threshold import FitParams
 
@@ -15,7 +17,7 @@ class RandAugment:
     """operations drawn per image; magnitude 0..10 of each, normally distributed with standard deviation spread."""
 
     operations: Positive
-    magnitude: Annotated[float, Range(low=0, high=10)]
+    magnitude: Annotated[float, Field(ge=0, le=10)]
     spread: NonNegative
 
 
@@ -37,9 +39,9 @@ class Augment:
     size: Positive
     scale_min: AboveZero
     scale_max: AboveZero
-    area_min: Annotated[float, Range(above=0, high=1)] | None
+    area_min: Annotated[float, Field(gt=0, le=1)] | None
     flip: Share
-    jitter: Annotated[float, Range(low=0, high=0.9)]
+    jitter: Annotated[float, Field(ge=0, le=0.9)]
     rand_augment: RandAugment | None
     erase: Share
 

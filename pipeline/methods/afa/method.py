@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, NonNegative, Positive, Range
+from pipeline.core.config import AboveZero, NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.imaging import pseudo_labels, transforms
@@ -71,18 +72,18 @@ class Params:
 
     architecture: str
     image_size: Positive
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
     pool: Literal["features"] | Pool
-    topk_share: Annotated[float, Range(above=0, high=1)]
+    topk_share: Annotated[float, Field(gt=0, le=1)]
     cam_iters: NonNegative
     aff_iters: NonNegative
-    cam_scales: tuple[Annotated[float, Range(low=0.25, high=3)], ...]
+    cam_scales: tuple[Annotated[float, Field(ge=0.25, le=3)], ...]
     pseudo_label_mode: Literal["eval", "train"]
     affinity_from: Literal["cam", "spread"]
     labels: SpreadSettings
     affinity_start: Literal["random", "zero"]
     decoder_width: Positive
-    decoder_dropout: Annotated[float, Range(low=0, high=0.9)]
+    decoder_dropout: Annotated[float, Field(ge=0, le=0.9)]
     segmentation_weight: NonNegative
     affinity_weight: NonNegative
     energy: Energy | None

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, NonNegative, Positive, Range, Share
+from pipeline.core.config import AboveZero, NonNegative, Positive, Share
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.imaging import pseudo_labels, transforms
@@ -30,7 +31,7 @@ from pipeline.training.optim import decayed
 from pipeline.training.pixel_losses import balanced_cross_entropy
 from pipeline.training.settings import Schedule
 
-Dropout = Annotated[float, Range(low=0, high=0.9)]
+Dropout = Annotated[float, Field(ge=0, le=0.9)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Equivariance:
     """weight of the loss; scale: factor of the mirrored second view's sides."""
 
     weight: AboveZero
-    scale: Annotated[float, Range(low=0.25, high=1)]
+    scale: Annotated[float, Field(ge=0.25, le=1)]
 
 
 @dataclass(frozen=True)

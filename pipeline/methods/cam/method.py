@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.core.config import NonNegative, Positive, Range
+from pipeline.core.config import NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging.pooling import Pool, pooled
@@ -32,9 +33,9 @@ class Params:
     architecture: str
     image_size: Positive
     pool: Pool
-    topk_share: Annotated[float, Range(above=0, high=1)]
+    topk_share: Annotated[float, Field(gt=0, le=1)]
     backbone_lr_factor: NonNegative
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
 
 
 @dataclass(frozen=True)

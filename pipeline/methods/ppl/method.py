@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.core.config import Count, NonNegative, Positive, Range
+from pipeline.core.config import Count, NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging.pooling import Pool, pooled
@@ -52,15 +53,15 @@ class Params:
 
     architecture: str
     image_size: Positive
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
     mode: Literal["plain", "single", "progressive", "explicit"]
     positions: tuple[Positive, ...]
     grid: Positive
     pool: Pool
-    topk_share: Annotated[float, Range(above=0, high=1)]
-    dropout: Annotated[float, Range(low=0, high=0.9)]
+    topk_share: Annotated[float, Field(gt=0, le=1)]
+    dropout: Annotated[float, Field(ge=0, le=0.9)]
     later_epochs_factor: NonNegative
-    later_lr_factor: Annotated[float, Range(above=0, high=1)]
+    later_lr_factor: Annotated[float, Field(gt=0, le=1)]
     reset_classifier: bool
     frozen_groups: Count
     freeze_norms: bool

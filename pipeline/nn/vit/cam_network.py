@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.core.config import Positive, Range
+from pipeline.core.config import Positive
 from pipeline.core.contracts import ScoreMaps
 from pipeline.imaging.pooling import Pool, pooled
 from pipeline.nn import weights
@@ -46,13 +47,13 @@ class CamParams:
 
     architecture: str
     image_size: Positive
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
     features: Literal["residual", "normed"]
     token_weight: Literal["each", "one"]
     attention: Literal["fused", "cross", "patch"]
     patch_refine: bool
     pool: Pool
-    topk_share: Annotated[float, Range(above=0, high=1)]
+    topk_share: Annotated[float, Field(gt=0, le=1)]
     attention_pool: Literal["max", "avg"]
     reduction: Positive
     feature_reduction: Positive

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, NonNegative, Positive, Range
+from pipeline.core.config import AboveZero, NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import pairs, planes, transforms
@@ -28,7 +29,7 @@ from pipeline.training.settings import LearnedFit, Schedule
 
 __all__ = ["FitParams", "Network", "Params", "Refiner", "fit", "training_labels"]
 
-Power = Annotated[float, Range(above=0, high=128)]
+Power = Annotated[float, Field(gt=0, le=128)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Model:
     image_size: Positive
     stride: Positive
     widths: tuple[Positive, ...]
-    radius: Annotated[int, Range(low=2, high=32)]
+    radius: Annotated[int, Field(ge=2, le=32)]
     backbone_lr_factor: NonNegative
 
 

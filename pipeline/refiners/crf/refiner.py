@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from pipeline.core.config import Range
 from pipeline.core.contracts import ImageMaps
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels, unary_from_probabilities
 from pipeline.imaging import planes
@@ -29,8 +29,8 @@ class Params:
     """
 
     unary: Literal["soft", "hard"]
-    gt_prob: Annotated[float, Range(low=0.5, high=0.999)]
-    sharpness: Annotated[float, Range(low=0.1, high=32)]
+    gt_prob: Annotated[float, Field(ge=0.5, le=0.999)]
+    sharpness: Annotated[float, Field(ge=0.1, le=32)]
     crf: CrfSettings
 
 

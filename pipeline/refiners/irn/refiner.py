@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, NonNegative, Positive, Range
+from pipeline.core.config import AboveZero, NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels
 from pipeline.imaging import pairs, planes, transforms
@@ -39,7 +40,7 @@ class Labels:
     sure; where none stands against the low one, background is. IRN: level 0.15, factors 1/3 and 2. gt_prob, crf: of both CRFs."""
 
     factors: tuple[AboveZero, AboveZero]
-    gt_prob: Annotated[float, Range(low=0.5, high=0.999)]
+    gt_prob: Annotated[float, Field(ge=0.5, le=0.999)]
     crf: CrfSettings
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class Model:
     architecture: str
     image_size: Positive
     stride: Positive
-    radius: Annotated[int, Range(low=2, high=32)]
+    radius: Annotated[int, Field(ge=2, le=32)]
     displacement_weight: NonNegative
     displacement_lr_factor: NonNegative
 
@@ -86,12 +87,12 @@ class Params:
     long_side  px; larger images are seen, and walked, scaled down to it
     """
 
-    radius: Annotated[int, Range(low=2, high=32)]
+    radius: Annotated[int, Field(ge=2, le=32)]
     beta: AboveZero
     steps: Positive
     flip: bool
     normalise: Literal["image", "class"]
-    level: Annotated[float, Range(above=0, high=1)] | None
+    level: Annotated[float, Field(gt=0, le=1)] | None
     long_side: Positive
 
 

@@ -16,9 +16,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.core import config
 from pipeline.core.config import AboveZero, NonNegative, Positive
@@ -75,7 +76,7 @@ class FitParams:
     """fit_refiner.<m>: the background level of the score maps, and where segments come from."""
 
     background: Background
-    segments: SegmentFile | Felzenszwalb | Slic
+    segments: Annotated[SegmentFile | Felzenszwalb | Slic, Field(discriminator="source")]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pipeline.core.config import NonNegative, Positive, Range
+from pydantic import Field
+
+from pipeline.core.config import NonNegative, Positive
 from pipeline.core.labels import LabelSpace
 from pipeline.nn.segformer_head import SegFormerHead
 from pipeline.training.map_segmenter import MapSegmenter
@@ -27,9 +29,9 @@ class Params:
 
     architecture: str
     image_size: Positive
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
     decoder_width: Positive
-    decoder_dropout: Annotated[float, Range(low=0, high=0.9)]
+    decoder_dropout: Annotated[float, Field(ge=0, le=0.9)]
     encoder_lr_factor: NonNegative
     balance: Literal["pixels", "background_foreground"]
 

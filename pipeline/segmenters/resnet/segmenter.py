@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import nn
 
-from pipeline.core.config import NonNegative, Positive, Range
+from pipeline.core.config import NonNegative, Positive
 from pipeline.core.labels import LabelSpace
 from pipeline.segmenters.resnet.deeplab_head import GROUPS, DeepLabV2, DeepLabV3Plus
 from pipeline.training.map_segmenter import MapSegmenter
@@ -32,12 +33,12 @@ class Params:
 
     architecture: str
     image_size: Positive
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
     head: Literal["deeplab_v2", "deeplab_v3plus"]
     dilations: tuple[Positive, ...]
     width: Positive
     low_width: Positive
-    dropout: Annotated[float, Range(low=0, high=0.9)]
+    dropout: Annotated[float, Field(ge=0, le=0.9)]
     encoder_lr_factor: NonNegative
     balance: Literal["pixels", "background_foreground"]
 

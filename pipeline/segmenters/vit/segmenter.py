@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.core.config import AboveZero, NonNegative, Positive, Range
+from pipeline.core.config import AboveZero, NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.nn.vit import backbone as vit
@@ -50,10 +51,10 @@ class Params:
 
     architecture: str
     image_size: Positive
-    drop_path: Annotated[float, Range(low=0, high=0.9)]
+    drop_path: Annotated[float, Field(ge=0, le=0.9)]
     decoder_blocks: Positive
     decoder_heads: Positive
-    decoder_dropout: Annotated[float, Range(low=0, high=0.9)]
+    decoder_dropout: Annotated[float, Field(ge=0, le=0.9)]
     encoder_lr_factor: NonNegative
     balance: Literal["pixels", "background_foreground"]
     clipping: Clipping | None
