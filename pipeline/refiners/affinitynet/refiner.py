@@ -22,7 +22,7 @@ from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import pair_walk
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 from pipeline.nn.weights import load_exactly, unwrapped
 from pipeline.training.optim import decayed
 from pipeline.training.settings import LearnedFit, Schedule
@@ -65,7 +65,7 @@ class Model:
 
 @dataclass(frozen=True)
 class FitParams(LearnedFit):
-    """fit_refiner.<m>: beside the level and the training, the labels that the network learns from, and the network."""
+    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the network."""
 
     labels: Labels
     model: Model
@@ -73,9 +73,9 @@ class FitParams(LearnedFit):
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
-    power      of the background plane 1 - best score (PSA: 16); null: a plane of the column's background level
+    power      of the background plane 1 - best score (PSA: 16); null: a plane of the run's threshold
     beta       power of the affinities (PSA: 8); steps: of the walk (PSA: 256)
     long_side  px; larger images are seen, and walked, scaled down to it
     """
@@ -92,9 +92,9 @@ PUBLISHED_SCHEDULE = Schedule(
 PUBLISHED_MODEL = Model("resnet38d", 448, 8, (64, 128, 256), 5, 0.1)
 
 
-def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
-    """u8[h,w] mask values, 255 where the two refined backgrounds disagree (PSA, section 3.2). The level is not used."""
-    del level
+def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
+    """u8[h,w] mask values, 255 where the two refined backgrounds disagree (PSA, section 3.2). The threshold is not used."""
+    del threshold
     if not len(maps.classes):
         return np.zeros(maps.size, np.uint8)
     scores = planes.upsample(maps.scores, maps.size)
@@ -120,7 +120,7 @@ class Network(nn.Module):
         if len(dims) < len(model.widths):
             raise ValueError(
                 f"widths: got {list(model.widths)}, but {model.architecture} has only {len(dims)} feature maps (edit "
-                "fit_refiner.<m>.model in params.yaml)"
+                "Section fit_refiner.model in params.yaml)"
             )
         taken = [nn.Conv2d(dim, width, 1, bias=False) for dim, width in zip(dims, model.widths, strict=True)]
         self.taken = nn.ModuleList(taken)
@@ -189,7 +189,7 @@ class Refiner:
         self.device = next(network.parameters()).device
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background (PSA, section 3.3)."""
         model = self.network.params
         step = max(model.stride, self.network.backbone.stride)
@@ -200,7 +200,7 @@ class Refiner:
         affinities = [pairs.feature_affinity(features, offset)[0] for offset in near]
         scores = torch.from_numpy(maps.scores).to(self.device)
         rest = (1 - scores.amax(dim=0, keepdim=True)).clamp(0, 1)
-        background = torch.full_like(rest, level) if self.params.power is None else rest**self.params.power
+        background = torch.full_like(rest, threshold) if self.params.power is None else rest**self.params.power
         given = _pooled(torch.cat([background, scores]), (features.shape[-2], features.shape[-1]))
         walked = pair_walk(given, affinities, near, beta=self.params.beta, steps=self.params.steps)
         full = F.interpolate(walked[None], maps.size, mode="bilinear", align_corners=False)[0]

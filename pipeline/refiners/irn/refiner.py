@@ -22,7 +22,7 @@ from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import edge_walk
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 from pipeline.nn.weights import load_exactly, unwrapped
 from pipeline.training.optim import decayed
 from pipeline.training.settings import LearnedFit, Schedule
@@ -36,8 +36,13 @@ FINE_GROUPS, COARSE_GROUPS = (8, 16), 16
 
 @dataclass(frozen=True)
 class Labels:
-    """factors: low and high, of the column's background level. Where a class stands even against the high one after the CRF, it is
-    sure; where none stands against the low one, background is. IRN: level 0.15, factors 1/3 and 2. gt_prob, crf: of both CRFs."""
+    """Labels that the network learns from: after a CRF, a class where one wins at the high threshold, background where none wins at the
+    low one, 255 elsewhere.
+
+    factors   low and high threshold, as factors of the run's own. IRN: threshold 0.15, factors 1/3 and 2
+    gt_prob   of the labels that both CRFs start from
+    crf       of both
+    """
 
     factors: tuple[AboveZero, AboveZero]
     gt_prob: Annotated[float, Field(ge=0.5, le=0.999)]
@@ -69,7 +74,7 @@ class Model:
 
 @dataclass(frozen=True)
 class FitParams(LearnedFit):
-    """fit_refiner.<m>: beside the level and the training, the labels that the network learns from, and the network."""
+    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the network."""
 
     labels: Labels
     model: Model
@@ -77,13 +82,13 @@ class FitParams(LearnedFit):
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
     radius     cells that one step reaches (IRN: 5)
     beta       power of the affinities (IRN: 10); steps: of the walk (IRN: 256)
     flip       whether the edges of the mirror image are averaged in (IRN: true)
     normalise  walked scores over the maximum of all classes of the image (IRN), or each over its own
-    level      background after the walk (IRN: 0.25); null: the column's background level
+    threshold  score of background after the walk (IRN: 0.25); null: the run's own threshold
     long_side  px; larger images are seen, and walked, scaled down to it
     """
 
@@ -92,7 +97,7 @@ class Params:
     steps: Positive
     flip: bool
     normalise: Literal["image", "class"]
-    level: Annotated[float, Field(gt=0, le=1)] | None
+    threshold: Annotated[float, Field(gt=0, le=1)] | None
     long_side: Positive
 
 
@@ -102,8 +107,8 @@ PUBLISHED_SCHEDULE = Schedule(
 PUBLISHED_MODEL = Model("resnet50", 512, 4, 10, 1.0, 10.0)
 
 
-def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
-    """u8[h,w] mask values, 255 where a class stands only against the low background (IRN, section 5.1)."""
+def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
+    """u8[h,w] mask values, 255 where a class wins at the low threshold alone (IRN, section 5.1)."""
     if not len(maps.classes):
         return np.zeros(maps.size, np.uint8)
     scores, settings = planes.upsample(maps.scores, maps.size), params.labels
@@ -112,7 +117,9 @@ def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, level
             dense_crf(
                 image,
                 unary_from_labels(
-                    planes.with_background(scores, level * factor).argmax(axis=0), len(scores) + 1, gt_prob=settings.gt_prob
+                    planes.with_background(scores, threshold * factor).argmax(axis=0),
+                    len(scores) + 1,
+                    gt_prob=settings.gt_prob,
                 ),
                 settings.crf,
             ),
@@ -239,7 +246,7 @@ class Refiner:
         self.device = next(network.parameters()).device
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background (IRN, section 5.3)."""
         step = max(self.network.params.stride, self.network.backbone.stride)
         size = transforms.view_size(maps.size, 1.0, step, self.params.long_side)
@@ -252,7 +259,7 @@ class Refiner:
         walked = edge_walk(given, edge, radius=self.params.radius, beta=self.params.beta, steps=self.params.steps)
         full = F.interpolate(walked[None], maps.size, mode="bilinear", align_corners=False)[0]
         most = full.amax() if self.params.normalise == "image" else full.amax(dim=(1, 2), keepdim=True)
-        background = torch.full_like(full[:1], level if self.params.level is None else self.params.level)
+        background = torch.full_like(full[:1], threshold if self.params.threshold is None else self.params.threshold)
         stacked = torch.cat([background, full / most.clamp(min=1e-5)])
         return (stacked / stacked.sum(dim=0)).cpu().numpy()
 
