@@ -74,7 +74,7 @@ def make_texts_match_images(method: Method) -> None:
     critic = method.critic()
     texts = critic.mean_texts(method.texts.sentences.of_classes())
     if (critic.embed_images(critic.prepare(batch().images)) @ texts.t()).mean() < 0:
-        critic.net.get_submodule("visual.proj").weight.neg_()
+        critic.net.get_parameter("visual.proj.weight").neg_()
 
 
 def clock_of(method: Method, name: str) -> Clock:
@@ -515,7 +515,7 @@ def official(classes: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_the_authors_checkpoints_and_prompts_can_be_used(classes: str, count: int, pool: str) -> None:
     state, prompts = official(classes)
     method = Method.from_official({"model": state, "epoch": 3, "miou": 0.7}, prompts)
-    assert len(method.head.bias) == len(method.prompts) == count and method.cam.attention_pool == pool
+    assert len(method.head.weight) == len(method.prompts) == count and method.cam.attention_pool == pool
     assert method.params.prompt.official_tokens
     used = [0, 1, -1] if classes == "VOC" else [0, 1, 89]  # ids 1, 2 and the last
     assert torch.equal(method.prompts[[0, 1, -1]], prompts["prompts"][used])
