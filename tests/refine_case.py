@@ -1,4 +1,4 @@
-"""A small project folder for the tests of fit_refiner, refine and export: images, records, score maps, params.yaml."""
+"""A small project folder for the tests of fit_refiner, refine and export: images, records, score maps, params.yaml, a recipe."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline.core import records, sections, store
+from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from stages import export, fit_refiner, refine
-from tests.toys import SCRATCH, learned_fit
+from tests.toys import SCRATCH, Toy, learned_fit
 
 LABELS = LabelSpace(("boat", "car", "sheep"))
 CRF = {
@@ -68,7 +67,7 @@ def scores_of(rng: np.random.Generator, k: int, size: tuple[int, int]) -> np.nda
 
 
 def fit_params(refiner: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """fit_refiner.cam; a learned refiner's network is small, on a ViT. changes: background, and whatever the refiner has."""
+    """Section fit_refiner; a learned refiner's network is small, on a ViT. changes: background, and whatever the refiner has."""
     settings = learned_fit("scenes_vit", CRF).get(refiner, {})
     settings |= {"background": {"rule": "fixed", "level": 0.4}}
     return settings | {name: value for name, value in changes.items() if name in settings}
@@ -101,23 +100,22 @@ def build(root: Path, **changes: Any) -> None:
         store.part_path(root / "scoremaps", 0), store.SCORE_MAPS, sorted(maps, key=lambda item: item[0]), labels=LABELS,
         part=0, parts=1, params_digest="", compression="gzip",
     )  # fmt: skip
-    refiner = changes.get("refiner", "crf")
-    column = {"backbone": "vit", "init": "x", "refiner": refiner, "segmenter": "vit", "segmenter_init": "x"}
-    values = {
-        "dataset": {"name": "folder", "root": "raw", "options": {}},
-        "methods": {"cam": column},
-        "fit_refiner": {"cam": fit_params(refiner, changes)},
-        "refine": {"cam": {"disagree_at": changes.get("disagree_at"), "options": OPTIONS[refiner], **STORAGE}},
-        "export": {
-            "cam": {
-                "ignore_below": changes.get("ignore_below", 0.0),
-                "ignore_disagreement": changes.get("ignore_disagreement", False),
-                "formats": changes.get("formats", ["hdf5"]),
-                **STORAGE,
-            }
-        },
+    write_settings(root, **changes)
+
+
+def write_settings(root: Path, **changes: Any) -> None:
+    """params.yaml and the recipe; changes as in `build`."""
+    refiner, toy = changes.get("refiner", "crf"), Toy(Path("raw"))
+    toy.params["methods"]["cam"]["refiner"] = refiner
+    toy.recipes["cam"]["fit_refiner"] = fit_params(refiner, changes)
+    toy.recipes["cam"]["refine"] = {"disagree_at": changes.get("disagree_at"), "options": OPTIONS[refiner], **STORAGE}
+    toy.params["export"] = {
+        "ignore_below": changes.get("ignore_below", 0.0),
+        "ignore_disagreement": changes.get("ignore_disagreement", False),
+        "formats": changes.get("formats", ["hdf5"]),
+        **STORAGE,
     }
-    (root / "params.yaml").write_text(yaml.safe_dump({name: {} for name in sections.TOP_LEVEL} | values), encoding="utf-8")
+    toy.write(root)
 
 
 def run(stage: str) -> Result:

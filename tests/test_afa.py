@@ -19,7 +19,7 @@ from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
 from pipeline.imaging import pseudo_labels
-from pipeline.jobs import extract
+from pipeline.jobs import score_maps
 from pipeline.methods.afa import method as afa
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.pixel_losses import dense_energy
@@ -209,7 +209,7 @@ def test_extract_keeps_the_affinity_of_the_stride_and_the_decoders_masks() -> No
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     given = Extract((1.5, 1.0), None, True, "mean", 4, 8, 0.5, True, "fp32", 64, "gzip", 0, {})
     train, val = (
-        extract.score(
+        score_maps.score(
             [image], [ImageRecord("x", "x.png", (61, 83), split, (1,), b"")], method, afa.Options("decoder"), given, "cpu"
         )[0]
         for split in ("train", "val")

@@ -18,7 +18,7 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.jobs import extract
+from pipeline.jobs import score_maps
 from pipeline.methods.apc import method as apc
 from pipeline.methods.apc.patch_pooling import Rule, adaptive_k_pooled, chosen_patches, patch_contrast
 from pipeline.training.checkpoint import save_tensors
@@ -342,7 +342,7 @@ def test_extract_keeps_the_decoders_masks() -> None:
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     told = Extract((1.5, 1.0), None, True, "mean", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "x.png", (61, 83), "train", (1,), b"")
-    found = extract.score([image], [record], made().eval(), apc.Options("decoder"), told, "cpu")[0]
+    found = score_maps.score([image], [record], made().eval(), apc.Options("decoder"), told, "cpu")[0]
     assert found["decoded"].shape == (61, 83) and set(np.unique(found["decoded"])) <= {0, 2}
 
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pipeline.audit.tally import Counted, Tally, gathered, tally_some
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
-from pipeline.jobs import evaluate
 from pipeline.report import method_agreement as between
 from pipeline.report import rows
 from tests import page_case
@@ -128,9 +128,9 @@ def test_small_masks_are_the_last_ones_and_the_same_bytes_however_the_work_is_cu
     inputs, read = build(tmp_path)
 
     def written(name: str, chunk: int) -> bytes:
-        tally = evaluate.Tally.empty(3, SETTINGS.threshold_bins)
+        tally = Tally.empty(3, SETTINGS.threshold_bins)
         chunks = (read.images[at : at + chunk] for at in range(0, len(read), chunk))
-        items = evaluate.gathered((evaluate.tally_some(some, inputs) for some in chunks), tally)
+        items = gathered((tally_some(some, inputs) for some in chunks), tally)
         path = tmp_path / name
         store.write_part(
             path, store.SMALL_MASKS, items, labels=LABELS, part=0, parts=1, params_digest="", compression="gzip"
@@ -152,12 +152,12 @@ def test_small_masks_are_the_last_ones_and_the_same_bytes_however_the_work_is_cu
 def test_one_chunk_of_small_masks_is_in_memory_at_a_time() -> None:
     taken = []
 
-    def counted() -> Iterator[evaluate.Counted]:
+    def counted() -> Iterator[Counted]:
         for at in range(3):
             taken.append(at)
-            yield evaluate.Tally.empty(2, 2), [(str(at), {"mask": ONE})]
+            yield Tally.empty(2, 2), [(str(at), {"mask": ONE})]
 
-    items = evaluate.gathered(counted(), evaluate.Tally.empty(2, 2))
+    items = gathered(counted(), Tally.empty(2, 2))
     assert next(items)[0] == "0" and taken == [0]
     assert [i for i, _ in items] == ["1", "2"]
 

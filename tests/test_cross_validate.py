@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import settings as hypothesis
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from pipeline import runtime
 from pipeline.core import records, store
 from pipeline.core.config import ParamsError
 from pipeline.core.labels import IGNORE, LabelSpace
@@ -28,7 +28,7 @@ from pipeline.jobs import cross_validate, segment, train
 from pipeline.training import loop
 from stages import cross_validate as stage
 from tests.test_segment import Colours
-from tests.toys import SCRATCH, toy_image, toy_params
+from tests.toys import SCRATCH, Toy, toy_image
 
 LABELS = LabelSpace(("disc", "square"))
 IDS = st.lists(
@@ -97,8 +97,8 @@ def masks_of(folder: Path, items: dict[str, np.ndarray]) -> None:
     )  # fmt: skip
 
 
-def build(root: Path, *, count: int = 7, swapped: int | None = None, **retrain: Any) -> dict[str, Any]:
-    """Toy images with true masks as pseudo-masks, one of them with its classes swapped, one all 255 if none is; params.yaml."""
+def build(root: Path, *, count: int = 7, swapped: int | None = None, **retrain: Any) -> Toy:
+    """Toy images with true masks as pseudo-masks, one of them with its classes swapped, one all 255 if none is; their params."""
     (root / "raw").mkdir()
     found, masks = [], {}
     for index in range(count):
@@ -112,15 +112,11 @@ def build(root: Path, *, count: int = 7, swapped: int | None = None, **retrain: 
         masks[found[-1].id][:] = IGNORE
     records.write(root / "records.h5", Records(LABELS, tuple(found), ()))
     masks_of(root / "masks", masks)
-    values = toy_params(root / "raw")
-    values["cross_validate"]["cam"]["folds"] = 2
-    values["retrain"]["cam"]["schedule"] |= retrain
-    return write(values)
-
-
-def write(values: dict[str, Any]) -> dict[str, Any]:
-    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    return values
+    toy = Toy(root / "raw")
+    toy.recipes["cam"]["cross_validate"]["folds"] = 2
+    toy.recipes["cam"]["retrain"]["schedule"] |= retrain
+    toy.write(root)
+    return toy
 
 
 @pytest.fixture
@@ -184,9 +180,9 @@ def test_every_image_with_a_mask_has_its_figures_and_one_of_255_has_nan(project:
 def test_without_folds_the_store_holds_no_image_and_nothing_is_trained(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = build(project)
-    values["cross_validate"]["cam"]["folds"] = 0
-    write(values)
+    toy = build(project)
+    toy.recipes["cam"]["cross_validate"]["folds"] = 0
+    toy.write(project)
     monkeypatch.setattr(train, "job", lambda *_, **__: pytest.fail("trained"))
     assert run().exit_code == 0
     assert len(store.Store(project / "held_out.h5", store.HELD_OUT)) == 0
@@ -197,22 +193,22 @@ def test_without_folds_the_store_holds_no_image_and_nothing_is_trained(
     [
         (
             {"folds": 8},
-            "cross_validate.cam.folds: got 8, allowed is 0 (off) or 2 up to the number of images with a pseudo-mask, 7",
+            "cross_validate.folds: got 8, allowed is 0 (off) or 2 up to the number of images with a pseudo-mask, 7",
         ),
-        ({"folds": 1}, "folds: got 1, allowed is 0 (off) or a whole number >= 2"),
-        ({"folds": -1}, "cross_validate.cam.folds: got -1"),
-        ({"temperature": 0}, "cross_validate.cam.temperature: got 0"),
+        ({"folds": 1}, "cross_validate: folds: got 1, allowed is 0 (off) or a whole number >= 2"),
+        ({"folds": -1}, "cross_validate.folds: got -1"),
+        ({"temperature": 0}, "cross_validate.temperature: got 0"),
     ],
 )
 def test_wrong_params_are_told_before_anything_is_trained(
     project: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], told: str
 ) -> None:
-    values = build(project)
-    values["cross_validate"]["cam"] |= change
-    write(values)
+    toy = build(project)
+    toy.recipes["cam"]["cross_validate"] |= change
+    toy.write(project)
     monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("trained"))
     result = run()
-    assert result.exit_code == 1 and told in result.output and "params.yaml" in result.output
+    assert result.exit_code == 1 and f"recipes/cam.yaml: {told}" in result.output
 
 
 def test_a_run_that_was_killed_in_its_second_fold_keeps_the_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,19 +240,19 @@ def test_a_run_that_was_killed_in_its_second_fold_keeps_the_first(project: Path,
 
 
 def test_another_training_or_temperature_does_not_pick_up_what_a_killed_run_left(project: Path) -> None:
-    values = build(project)
+    toy = build(project)
     whole = {}
     for name, change in (("as it is", {}), ("longer", {"epochs": 2})):
-        values["retrain"]["cam"]["schedule"] |= change
+        toy.recipes["cam"]["retrain"]["schedule"] |= change
         whole[name] = train.job(
-            values, kind="segmenters", key="cam", plugin="vit", family="vit", records=Path("records.h5"), init=SCRATCH,
-            masks=Path("masks"), root=Path("raw"), code=lambda: "", device="cpu", loaders=0, ranks=lambda _: 1,
-        )[0]  # fmt: skip
-    works = [fold.training.work for job in whole.values() for fold in cross_validate.plan(job, 2, "cam")]
-    works += [fold.training.work for fold in cross_validate.plan(whole["longer"], 3, "cam")]
+            toy.settings(), "segmenters", records=Path("records.h5"), init=SCRATCH, masks=Path("masks"), engine=runtime
+        )[0]
+    file = toy.settings().file
+    works = [fold.training.work for job in whole.values() for fold in cross_validate.plan(job, 2, file)]
+    works += [fold.training.work for fold in cross_validate.plan(whole["longer"], 3, file)]
     assert len({*works, *(job.work for job in whole.values())}) == 9
     with pytest.raises(ParamsError, match="got 99"):
-        cross_validate.plan(whole["longer"], 99, "cam")
+        cross_validate.plan(whole["longer"], 99, file)
 
 
 def test_a_mislabelled_image_is_believed_least(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,13 @@ from PIL import Image
 
 from pipeline import metrics
 from pipeline.audit import gallery, signs
+from pipeline.audit.summary import summary
+from pipeline.audit.tally import Inputs, Tally, audited, tally_some
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Evaluate, Report
-from pipeline.jobs import evaluate
+from pipeline.jobs.evaluate import Outs, write_tables
 from pipeline.report import page
 from tests.toys import PROJECT, toy_image
 
@@ -27,7 +29,7 @@ LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
 SETTINGS = Evaluate("background", 20, 6, 32)
 
 
-def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[evaluate.Inputs, Records]:
+def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[Inputs, Records]:
     """Eight images (five train) and stores in which every stage has made some mistakes of its own."""
     found, items = [], {name: [] for name in ("truth", "scoremaps", "refined", "pseudo_masks", "predictions", "held_out")}
     (root / "raw").mkdir(parents=True)
@@ -77,7 +79,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
             params_digest="",
             compression="gzip",
         )
-    inputs = evaluate.Inputs(
+    inputs = Inputs(
         root / "truth",
         root / "scoremaps",
         root / "refined",
@@ -92,15 +94,25 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[ev
     return inputs, Records(LABELS, tuple(found), (("gone <i>", "broken & bent"),))
 
 
-def told(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> dict[str, Any]:
+def outs_of(folder: Path) -> Outs:
+    """Where dvc.yaml has stage evaluate write, for a run called cam."""
+    plots = folder / "plots" / "cam"
+    return Outs(
+        metrics=folder / "metrics/cam.json", images=folder / "audit/cam.csv", small_masks=folder / "audit/cam.h5",
+        gallery=folder / "gallery/cam.h5", thresholds=plots / "threshold.csv", per_class=plots / "per_class.csv",
+        confusion=plots / "confusion.csv",
+    )  # fmt: skip
+
+
+def told(inputs: Inputs, read: Records, chunk: int = 3) -> dict[str, Any]:
     """What metrics/<m>.json would hold."""
-    return evaluate.summary(evaluate.audited(tallied(inputs, read, chunk)), inputs, read)
+    return summary(audited(tallied(inputs, read, chunk)), inputs, read)
 
 
-def tallied(inputs: evaluate.Inputs, read: Records, chunk: int = 3) -> evaluate.Tally:
-    tally = evaluate.Tally.empty(3, SETTINGS.threshold_bins)
+def tallied(inputs: Inputs, read: Records, chunk: int = 3) -> Tally:
+    tally = Tally.empty(3, SETTINGS.threshold_bins)
     for at in range(0, len(read), chunk):
-        tally.add(evaluate.tally_some(read.images[at : at + chunk], inputs)[0])
+        tally.add(tally_some(read.images[at : at + chunk], inputs)[0])
     return tally
 
 
@@ -178,7 +190,7 @@ def test_masks_that_a_person_mended_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_truth", [8, 0])
 def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
     inputs, read = build(tmp_path, with_truth=with_truth)
-    audit = evaluate.audited(tallied(inputs, read))
+    audit = audited(tallied(inputs, read))
     chosen = gallery.shown(audit, read, SETTINGS.gallery)
     store.write_part(
         tmp_path / "gallery" / "cam.h5", store.GALLERY, gallery.draw_some(chosen, inputs), labels=LABELS, part=0, parts=1,
@@ -191,13 +203,10 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
         tmp_path / "inspection" / "cam.h5", store.INSPECTION, [(read.images[0].id, item)], labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
-    figures = evaluate.summary(audit, inputs, read)
+    figures = summary(audit, inputs, read)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
-    evaluate.write_tables(
-        audit, figures, read, thresholds=tmp_path / "plots/cam/threshold.csv", per_class=tmp_path / "plots/cam/per_class.csv",
-        confusion=tmp_path / "plots/cam/confusion.csv", images=tmp_path / "audit/cam.csv",
-    )  # fmt: skip
+    write_tables(audit, figures, read, outs_of(tmp_path))
     folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
     page.write(tmp_path / "report", read, ["cam"], folders, Report("A & B", "voc", 3))
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

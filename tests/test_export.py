@@ -16,7 +16,7 @@ from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Export
 from pipeline.imaging.palette import voc_palette
 from pipeline.jobs import export
-from pipeline.readers import PseudoMasks
+from pipeline.readers import PseudoMaskDataset, PseudoMasks
 
 LABELS = LabelSpace(("cat", "dog"))
 TRAIN = sorted(image_id for image_id, _, split, _ in case.IMAGES if split == "train")
@@ -120,8 +120,6 @@ def test_exports_exist_and_say_what_was_asked(exported: Path) -> None:
 
 
 def test_the_torch_data_set_gives_image_and_mask_of_one_size(exported: Path) -> None:
-    from pipeline.training.pseudo_mask_dataset import PseudoMaskDataset
-
     found = PseudoMaskDataset(exported.parent / "records.h5", exported / "pseudo_masks", exported.parent / "raw")
     assert len(found) == len(TRAIN) and found.ids == TRAIN
     masks = PseudoMasks(exported / "pseudo_masks")

@@ -26,8 +26,8 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records, file_stem
 from pipeline.exporters import coco_rle, cvat, hf_parquet, label_studio, voc_png, yolo_seg
 from pipeline.imaging.palette import voc_palette
-from pipeline.jobs import export
-from tests.toys import PROJECT
+from pipeline.jobs import check, export
+from tests.toys import PROJECT, Toy
 
 LABELS = LabelSpace(("boat", 'car & "van"', "größe"))
 SIZES = {
@@ -39,7 +39,7 @@ SIZES = {
     "wide": (1, 50),
 }
 TAGS: dict[str, tuple[int, ...] | None] = {"a b": (0, 2), "deep/er": (), "wide": None}
-WRITTEN = [name for name in plugins.available("exporters") if name != "hdf5"]
+WRITTEN = plugins.available("exporters")
 needs_pyarrow = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="pyarrow, of the extra parquet, is absent"
 )
@@ -219,16 +219,14 @@ def test_parquet_is_written_in_row_groups_so_that_memory_stays_flat(tmp_path: Pa
     assert [found.row_group(n).num_rows for n in range(found.num_row_groups)] == [100, 100, 50]
 
 
-def test_a_missing_pyarrow_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages import check
-    from tests.toys import toy_params
-
+def test_a_missing_pyarrow_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_parquet, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'tag2mask\[parquet\]'"):
         export.exporters(["hf_parquet"])
-    values = toy_params(Path("raw"))
-    values["export"]["cam"]["formats"] = ["hdf5", "hf_parquet", "no_such", "voc_png", "voc_png"]
-    monkeypatch.setattr(check.sections, "read", lambda path: values)
+    monkeypatch.chdir(tmp_path)
+    toy = Toy(Path("raw"))
+    toy.params["export"]["formats"] = ["hdf5", "hf_parquet", "no_such", "voc_png", "voc_png"]
+    toy.write(tmp_path)
     told = "\n".join(check.problems())
     assert "needs pyarrow" in told and "no 'no_such' in pipeline/exporters" in told and "'voc_png' stands twice" in told
 

@@ -17,12 +17,12 @@ from PIL import Image
 
 from pipeline import metrics, runtime, stage_order
 from pipeline.audit import gallery
+from pipeline.audit.tally import audited
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
 from pipeline.imaging import planes
-from pipeline.jobs import evaluate
 from pipeline.report import charts, colours, page, rows
 from pipeline.report import gallery as blocks
 from tests import page_case
@@ -58,7 +58,7 @@ def test_the_worst_are_picked_and_the_random_ones_are_the_same_for_every_column(
 
 def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    audit = evaluate.audited(tallied(inputs, read))
+    audit = audited(tallied(inputs, read))
     items, quality = dict(gallery.draw_some(gallery.shown(audit, read, 8), inputs)), audit.quality
     masks, truth = store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS), store.Store(inputs.truth, store.TRUTH)
     for record in read:
@@ -200,16 +200,13 @@ def test_drawings_are_well_formed_and_say_their_figures() -> None:
 
 
 def test_the_digest_of_params_changes_with_a_stages_own_params_only(tmp_path: Path) -> None:
-    dvc_file = tmp_path / "dvc.yaml"
-    dvc_file.write_text(
-        "stages: {train: {foreach: '${methods}', do: {params: ['train.${key}'], deps: []}}}", encoding="utf-8"
-    )
+    train = {"foreach": "${methods}", "do": {"params": [{"${item.recipe}": ["train"]}], "deps": []}}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"train": train}}), encoding="utf-8")
 
     def digest(seed: int, other: int) -> str:
-        (tmp_path / "params.yaml").write_text(
-            json.dumps({"methods": {"cam": {}}, "train": {"cam": {"seed": seed}}, "report": other})
-        )
-        return runtime.params_digest("train@cam", dvc_file, tmp_path / "params.yaml")
+        (tmp_path / "params.yaml").write_text(json.dumps({"methods": {"cam": {"recipe": "r.yaml"}}, "report": other}))
+        (tmp_path / "r.yaml").write_text(json.dumps({"train": {"seed": seed}, "refine": other}))
+        return runtime.params_digest("train@cam", tmp_path)
 
     assert digest(1, 1) == digest(1, 2) != digest(2, 1)
 

@@ -16,7 +16,7 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.jobs import extract
+from pipeline.jobs import score_maps
 from pipeline.nn import weights
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
@@ -113,7 +113,7 @@ def test_images_of_any_size_get_maps_at_stride_4(size: tuple[int, int]) -> None:
     one = built("cam", "vit", "scenes_vit").eval()
     image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     record = ImageRecord("x", "x.png", size, "train", (0, 2), b"")
-    found = extract.score([image], [record], one, plugins.load("methods", "cam").Options(), SETTINGS, "cpu")[0]
+    found = score_maps.score([image], [record], one, plugins.load("methods", "cam").Options(), SETTINGS, "cpu")[0]
     assert found["scores"].shape == (2, -(-size[0] // 4), -(-size[1] // 4)) and found["scores"].dtype == np.float16
     assert found["classes"].tolist() == [0, 2] and found["scores"].max() <= 1
 
@@ -124,9 +124,9 @@ def test_maps_of_a_batch_are_those_of_single_images() -> None:
     images = [rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(3)]
     records = [ImageRecord(str(at), "", (48, 64), "train", (at,), b"") for at in range(3)]
     options = plugins.load("methods", "cam").Options()
-    together = extract.score(images, records, one, options, SETTINGS, "cpu")
+    together = score_maps.score(images, records, one, options, SETTINGS, "cpu")
     for at in range(3):
-        alone = extract.score(images[at : at + 1], records[at : at + 1], one, options, SETTINGS, "cpu")[0]
+        alone = score_maps.score(images[at : at + 1], records[at : at + 1], one, options, SETTINGS, "cpu")[0]
         np.testing.assert_allclose(together[at]["scores"], alone["scores"], atol=2e-3)
 
 
@@ -134,7 +134,7 @@ def test_val_images_and_untagged_ones_get_the_classes_that_the_network_finds() -
     one = built("cam", "vit", "scenes_vit").eval()
     image = np.zeros((64, 64, 3), np.uint8)
     records = [ImageRecord("v", "", (64, 64), "val", (0,), b""), ImageRecord("u", "", (64, 64), "train", None, b"")]
-    for found in extract.score([image, image], records, one, plugins.load("methods", "cam").Options(), SETTINGS, "cpu"):
+    for found in score_maps.score([image, image], records, one, plugins.load("methods", "cam").Options(), SETTINGS, "cpu"):
         expected = np.flatnonzero(1 / (1 + np.exp(-found["tag_logits"])) >= 0.5)
         np.testing.assert_array_equal(found["classes"], expected)
 
@@ -143,7 +143,7 @@ def test_an_image_that_is_tagged_with_nothing_has_no_map() -> None:
     one = built("cam", "vit", "scenes_vit").eval()
     record = ImageRecord("n", "", (64, 64), "train", (), b"")
     options = plugins.load("methods", "cam").Options()
-    found = extract.score([np.zeros((64, 64, 3), np.uint8)], [record], one, options, SETTINGS, "cpu")[0]
+    found = score_maps.score([np.zeros((64, 64, 3), np.uint8)], [record], one, options, SETTINGS, "cpu")[0]
     assert found["scores"].shape == (0, 16, 16)
 
 
@@ -190,7 +190,7 @@ def test_keeping_an_affinity_that_the_method_has_not_is_an_error() -> None:
     settings = Extract((1.0,), None, False, "irn", 4, 8, 0.5, True, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "", (64, 64), "train", (0,), b"")
     with pytest.raises(ValueError, match="keep_affinity"):
-        extract.score(
+        score_maps.score(
             [np.zeros((64, 64, 3), np.uint8)], [record], one, plugins.load("methods", "cam").Options(), settings, "cpu"
         )
 

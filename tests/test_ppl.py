@@ -19,7 +19,7 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.jobs import extract
+from pipeline.jobs import score_maps
 from pipeline.methods.ppl import method as ppl
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
@@ -244,7 +244,7 @@ def test_images_of_any_size_get_score_maps() -> None:
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     settings = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "x.png", (61, 83), "train", (0, 2), b"")
-    found = extract.score([image], [record], made(), ppl.Options(2, "both"), settings, "cpu")[0]
+    found = score_maps.score([image], [record], made(), ppl.Options(2, "both"), settings, "cpu")[0]
     assert found["scores"].shape == (2, 16, 21)
 
 

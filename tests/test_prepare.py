@@ -12,7 +12,6 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -24,9 +23,14 @@ from pipeline.jobs.prepare import prepare
 from pipeline.listing import DatasetError
 from stages.prepare import main
 from tests.shared_data import shared
-from tests.toys import PROJECT, toy_folder, toy_params
+from tests.toys import PROJECT, Toy, toy_folder
 
 FOLDER = {"classes": None, "val_share": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", "1")
 
 
 def save(image: Image.Image, path: Path, **how: Any) -> None:
@@ -39,12 +43,11 @@ def run(
     out: Path,
     *,
     on_bad_image: str = "fail",
-    processes: int = 1,
     options: dict | None = None,
     audit_list: str | None = None,
 ) -> records.Records:
     settings = Dataset("folder", str(root), options or FOLDER)
-    mapper = partial(runtime.each, processes=processes, what="prepare")
+    mapper = partial(runtime.each, what="prepare")
     rules = Prepare(on_bad_image, "gzip", audit_list)  # type: ignore[arg-type]
     places = {"records_out": out / "records.h5", "truth_out": out / "truth.h5"}
     return prepare(settings, rules, digest="d", mapper=mapper, **places)
@@ -293,11 +296,12 @@ def test_a_crash_leaves_what_was_there_before(root: Path, out: Path) -> None:
 # -- how it runs -------------------------------------------------------------------------------------------------------
 
 
-def test_one_and_three_processes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_one_and_three_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = toy_folder(tmp_path / "raw", train=60, val=10, side=16)
     (root / "images/train 003.png").write_bytes(b"broken")
-    for processes in (1, 3):
-        run(root, tmp_path / str(processes), on_bad_image="skip", processes=processes)
+    for processes in ("1", "3"):
+        monkeypatch.setenv("TAG2MASK_WORKERS", processes)
+        run(root, tmp_path / processes, on_bad_image="skip")
     for name in ("records.h5", "truth.h5"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
@@ -319,7 +323,7 @@ def test_memory_does_not_grow_with_the_pixels_that_pass_through(root: Path, out:
 def test_the_stage_writes_both_files_and_says_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TAG2MASK_LAUNCHER", "inline")
-    Path("params.yaml").write_text(yaml.safe_dump(toy_params(toy_folder(tmp_path / "raw"))))
+    Toy(toy_folder(tmp_path / "raw")).write(tmp_path)
     arguments = ["--raw", "raw", "--records", "data/records.h5", "--truth", "data/truth.h5"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
@@ -331,15 +335,15 @@ def test_the_stage_writes_both_files_and_says_what_it_found(tmp_path: Path, monk
 
 def test_the_stage_names_wrong_params_and_a_missing_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    values = toy_params(tmp_path / "raw")
-    values["dataset"]["options"] = {"classes": None, "val_share": 2, "extra": 1}
-    Path("params.yaml").write_text(yaml.safe_dump(values))
+    toy = Toy(tmp_path / "raw")
+    toy.params["dataset"]["options"] = {"classes": None, "val_share": 2, "extra": 1}
+    toy.write(tmp_path)
     arguments = ["--raw", "raw", "--records", "r.h5", "--truth", "t.h5"]
     (tmp_path / "raw").mkdir()
     told = CliRunner().invoke(main, arguments).output
     assert "dataset.options.val_share" in told and "dataset.options.extra: unknown key" in told
-    values["dataset"]["options"] = FOLDER
-    Path("params.yaml").write_text(yaml.safe_dump(values))
+    toy.params["dataset"]["options"] = FOLDER
+    toy.write(tmp_path)
     (tmp_path / "raw").rmdir()
     assert "is no folder" in CliRunner().invoke(main, arguments).output
 
@@ -351,8 +355,8 @@ def test_help_says_what_is_read_and_written() -> None:
 
 def test_prepare_imports_no_torch() -> None:
     code = (
-        "import sys, stages.prepare, pipeline.datasets.folder, pipeline.datasets.voc2012, pipeline.datasets.coco2014, "
-        "pipeline.datasets.scenes; sys.exit('torch' in sys.modules)"
+        "import sys, stages.prepare; from pipeline.core import plugins; "
+        "[plugins.load('datasets', name) for name in plugins.available('datasets')]; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=False).returncode == 0
 
@@ -361,7 +365,7 @@ def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
     classes = ["cat", "cow", "dog", "horse", "person", "sheep"]
     options = {"train_list": "train_aug", "val_list": "val", "tags": "csv", "classes": classes}
     settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
-    mapper = partial(runtime.each, processes=1, what="prepare")
+    mapper = partial(runtime.each, what="prepare")
     places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
     found = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, **places)
     truth = store.Store(tmp_path / "t.h5", store.TRUTH)

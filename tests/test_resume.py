@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.toys import PROJECT, SCRATCH, toy_folder, toy_params
+from tests.toys import PROJECT, SCRATCH, Toy, toy_folder
 
 PREPARE = ["--raw", "raw", "--records", "records.h5", "--truth", "truth.h5"]
 TRAIN = ["cam", "--records", "records.h5", "--init", str(SCRATCH), "--model", "model.safetensors", "--log", "log.csv"]
@@ -65,10 +64,10 @@ def killed_when(folder: Path, stage: str, words: list[str], pattern: str) -> Non
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     toy_folder(tmp_path / "raw", train=18, val=3)
-    params = toy_params(Path("raw"))
-    params["train"]["cam"]["schedule"]["epochs"] = 4
-    params["extract"]["cam"]["images_per_part"] = 2
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    toy = Toy(Path("raw"))
+    toy.recipes["cam"]["train"]["schedule"]["epochs"] = 4
+    toy.recipes["cam"]["extract"]["images_per_part"] = 2
+    toy.write(tmp_path)
     run(tmp_path, "prepare", PREPARE)
     return tmp_path
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import settings as hypothesis
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from pipeline.core import records, sections, store
+from pipeline.core import records, store
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Segment
@@ -31,6 +30,7 @@ from pipeline.segmenters.vit.segmenter import Options, Segmenter
 from pipeline.training import checkpoint
 from stages import segment as stage
 from tests.test_segmenter_vit import MODEL, SCHEDULE, small
+from tests.toys import Toy
 
 SETTINGS: dict[str, Any] = {
     "scales": [1.0], "flip": False, "short_side": None, "window": 16, "window_stride": 12, "precision": "fp32", "crf": None,
@@ -43,7 +43,7 @@ LABELS = LabelSpace(("disc", "square"))
 
 
 def chosen(**changes: Any) -> Segment:
-    return parse(Segment, SETTINGS | changes, "segment.cam")
+    return parse(Segment, SETTINGS | changes, "segment")
 
 
 def job(settings: Segment | None = None, **changes: Any) -> segment.Job:
@@ -201,13 +201,13 @@ def test_windows_that_would_miss_pixels_are_refused() -> None:
         chosen(window_stride=20)
     with pytest.raises(ParamsError, match="at least one scale"):
         chosen(scales=[])
-    with pytest.raises(ParamsError, match=r"segment.cam.crf.iterations"):
-        segment.crf_of(chosen(crf={"iterations": 0}), "cam")
+    with pytest.raises(ParamsError, match=r"recipes/cam\.yaml: segment\.crf\.iterations"):
+        segment.crf_of(Toy(Path("raw")).settings(), chosen(crf={"iterations": 0}))
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with images of awkward sizes, records, params.yaml and an untrained segmenter."""
+    """A folder with images of awkward sizes, records, params.yaml, a recipe and an untrained segmenter."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw").mkdir()
     found = []
@@ -220,11 +220,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             records.ImageRecord(f"id {number}", path.name, size, split, None, hashlib.sha256(path.read_bytes()).digest())
         )
     records.write(tmp_path / "records.h5", records.Records(LABELS, tuple(found), ()))
-    slots = {"backbone": "vit", "init": "x", "refiner": "none", "segmenter": "vit", "segmenter_init": "x"}
-    values: dict[str, Any] = {name: {} for name in sections.TOP_LEVEL}
-    values |= {"dataset": {"name": "folder", "root": str(tmp_path / "raw"), "options": {}}, "methods": {"cam": slots}}
-    values["segment"] = {"cam": SETTINGS | {"flip": True, "scales": [0.75, 1.5], "crf": dataclasses.asdict(CRF)}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    toy = Toy(tmp_path / "raw")
+    toy.recipes["cam"]["segment"] = SETTINGS | {"flip": True, "scales": [0.75, 1.5], "crf": dataclasses.asdict(CRF)}
+    toy.write(tmp_path)
     save(tmp_path / "segmenter.safetensors", small(), LABELS)
     yield tmp_path
 

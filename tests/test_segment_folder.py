@@ -1,4 +1,4 @@
-"""`segment --images`: a trained segmenter on any folder, outside the DAG."""
+"""`segment_folder`: a trained segmenter on any folder, outside the DAG."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from PIL import Image
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.imaging.palette import voc_palette
-from pipeline.jobs import segment_folder as apply
-from stages import segment as stage
+from pipeline.jobs import segment_folder
+from stages import segment
+from stages import segment_folder as command
 from tests.test_segment import picture, project, save, small
 
 __all__ = ["project"]  # the fixture: a folder with params.yaml and an untrained segmenter
@@ -38,7 +39,7 @@ def folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*more: str) -> Result:
-    return CliRunner().invoke(stage.main, ["cam", "--images", "in", "--out", "out", *more])
+    return CliRunner().invoke(command.main, ["cam", "--images", "in", "--out", "out", *more])
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -86,7 +87,7 @@ def test_the_mask_is_what_the_stage_of_the_dag_predicts(folder: Path) -> None:
     (folder / "raw").mkdir()
     records.write(folder / "records.h5", records.Records(LabelSpace(("disc", "square")), (record,), ()))
     words = ["--records", "records.h5", "--segmenter", "artifacts/cam/segmenter.safetensors", "--predictions", "predictions"]
-    assert (result := CliRunner().invoke(stage.main, ["cam", *words])).exit_code == 0, result.output
+    assert (result := CliRunner().invoke(segment.main, ["cam", *words])).exit_code == 0, result.output
     assert run().exit_code == 0
     found = store.Store(folder / "predictions", store.PREDICTIONS)["x"]["label"]
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "out" / "masks" / "x.png")), found)
@@ -142,27 +143,27 @@ def test_one_and_two_processes_write_the_same_bytes(folder: Path, monkeypatch: p
 def test_images_that_share_a_stem_keep_their_suffixes(tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"")
-    found = {str(one.source): str(one.mask) for one in apply.targets(tmp_path, Path("out"))}
+    found = {str(one.source): str(one.mask) for one in segment_folder.targets(tmp_path, Path("out"))}
     assert found == {"a.jpg": "out/masks/a.jpg.png", "a.png": "out/masks/a.png.png", "b.jpg": "out/masks/b.png"}
 
 
 def test_what_cannot_work_is_told_before_any_work(folder: Path) -> None:
     assert "holds no image" in run().output
     Image.fromarray(picture(8, 8)).save(folder / "in" / "x.png")
-    inside = CliRunner().invoke(stage.main, ["cam", "--images", "in", "--out", "in/out"])
+    inside = CliRunner().invoke(command.main, ["cam", "--images", "in", "--out", "in/out"])
     assert inside.exit_code == 1 and "lies in --images in" in inside.output
-    missing = CliRunner().invoke(stage.main, ["cam", "--images", "nowhere", "--out", "out"])
+    missing = CliRunner().invoke(command.main, ["cam", "--images", "nowhere", "--out", "out"])
     assert missing.exit_code == 1 and "folder nowhere is missing" in missing.output
     weights = run("--segmenter", "no.safetensors")
     assert weights.exit_code == 1 and "no.safetensors is missing; train it by `dvc repro`" in weights.output
     for words in (["--images", "in"], ["--images", "in", "--out", "out", "--records", "r.h5"], [], ["--overwrite"]):
-        assert CliRunner().invoke(stage.main, ["cam", *words]).exit_code == 2
+        assert CliRunner().invoke(command.main, ["cam", *words]).exit_code == 2
     assert not (folder / "out").exists()
 
 
 def test_an_overlay_tints_classes_and_leaves_background_and_is_bounded() -> None:
     image, mask = np.full((30, 20, 3), 100, np.uint8), np.zeros((30, 20), np.uint8)
     mask[10:20] = 1
-    found = apply.overlay(image, mask)
+    found = segment_folder.overlay(image, mask)
     assert (found[:9] == 100).all() and (found[12:18] == (100 + voc_palette()[1]) // 2).all()
-    assert apply.overlay(np.zeros((5000, 10, 3), np.uint8), np.zeros((5000, 10), np.uint8)).shape == (2048, 4, 3)
+    assert segment_folder.overlay(np.zeros((5000, 10, 3), np.uint8), np.zeros((5000, 10), np.uint8)).shape == (2048, 4, 3)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import refine_case as case
-import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -22,11 +21,11 @@ from pycocotools import mask as coco
 from pipeline.core import config, store
 from pipeline.core.contracts import ImageMaps
 from pipeline.imaging import planes, threshold
+from pipeline.jobs import check
 from pipeline.refiners.segments import reader, refiner, voting
 from pipeline.refiners.segments.superpixels import superpixels
-from stages import check
 from tests.segments_case import masks_of, plain_rle, rle, section, write_folder, write_lines
-from tests.toys import PROJECT
+from tests.toys import PROJECT, Toy
 
 SOURCES = {
     "felzenszwalb": {"source": "felzenszwalb", "scale": 50.0, "sigma": 0.0, "min_size": 4},
@@ -38,7 +37,7 @@ quick = hypothesis_settings(max_examples=60, deadline=None)
 
 def fit_params(source: dict[str, Any], level: float = 0.4) -> refiner.FitParams:
     return config.parse(
-        refiner.FitParams, {"background": {"rule": "fixed", "level": level}, "segments": source}, "fit_refiner.cam"
+        refiner.FitParams, {"background": {"rule": "fixed", "level": level}, "segments": source}, "fit_refiner"
     )
 
 
@@ -354,7 +353,7 @@ def test_the_label_free_level_is_that_of_the_score_maps(tmp_path: Path, source: 
     params = config.parse(
         refiner.FitParams,
         {"background": {"rule": "otsu", "level": 1.0}, "segments": SOURCES.get(source, lines)},
-        "fit_refiner.cam",
+        "fit_refiner",
     )
     assert (
         refiner.fit(params, iter(maps), lambda at: np.zeros(0))["background"]
@@ -425,23 +424,24 @@ def test_the_stages_write_the_same_bytes_with_one_and_two_workers(tmp_path: Path
     assert any(fields["label"].any() for _, fields in refined) and any(fields["disagree"].any() for _, fields in refined)
 
 
-def test_check_refuses_a_file_that_is_not_there_before_anything_is_trained(tmp_path: Path) -> None:
-    values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
-    source = lines_for_case(tmp_path / "all.jsonl")
-    values["methods"]["cam"]["refiner"] = "segments"
-    values["fit_refiner"]["cam"] = {"background": values["fit_refiner"]["cam"]["background"], "segments": source}
-    values["refine"]["cam"]["options"] = case.SEGMENTS
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    assert check.problems(path) == []
+def test_check_refuses_a_file_that_is_not_there_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy = Toy(tmp_path / "raw")
+    toy.params["methods"]["cam"]["refiner"] = "segments"
+    toy.recipes["cam"]["fit_refiner"]["segments"] = lines_for_case(tmp_path / "all.jsonl")
+    toy.recipes["cam"]["refine"]["options"] = case.SEGMENTS
+    toy.write(tmp_path)
+    assert check.problems() == []
     (tmp_path / "all.jsonl").unlink()
-    assert [problem for problem in check.problems(path) if "fit_refiner.<m>.segments.path" in problem]
+    assert [problem for problem in check.problems() if "segments.path: there is no file or folder" in problem]
 
 
 def test_a_source_with_keys_of_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(config.ParamsError) as error:
         fit_params(SOURCES["slic"] | {"scale": 1.0})
-    line = "params.yaml: fit_refiner.cam.segments.scale: unknown key, allowed are source, n_segments, compactness, sigma"
+    line = "params.yaml: fit_refiner.segments.scale: unknown key, allowed are source, n_segments, compactness, sigma"
     assert str(error.value) == f"{line}\n(edit params.yaml)"
 
 

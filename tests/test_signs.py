@@ -13,10 +13,13 @@ from hypothesis.extra.numpy import arrays
 
 from pipeline.audit import score, signs
 from pipeline.audit.score import Limits, Row
+from pipeline.audit.summary import summary
+from pipeline.audit.tally import audited
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
-from pipeline.jobs import evaluate
-from tests.test_evaluate import build, tallied
+from pipeline.jobs.evaluate import write_tables
+from pipeline.stage_order import STAGES
+from tests.test_evaluate import build, outs_of, tallied
 from tests.toys import toy_image
 
 PLAIN, ONE = np.zeros((4, 4), np.float32), np.ones(1, np.float32)
@@ -156,15 +159,15 @@ def test_a_class_that_grows_beside_another_is_named() -> None:
 
 def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    audit = evaluate.audited(tallied(inputs, read))
-    found = evaluate.summary(audit, inputs, read)
-    places = {name: tmp_path / f"{name}.csv" for name in ("thresholds", "per_class", "confusion", "images")}
-    evaluate.write_tables(audit, found, read, **places)
-    text = places["images"].read_bytes().decode("utf-8")
+    audit = audited(tallied(inputs, read))
+    found = summary(audit, inputs, read)
+    outs = outs_of(tmp_path)
+    write_tables(audit, found, read, outs)
+    text = outs.images.read_bytes().decode("utf-8")
     assert "\r" not in text
     rows = list(csv.DictReader(text.splitlines()))
     assert [*rows[0]][: len(score.COLUMNS)] == list(score.COLUMNS) and set(signs.SIGNS) <= set(rows[0])
-    order = list(evaluate.STAGES)
+    order = list(STAGES)
     assert [(one["id"], one["stage"]) for one in rows] == sorted(
         ((one["id"], one["stage"]) for one in rows), key=lambda pair: (pair[0], order.index(pair[1]))
     )
@@ -182,8 +185,8 @@ def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_
 
 def test_without_truth_the_table_has_scores_and_no_figures_of_truth(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
-    audit = evaluate.audited(tallied(inputs, read))
-    found = evaluate.summary(audit, inputs, read)
+    audit = audited(tallied(inputs, read))
+    found = summary(audit, inputs, read)
     assert found["flow"] == [] and "score" not in found and found["signs"]["pseudo_masks"]["ignored"] > 0
     score.write(tmp_path / "i.csv", audit.rows, read.by_id(), read.labels, audit.limits, audit.scores)
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8", newline="")))

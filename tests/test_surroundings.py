@@ -21,7 +21,7 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Extract
 from pipeline.imaging import sheet, transforms
-from pipeline.jobs import extract, inspect
+from pipeline.jobs import inspect, score_maps
 from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
 from pipeline.report import page, surroundings
@@ -71,15 +71,17 @@ def _size(path: Path) -> tuple[int, int]:
         return opened.height, opened.width
 
 
-def job_of(tmp_path: Path) -> extract.Job:
-    return extract.Job(
-        method="fake", backbone="vit", model=tmp_path / "model", settings=SETTINGS, root=tmp_path / "raw", labels=LABELS,
+def job_of(tmp_path: Path) -> score_maps.Job:
+    return score_maps.Job(
+        method="fake", backbone="vit", model=tmp_path / "model", settings=SETTINGS, options=None, root=tmp_path / "raw", labels=LABELS,
         parts=1, params_digest="", out=tmp_path / "out", device="cpu",
     )  # fmt: skip
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, kind: type[Fake], job: extract.Job, parts: list[list[ImageRecord]]) -> list[Any]:
-    monkeypatch.setattr(extract, "load", lambda *_: kind())
+def seen(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Fake], job: score_maps.Job, parts: list[list[ImageRecord]]
+) -> list[Any]:
+    monkeypatch.setattr(score_maps, "load", lambda *_: kind())
     return [inspect.look_around(part, job) for part in parts]
 
 
@@ -250,9 +252,9 @@ def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, job = small(), job_of(tmp_path)
-    monkeypatch.setattr(extract, "load", lambda *_: method)
+    monkeypatch.setattr(score_maps, "load", lambda *_: method)
     some = images[:1]
-    extract.score([np.zeros((*some[0].size, 3), np.uint8)], some, method, semples.Options(), SETTINGS, "cpu")
+    score_maps.score([np.zeros((*some[0].size, 3), np.uint8)], some, method, semples.Options(), SETTINGS, "cpu")
     found = inspect.look_around(some, job)
     items = inspect.inspections(some, method, 3, job.root, None, "cpu")
     rows = dict(inspect.with_surroundings(items, found))

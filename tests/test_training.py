@@ -28,7 +28,8 @@ from pipeline.training.data import TrainingImages, order
 from pipeline.training.exchange import SharedMemory
 from pipeline.training.loss_scale import GROWS_AFTER, LossScale
 from pipeline.training.settings import Augment, RandAugment, Schedule
-from tests.toys import toy_folder, toy_params
+from tests import toys
+from tests.toys import toy_folder
 
 AUGMENT = Augment(
     size=16, scale_min=0.8, scale_max=1.5, area_min=None, flip=0.5, jitter=0.2, rand_augment=None, erase=0.0
@@ -295,10 +296,10 @@ def test_strong_augmentation_trains_the_same_bytes_for_any_ranks(tmp_path: Path,
 
 
 def test_augmentation_that_masks_cannot_follow_is_refused() -> None:
-    values = toy_params(Path("raw"))
-    values["retrain"]["cam"]["augment"]["erase"] = 0.5
-    with pytest.raises(ParamsError, match=r"retrain\.cam\.augment.*masks would not follow"):
-        train.settings(values, "segmenters", "cam", "vit")
+    toy = toys.Toy(Path("raw"))
+    toy.recipes["cam"]["retrain"]["augment"]["erase"] = 0.5
+    with pytest.raises(ParamsError, match=r"recipes/cam\.yaml: retrain\.augment.*masks would not follow"):
+        train.training_of(toy.settings(), "segmenters")
 
 
 def test_shards_that_do_not_divide_the_batch_are_refused() -> None:
@@ -314,7 +315,7 @@ def test_shards_that_do_not_divide_the_batch_are_refused() -> None:
         "lr_floor": 0.0,
     }
     with pytest.raises(ParamsError, match="no multiple of shards"):
-        parse(Schedule, values, "train.cam.schedule")
+        parse(Schedule, values, "train.schedule")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 90), (64, 64), (300, 20)])

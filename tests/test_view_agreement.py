@@ -16,7 +16,8 @@ from pipeline.audit import signs
 from pipeline.core import plugins
 from pipeline.core.records import ImageRecord
 from pipeline.imaging.scoremaps import agreement_of_views, merge_views, upright
-from pipeline.jobs import evaluate, extract
+from pipeline.jobs import score_maps
+from pipeline.stage_order import STAGES
 from tests.test_evaluate import build, tallied
 from tests.test_methods import SETTINGS, built
 
@@ -122,7 +123,7 @@ def extracted(size: tuple[int, int], tags: tuple[int, ...], **changes: Any) -> n
     image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     record = ImageRecord("x", "x.png", size, "train", tags, b"")
     options = plugins.load("methods", "cam").Options()
-    return extract.score([image], [record], CAM, options, given_settings, "cpu")[0]["agreement"]
+    return score_maps.score([image], [record], CAM, options, given_settings, "cpu")[0]["agreement"]
 
 
 CAM = built("cam", "vit", "scenes_vit").eval()
@@ -153,5 +154,5 @@ def test_the_sign_stands_at_every_stage_that_comes_from_score_maps(tmp_path: Any
     inputs, read = build(tmp_path, decoder=True)
     at = list(signs.SIGNS).index("views")
     told = {(row.stage, float(row.signs[at])) for row in tallied(inputs, read).rows if row.stage != "predictions"}
-    assert told == {(stage, 0.5) for stage in evaluate.STAGES if stage != "predictions"}
+    assert told == {(stage, 0.5) for stage in STAGES if stage != "predictions"}
     assert all(np.isnan(row.signs[at]) for row in tallied(inputs, read).rows if row.stage == "predictions")

@@ -16,7 +16,7 @@ from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
-from pipeline.jobs import extract
+from pipeline.jobs import score_maps
 from pipeline.methods.weaktr.method import Method, Options, Params
 from pipeline.nn.vit import backbone as vit
 from pipeline.nn.vit import coco_ids, fusion
@@ -164,7 +164,7 @@ def test_the_affinity_is_the_symmetric_patch_attention_and_only_made_where_it_is
 def test_an_image_keeps_the_affinity_of_its_last_scale_with_its_grid() -> None:
     settings = Extract((1.0, 1.5), None, True, "weaktr", 4, 8, 0.5, True, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "", (32, 48), "train", (0, 2), b"")
-    found = extract.score([np.zeros((32, 48, 3), np.uint8)], [record], small().eval(), Options(), settings, "cpu")[0]
+    found = score_maps.score([np.zeros((32, 48, 3), np.uint8)], [record], small().eval(), Options(), settings, "cpu")[0]
     assert found["grid"].tolist() == [6, 9] and found["affinity"].shape == (54, 54)
     np.testing.assert_array_equal(found["affinity"], found["affinity"].T)
 

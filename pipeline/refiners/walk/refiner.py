@@ -52,7 +52,7 @@ class Refiner:
         """f32[k+1,h,w] that sums to 1, plane 0 background. ValueError where the score maps have no affinity."""
         if maps.affinity is None:
             raise ValueError(
-                "refiner walk needs an affinity and the score maps have none: set extract.<m>.keep_affinity to true in params.yaml "
+                "refiner walk needs an affinity and the score maps have none: set extract.keep_affinity to true in the recipe "
                 "(weaktr has an affinity, cam has none), or choose refiner par"
             )
         full = torch.from_numpy(planes.with_background(maps.scores, level))[None]

@@ -1,19 +1,17 @@
-"""The matrix: any method takes any refiner and any segmenter, by one word in params.yaml."""
+"""The matrix: any method takes any refiner and any segmenter, by one word in params.yaml and its section of the recipe."""
 
 from __future__ import annotations
 
-import copy
 import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner, Result
 
 from pipeline.core import plugins, store
-from tests.toys import SCRATCH, learned_fit, toy_folder, toy_params
+from tests.toys import SCRATCH, Toy, learned_fit, toy_folder, toy_recipe
 
 METHODS, REFINERS, SEGMENTERS = (plugins.available(kind) for kind in ("methods", "refiners", "segmenters"))
 WITHOUT_AFFINITY = {"cam", "apc", "ppl"}
@@ -35,23 +33,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "irn": {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512},
     "segments": {"normalise": "minmax", "power": None, "uncovered": "scores"},
 }
-SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # the column of presets/scenes-all.yaml that has it
+SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # a method whose recipe has it
+
+
+def toy_of(key: str) -> Toy:
+    """A run of that method, whose score maps suit every refiner that it can have."""
+    toy = Toy(Path("raw"), [key])
+    toy.recipes[key]["extract"]["keep_affinity"] = key not in WITHOUT_AFFINITY
+    return toy
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Toys with records, and a model and score maps of each method."""
-    folder = tmp_path_factory.mktemp("columns")
+    folder = tmp_path_factory.mktemp("matrix")
     toy_folder(folder / "raw", train=5, val=2)
-    values = toy_params(folder / "raw", METHODS)
-    for key in METHODS:
-        values["extract"][key]["keep_affinity"] = key not in WITHOUT_AFFINITY
-        values["fit_refiner"][key]["background"] = {"rule": "fixed", "level": 0.3}
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
-        write(values)
+        toy_of("cam").write(folder)
         run("prepare", "--raw", "raw", "--records", "records.h5", "--truth", "truth.h5")
         for key in METHODS:
+            toy_of(key).write(folder)
             run("train", key, "--records", "records.h5", "--init", str(SCRATCH), "--model", f"{key}/model.safetensors",
                 "--log", f"{key}/log.csv")  # fmt: skip
             run("extract", key, "--records", "records.h5", "--model", f"{key}/model.safetensors", "--scoremaps",
@@ -65,10 +67,6 @@ def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("TAG2MASK_DEVICE", "cpu")
 
 
-def write(values: dict[str, Any]) -> None:
-    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-
-
 def invoked(stage: str, *words: str) -> Result:
     return CliRunner().invoke(import_module(f"stages.{stage}").main, list(words))
 
@@ -79,16 +77,15 @@ def run(stage: str, *words: str) -> None:
 
 
 def refine(key: str, refiner: str, segmenter: str) -> Path:
-    """Params of that column, and its pseudo-masks in a folder of their own."""
-    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    values["methods"][key] |= {"refiner": refiner, "segmenter": segmenter}
-    values["refine"][key]["options"] = OPTIONS[refiner]
-    learned = learned_fit(values["train"][key]["model"]["architecture"], CRF)
-    values["fit_refiner"][key] = learned.get(refiner, {"background": {"rule": "fixed", "level": 0.3}})
-    source = toy_params(Path("raw"), [SEGMENTER_OF[segmenter]])
-    for section in ("retrain", "segment"):
-        values[section][key] = copy.deepcopy(source[section][SEGMENTER_OF[segmenter]])
-    write(values)
+    """Writes the settings of that run, and its pseudo-masks into a folder of their own."""
+    toy, of_segmenter = toy_of(key), toy_recipe(SEGMENTER_OF[segmenter])
+    recipe = toy.recipes[key]
+    toy.params["methods"][key] |= {"refiner": refiner, "segmenter": segmenter}
+    recipe["refine"]["options"] = OPTIONS[refiner]
+    learned = learned_fit(recipe["train"]["model"]["architecture"], CRF)
+    recipe["fit_refiner"] = learned.get(refiner, {"background": {"rule": "fixed", "level": 0.3}})
+    recipe |= {section: of_segmenter[section] for section in ("retrain", "segment")}
+    toy.write(Path())
     out = Path(key) / refiner / segmenter
     given = ("--records", "records.h5", "--scoremaps", f"{key}/scoremaps", "--refiner", f"{out}/refiner.safetensors")
     run("fit_refiner", key, *given, "--init", str(SCRATCH))
@@ -104,7 +101,7 @@ def refine(key: str, refiner: str, segmenter: str) -> Path:
 def test_any_method_takes_any_refiner(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, refiner: str) -> None:
     enter(monkeypatch, project)
     if refiner == "walk" and key in WITHOUT_AFFINITY:
-        with pytest.raises(AssertionError, match=r"keep_affinity to true in params\.yaml"):
+        with pytest.raises(AssertionError, match=r"keep_affinity to true in the recipe"):
             refine(key, refiner, "vit")
         return
     masks = store.Store(refine(key, refiner, "vit") / "pseudo_masks", store.PSEUDO_MASKS)
