@@ -49,7 +49,7 @@ class Schema:
 
 
 # scores of the present classes only, in 0..1 at stride 4; agreement, 0..1, of the views that were merged into them, NaN of a single
-# view (imaging.scoremaps.agreement_of_views); affinity, of all pairs of cells of `grid` (rows, columns), is [0,0] and grid (0, 0)
+# view (imaging.scoremaps.view_agreement); affinity, of all pairs of cells of `grid` (rows, columns), is [0,0] and grid (0, 0)
 # where none is kept; decoded holds the mask values that the method's own decoder gives, [0,0] where it has none
 SCORE_MAPS = Schema(
     "score_maps",

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.core import store
 from pipeline.nn import weights
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 import open_clip  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from pipeline.core.config import AboveZero, NonNegative, Positive, Share
 from pipeline.methods.semples import masking
 from pipeline.methods.semples.clip import Critic, Tokens
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 from pipeline.nn.vit.class_tokens import ClassTokenVit
 
-mend()
+define_missing_operators()
 from open_clip.transformer import TextTransformer  # noqa: E402
 
 KINDS = ("whole", "region", "region", "outside")
