@@ -1,8 +1,8 @@
-"""`python -m benchmarks.ablation benchmarks/ablations/NAME.yaml --out FOLDER`: rows of changes to params → mIoU of each, over seeds.
+"""`python -m benchmarks.ablation benchmarks/ablations/NAME.yaml --out FOLDER`: rows of changes to one run → mIoU of each, over seeds.
 
-A file names a preset, a column, seeds and rows; each row sets some keys of params. Rows whose training is the same share it, and
-what is finished is kept in FOLDER, under a key of its params alone: take a new FOLDER after a change of code or of `images`.
-Masks are only read to score, as in evaluate; no row chooses by them.
+A file names a preset, one of its runs, seeds and rows; each row sets some keys of the preset or of the run's recipe. Rows whose
+training is the same share it, and what is finished is kept in FOLDER, under a key of its settings alone: take a new FOLDER after a
+change of code or of `images`. Masks are only read to score, as in evaluate; no row chooses by them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,23 @@ from rich.table import Table
 
 from benchmarks.timing import PROJECT
 from pipeline import metrics
+from pipeline.audit.tally import chosen_level, winner_of
 from pipeline.core import config, records, sections, store
-from pipeline.jobs import evaluate
 
 log = logging.getLogger("ablation")
 PROTOCOL, BINS = "background", 100
+RECIPE = "recipe.yaml"  # beside the params.yaml of a row
 # evaluate's name → ours; refined labels are what export would make pseudo-masks of
 SCORED = {
     "score_maps": "score maps", "decoder": "decoder", "refined": "pseudo-masks", "score_maps_val": "score maps, val",
     "decoder_val": "decoder, val",
 }  # fmt: skip
-FIGURES = ("score maps", "best level", "pseudo-masks", "score maps, val", "decoder, val")
+FIGURES = ("score maps", "best threshold", "pseudo-masks", "score maps, val", "decoder, val")
 
 
 @dataclass(frozen=True)
 class Row:
-    """name: as the table shows it; set: dotted key of params → its value."""
+    """name: as the table shows it; set: dotted key → its value. A key begins with a section of params.yaml or of a recipe."""
 
     name: str
     set: Any
@@ -49,11 +50,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """preset: file; column: of it; common: set in every row; images: train images at most, the first by id, or null for all;
+    """preset: file; run: of it; common: set in every row; images: train images at most, the first by id, or null for all;
     classes: those whose own IoU of the score maps is shown, too."""
 
     preset: str
-    column: str
+    run: str
     seeds: tuple[int, ...]
     images: int | None
     classes: tuple[str, ...]
@@ -65,28 +66,48 @@ def read(path: Path) -> Plan:
     return config.parse(Plan, config.read(path), "plan", path)
 
 
-def params_of(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
-    """The preset cut down to the column, with the row's changes. A key that the preset lacks is an error."""
-    values = copy.deepcopy(config.read(PROJECT / plan.preset))
-    for section in ("methods", *sections.OF_COLUMNS):
-        values[section] = {plan.column: values[section][plan.column]}
-    for key, value in (plan.common | row.set).items():
+def settings_of(plan: Plan, row: Row, seed: int) -> sections.Settings:
+    """The preset cut down to the run, and the run's recipe, with the row's changes; files are named from anywhere.
+
+    ParamsError where a key is set that neither has.
+    """
+    changes = copy.deepcopy(plan.common | row.set)
+    params = config.read(PROJECT / plan.preset)
+    params["methods"] = {plan.run: config.section(params, "methods", plan.run, file=PROJECT / plan.preset)}
+    of_params = {key: value for key, value in changes.items() if key.split(".")[0] in sections.TOP_LEVEL}
+    _set(params, of_params, f"row {row.name!r}", plan.preset)
+    run = params["methods"][plan.run]  # a change may have named another recipe
+    recipe = sections.read_recipe(PROJECT / run["recipe"])
+    _set(recipe, {key: value for key, value in changes.items() if key not in of_params}, f"row {row.name!r}", run["recipe"])
+    recipe["train"]["seed"] = seed
+    params["dataset"]["root"] = str(PROJECT / params["dataset"]["root"])
+    run |= {"init": str(PROJECT / run["init"]), "recipe": RECIPE}
+    return sections.Settings(
+        plan.run, config.parse(sections.Run, run, f"methods.{plan.run}"), sections.dataset(params), params, recipe
+    )
+
+
+def _set(values: dict[str, Any], changes: Mapping[str, Any], who: str, file: str) -> None:
+    """Sets dotted keys of `values`, the content of `file`. ParamsError where it has no such key."""
+    for key, value in changes.items():
         *path, last = key.split(".")
-        at = values
+        section = values
         for part in path:
-            at = at[part]
-        if last not in at:
-            raise config.ParamsError(f"row {row.name!r} sets {key}, which {plan.preset} does not have")
-        at[last] = value
-    values["train"][plan.column]["seed"] = seed
-    values["dataset"]["root"] = str(PROJECT / values["dataset"]["root"])
-    column = values["methods"][plan.column]
-    column["init"] = str(PROJECT / column["init"])
-    return values
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise config.ParamsError(f"{who} sets {key}, which {file} does not have")
+        section[last] = value
+
+
+def write(settings: sections.Settings, folder: Path) -> None:
+    """params.yaml and the recipe that it names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in (("params.yaml", settings.params), (RECIPE, settings.recipe)):
+        (folder / name).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def link_code(folder: Path) -> None:
-    """Gives a folder the project's code by a link: params.yaml is read where a stage runs."""
+    """Gives a folder the project's code by a link: params.yaml and recipes are read where a stage runs."""
     for code in ("pipeline", "stages"):
         if not (folder / code).exists():
             (folder / code).symlink_to(PROJECT / code)
@@ -101,21 +122,20 @@ def stage(folder: Path, name: str, *words: object) -> None:
         raise click.ClickException(f"{folder}, {name}: {done.stderr[-2000:]}")
 
 
-def run(values: dict[str, Any], column: str, folder: Path, data: Path) -> dict[str, float]:
-    """Trains, unless a row with the same training has, extracts, fits, refines and scores one set of params."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    part = store.digest([values[name] for name in ("dataset", "methods", "train")])[:16]
-    model, told = folder.parent / "models" / f"{part}.safetensors", ("--records", data / "records.h5")
-    init = values["methods"][column]["init"]
+def run(settings: sections.Settings, folder: Path, data: Path) -> dict[str, float]:
+    """Trains, unless a row with the same training has, extracts, fits, refines and scores one run."""
+    write(settings, folder)
+    params, name, init = settings.params, settings.name, settings.run.init
+    training = store.digest([params["dataset"], params["methods"], settings.recipe["train"]])[:16]
+    model, records_words = folder.parent / "models" / f"{training}.safetensors", ("--records", data / "records.h5")
     if not model.exists():
-        stage(folder, "train", column, *told, "--init", init, "--model", model.resolve(), "--log", "train.csv")
+        stage(folder, "train", name, *records_words, "--init", init, "--model", model.resolve(), "--log", "train.csv")
     stage(
-        folder, "extract", column, *told, "--model", model.resolve(), "--scoremaps", "scoremaps", "--inspection", "inner.h5"
-    )
+        folder, "extract", name, *records_words, "--model", model.resolve(), "--scoremaps", "scoremaps", "--inspection", "inner.h5"
+    )  # fmt: skip
     maps = ("--scoremaps", "scoremaps", "--refiner", "refiner.safetensors")
-    stage(folder, "fit_refiner", column, *told, "--init", init, *maps)
-    stage(folder, "refine", column, *told, *maps, "--refined", "refined")
+    stage(folder, "fit_refiner", name, *records_words, "--init", init, *maps)
+    stage(folder, "refine", name, *records_words, *maps, "--refined", "refined")
     return score(folder, data)
 
 
@@ -123,22 +143,22 @@ def score(folder: Path, data: Path) -> dict[str, float]:
     """mIoU with background of what a folder holds, 255 of the truth excluded."""
     read_records, truth = records.read(data / "records.h5"), store.Store(data / "truth.h5", store.TRUTH)
     maps = store.Store(folder / "scoremaps", store.SCORE_MAPS)
-    refined, level = store.Store(folder / "refined", store.REFINED), evaluate.chosen_level(folder / "refiner.safetensors")
+    refined, threshold = store.Store(folder / "refined", store.REFINED), chosen_level(folder / "refiner.safetensors")
     classes = len(read_records.labels) + 1
     counts: dict[str, np.ndarray] = {}
-    levels = np.zeros((BINS, classes, classes), np.int64)
+    thresholds = np.zeros((BINS, classes, classes), np.int64)
     for record in read_records:
         if record.id not in truth:
             continue
-        mask, found = truth.read(record.id, "mask"), maps[record.id]
-        winner, best, _ = evaluate.winner_of(found, record)
+        mask, fields = truth.read(record.id, "mask"), maps[record.id]
+        winner, best, _ = winner_of(fields, record)
         ending = "_val" if record.split == "val" else ""
-        labels = {f"score_maps{ending}": np.where(best > level, winner, 0).astype(np.uint8)}
-        if found["decoded"].size:
-            labels[f"decoder{ending}"] = found["decoded"]
+        labels = {f"score_maps{ending}": np.where(best > threshold, winner, 0).astype(np.uint8)}
+        if fields["decoded"].size:
+            labels[f"decoder{ending}"] = fields["decoded"]
         if record.split == "train":
             labels["refined"] = refined.read(record.id, "label")
-            levels += metrics.level_histogram(mask, winner, best, classes, BINS)
+            thresholds += metrics.level_histogram(mask, winner, best, classes, BINS)
         for stage_name, label in labels.items():
             counts[stage_name] = counts.get(stage_name, 0) + metrics.confusion(mask, label, classes)
     figures = {
@@ -148,7 +168,7 @@ def score(folder: Path, data: Path) -> dict[str, float]:
     }
     rates = metrics.iou(counts["score_maps"], protocol=PROTOCOL)
     figures |= {of_class(name): float(value) for name, value in zip(read_records.labels.names, rates[1:], strict=True)}
-    return figures | {"best level": float(metrics.threshold_curve(levels).max()), "level": level}
+    return figures | {"best threshold": float(metrics.threshold_curve(thresholds).max()), "threshold": threshold}
 
 
 def of_class(name: str) -> str:
@@ -188,17 +208,16 @@ def main(plan_file: Path, out: Path, only: tuple[str, ...]) -> None:
         if only and row.name not in only:
             continue
         for seed in plan.seeds:
-            values = params_of(plan, row, seed)
-            folder = out / store.digest(values)[:16]
+            settings = settings_of(plan, row, seed)
+            folder = out / store.digest([settings.params, settings.recipe])[:16]
             if not (data / "records.h5").exists():
                 whole = out / "whole"
-                whole.mkdir(parents=True, exist_ok=True)
-                (whole / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-                stage(whole, "prepare", "--raw", values["dataset"]["root"], "--records", "records.h5", "--truth", "truth.h5")
+                write(settings, whole)
+                stage(whole, "prepare", "--raw", settings.root, "--records", "records.h5", "--truth", "truth.h5")
                 limited(whole, data, plan.images)
             done = folder / "figures.json"
             if not done.exists():
-                done.write_text(json.dumps(run(values, plan.column, folder, data)), encoding="utf-8")
+                done.write_text(json.dumps(run(settings, folder, data)), encoding="utf-8")
             results.setdefault(row.name, {})[str(seed)] = json.loads(done.read_text(encoding="utf-8"))
             log.info("%s, seed %d: %s", row.name, seed, {k: round(v, 3) for k, v in results[row.name][str(seed)].items()})
             (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -207,7 +226,7 @@ def main(plan_file: Path, out: Path, only: tuple[str, ...]) -> None:
     for name in ("row", *figures):
         table.add_column(name)
     for name, seeds in results.items():
-        cells = [[one[figure] for one in seeds.values() if figure in one] for figure in figures]
+        cells = [[values[figure] for values in seeds.values() if figure in values] for figure in figures]
         table.add_row(name, *(shown(cell) if cell else "–" for cell in cells))
     Console(width=140).print(table)
 

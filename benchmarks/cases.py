@@ -42,6 +42,7 @@ def score_maps(folder: Path) -> list[Timing]:
     from pipeline.core.records import ImageRecord
     from pipeline.core.sections import Extract
     from pipeline.imaging import transforms
+    from pipeline.jobs.score_maps import score
     from pipeline.methods.cam import method as cam
     from pipeline.training.settings import Schedule
 
@@ -56,7 +57,7 @@ def score_maps(folder: Path) -> list[Timing]:
     records = [ImageRecord(str(index), "", SIZE, "train", (index, index + 5), b"") for index in range(4)]
 
     def ours() -> list[np.ndarray]:
-        found = scoring.score(images, records, method, cam.Options(), settings, "cpu")
+        found = score(images, records, method, cam.Options(), settings, "cpu")
         return [one["scores"].astype(np.float32) for one in found]
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ STAGES = {
     "prepare": "--raw raw --records r.h5 --truth t.h5",
     "train": "cam --records r.h5 --init {weights}/scratch.txt --model m.safetensors --log log.csv",
     "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps --inspection i.h5",
-    "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors",
+    "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --init {weights}/scratch.txt --refiner s.safetensors",
     "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
     "export": "cam --records r.h5 --refined refined --corrections raw/none --pseudo-masks masks --exports exports",
     "cross_validate": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --held-out h.h5",
@@ -51,16 +51,19 @@ def draw(root: Path, count: int) -> None:
 
 
 def params(folder: Path, count: int) -> None:
-    """The scenes preset on that folder, with just enough training to have something to stream."""
+    """Run cam of the scenes preset on that folder, with just enough training to have something to stream."""
     values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((PROJECT / values["methods"]["cam"]["recipe"]).read_text(encoding="utf-8"))
     values["dataset"] = {"name": "folder", "root": "raw", "options": {"classes": ["blob"], "val_share": 0.1}}
+    values["methods"]["cam"]["recipe"] = "cam.yaml"
+    values["export"] |= {"formats": plugins.available("exporters"), "images_per_part": 32}
     for section in ("train", "retrain"):
-        values[section]["cam"]["schedule"]["epochs"] = 100 / count
-    for section in ("extract", "refine", "export", "segment"):
-        values[section]["cam"]["images_per_part"] = 32
-    values["cross_validate"]["cam"]["folds"] = 2
-    values["export"]["cam"]["formats"] = [name for name in plugins.available("exporters") if name != "hdf5"]
+        recipe[section]["schedule"]["epochs"] = 100 / count
+    for section in ("extract", "refine", "segment"):
+        recipe[section]["images_per_part"] = 32
+    recipe["cross_validate"]["folds"] = 2
     (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (folder / "cam.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
 def peaks(count: int) -> dict[str, float]:

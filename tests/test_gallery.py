@@ -211,8 +211,8 @@ def test_the_digest_of_params_changes_with_a_stages_own_params_only(tmp_path: Pa
     assert digest(1, 1) == digest(1, 2) != digest(2, 1)
 
 
-def test_a_ceiling_that_was_measured_is_shown_as_what_share_of_it_is_reached(tmp_path: Path) -> None:
-    (tmp_path / "metrics" / "ceiling").mkdir(parents=True)
-    (tmp_path / "metrics" / "ceiling" / "cam.json").write_text('{"miou": 0.9, "images": 7}', encoding="utf-8")
+def test_a_fully_supervised_upper_bound_that_was_measured_is_shown_with_how_much_of_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "metrics" / "upper_bound").mkdir(parents=True)
+    (tmp_path / "metrics" / "upper_bound" / "cam.json").write_text('{"miou": 0.9, "images": 7}', encoding="utf-8")
     page = page_case.write(tmp_path, ["a", "b", "c", "d", "e"], labels=LABELS, methods=("cam", "weaktr"))
-    assert page.read_text(encoding="utf-8").count("% of the ceiling<br>0.900") == 1
+    assert page.read_text(encoding="utf-8").count("% of the upper bound<br>0.900") == 1

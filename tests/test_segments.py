@@ -37,7 +37,7 @@ quick = hypothesis_settings(max_examples=60, deadline=None)
 
 def fit_params(source: dict[str, Any], level: float = 0.4) -> refiner.FitParams:
     return config.parse(
-        refiner.FitParams, {"background": {"rule": "fixed", "level": level}, "segments": source}, "fit_refiner"
+        refiner.FitParams, {"threshold": {"rule": "fixed", "value": level}, "segments": source}, "fit_refiner"
     )
 
 
@@ -352,12 +352,12 @@ def test_the_label_free_level_is_that_of_the_score_maps(tmp_path: Path, source: 
     lines = write_lines(tmp_path / "all.jsonl", {one.id: [] for one in maps})
     params = config.parse(
         refiner.FitParams,
-        {"background": {"rule": "otsu", "level": 1.0}, "segments": SOURCES.get(source, lines)},
+        {"threshold": {"rule": "otsu", "factor": 1.0}, "segments": SOURCES.get(source, lines)},
         "fit_refiner",
     )
     assert (
-        refiner.fit(params, iter(maps), lambda at: np.zeros(0))["background"]
-        == threshold.fit(params.background, maps)["background"]
+        refiner.fit(params, iter(maps), lambda at: np.zeros(0))["threshold"]
+        == threshold.fit(params.threshold, maps)["threshold"]
     )
 
 

@@ -100,7 +100,7 @@ def open_stores(inputs: Inputs) -> Stores:
 def chosen_level(refiner: Path) -> float:
     """The background level that fit_refiner found."""
     with safe_open(refiner, "np") as file:  # a learned refiner's network stays where it is
-        return float(file.get_tensor("background")[0])
+        return float(file.get_tensor("threshold")[0])
 
 
 _OPENED: dict[str, Stores] = {}  # one per process

@@ -54,9 +54,9 @@ def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, An
         raise FileNotFoundError(f"{folder} has no metrics of {', '.join(missing)}; run `dvc repro`")
     found = {method: json.loads((folder / f"{method}.json").read_text(encoding="utf-8")) for method in methods}
     for method in methods:
-        ceiling = folder / "ceiling" / f"{method}.json"  # benchmarks/ceiling.py was run by hand, or was not
-        if ceiling.is_file():
-            found[method]["ceiling"] = json.loads(ceiling.read_text(encoding="utf-8"))
+        upper_bound = folder / "upper_bound" / f"{method}.json"  # benchmarks/upper_bound.py was run by hand, or was not
+        if upper_bound.is_file():
+            found[method]["upper_bound"] = json.loads(upper_bound.read_text(encoding="utf-8"))
     return found
 
 

@@ -18,8 +18,9 @@ from pydantic import Field
 from pipeline.core import config
 from pipeline.core.config import AboveZero
 from pipeline.core.contracts import ImageMaps
-from pipeline.imaging import planes, threshold
-from pipeline.imaging.threshold import Background
+from pipeline.imaging import planes
+from pipeline.imaging.threshold import Threshold
+from pipeline.imaging.threshold import fit as fit_threshold
 from pipeline.refiners.segments import reader, voting
 from pipeline.refiners.segments.reader import SegmentFile
 from pipeline.refiners.segments.superpixels import Felzenszwalb, Slic, superpixels
@@ -29,20 +30,20 @@ __all__ = ["FitParams", "Params", "Refiner", "check", "fit"]
 
 @dataclass(frozen=True)
 class FitParams:
-    """fit_refiner.<m>: the background level of the score maps, and where segments come from."""
+    """Section fit_refiner: the threshold of the score maps, and where segments come from."""
 
-    background: Background
+    threshold: Threshold
     segments: Annotated[SegmentFile | Felzenszwalb | Slic, Field(discriminator="source")]
 
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
     normalise  minmax: each class's mean scores go from 0 to 1 over the image's segments (FMA-WSSS); none: means as they are
-    power      background's score is (1 - best class)^power. A number is the power at the fitted level (FMA-WSSS: 0.6 to 1.0 on VOC
-               and COCO). null: the power at which a segment whose best class has just the level ties with background
-    uncovered  pixels in no segment: background (FMA-WSSS), or what the score maps say there against the level
+    power      background's score is (1 - best class)^power. A number is the power at the fitted threshold (FMA-WSSS: 0.6 to 1.0 on VOC
+               and COCO). null: the power at which a segment whose best class just reaches the threshold ties with background
+    uncovered  pixels in no segment: background (FMA-WSSS), or what the score maps say there against the threshold
     """
 
     normalise: Literal["minmax", "none"]
@@ -57,7 +58,7 @@ def check(params: FitParams) -> None:
 
 
 def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """State: `background` f32[1], `params` u8[·] (FitParams as JSON), and of a file the index of the images that have a class
+    """State: `threshold` f32[1], `params` u8[·] (FitParams as JSON), and of a file the index of the images that have a class
     (reader.as_state).
 
     ValueError lists all that is wrong with the file: images that are missing, other sizes, masks that cannot be read.
@@ -65,7 +66,7 @@ def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np
     del images
     state = {"params": np.frombuffer(json.dumps(dataclasses.asdict(params), sort_keys=True).encode("utf-8"), np.uint8)}
     if not isinstance(params.segments, SegmentFile):
-        return state | threshold.fit(params.background, maps)
+        return state | fit_threshold(params.threshold, maps)
     entries, problems = reader.index(params.segments)
     sizes: dict[str, tuple[int, int]] = {}
 
@@ -76,8 +77,8 @@ def fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np
             yield image
 
     stream = with_sizes_noted()
-    state |= threshold.fit(params.background, stream)
-    for _ in stream:  # a fixed level reads no map
+    state |= fit_threshold(params.threshold, stream)
+    for _ in stream:  # a fixed threshold reads no map
         pass
     reader.require(params.segments, entries, sizes, problems)
     return state | reader.as_state({image_id: entries[image_id].place for image_id in sizes})
@@ -88,22 +89,22 @@ class Refiner:
 
     def __init__(self, params: Params, state: Mapping[str, np.ndarray]) -> None:
         self.params = params
-        self.fitted = float(state["background"][0])
+        self.fitted = float(state["threshold"][0])
         self.source = config.parse(FitParams, json.loads(state["params"].tobytes()), "fit_refiner").segments
         self.index = reader.from_state(state) if isinstance(self.source, SegmentFile) else {}
 
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1 over the planes, plane 0 background; all pixels of one segment have the same.
 
         ValueError for an image that `fit` has not seen, and if the file has changed since.
         """
         scores = planes.upsample(maps.scores, maps.size)
-        votes, segment = self._votes(image, maps, scores, self.power(level))
+        votes, segment = self._votes(image, maps, scores, self.power(threshold))
         sure_background = np.eye(1, votes.shape[1])
         probabilities = np.concatenate([votes / votes.sum(axis=1, keepdims=True), sure_background]).astype(np.float32)
         out = np.ascontiguousarray(probabilities.T[:, segment])  # ABSENT, -1, is the last row
         if self.params.uncovered == "scores" and (uncovered := segment == voting.ABSENT).any():
-            stacked = planes.with_background(scores[:, uncovered, None], level)[..., 0]
+            stacked = planes.with_background(scores[:, uncovered, None], threshold)[..., 0]
             out[:, uncovered] = stacked / stacked.sum(axis=0)
         return out
 
@@ -120,7 +121,7 @@ class Refiner:
         votes = voting.votes(means, normalise=self.params.normalise, power=power)
         return votes, voting.painted(segments.runs, segments.levels, votes.max(axis=1), maps.size)
 
-    def power(self, level: float) -> float:
-        """Of the background. Other levels than the fitted one (refine's disagree_at) move a given power, too."""
+    def power(self, threshold: float) -> float:
+        """Of the background. Other thresholds than the fitted one (refine's disagree_at) move a given power, too."""
         fitted = self.params.power
-        return voting.power_at(level) * (1 if fitted is None else fitted / voting.power_at(self.fitted))
+        return voting.power_at(threshold) * (1 if fitted is None else fitted / voting.power_at(self.fitted))

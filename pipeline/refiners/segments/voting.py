@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.imaging import threshold
+from pipeline.imaging.threshold import HIGHEST, LOWEST
 
 EPS = (
     1e-7  # FMA-WSSS adds it to a class's spread: of two classes' best segments, the one of the class with more contrast wins
@@ -44,10 +44,10 @@ def means_of_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(flat, plane.ravel(), len(area)) / area for plane in scores], axis=1)
 
 
-def power_at(level: float) -> float:
-    """The power at which (1 - level)^power = level: a segment whose best class scores exactly the threshold `level`, in 0..1,
-    ties with background."""
-    inside = min(max(level, threshold.LOWEST), threshold.HIGHEST)
+def power_at(threshold: float) -> float:
+    """The power at which (1 - threshold)^power = threshold: a segment whose best class scores exactly the threshold, in 0..1, ties
+    with background."""
+    inside = min(max(threshold, LOWEST), HIGHEST)
     return float(np.log(inside) / np.log1p(-inside))
 
 

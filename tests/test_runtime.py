@@ -1,0 +1,79 @@
+"""Where a job's work runs: in order, in as many processes as the environment says, with one torch thread in each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipeline import runtime
+
+ITEMS = list(range(9))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """This process has more threads than a job may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def squared(item: int) -> int:
+    return item * item
+
+
+def process_and_threads(item: int) -> tuple[int, int]:
+    """Of whoever works on the item; as a picklable function of a module that imports torch before its first item."""
+    return os.getpid(), torch.get_num_threads()
+
+
+def failing_at_four(item: int) -> int:
+    if item == 4:
+        raise ValueError("item 4 is broken")
+    return item
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_results_come_in_the_order_of_the_items(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", workers)
+    assert list(runtime.each(squared, ITEMS, what="squares")) == [item * item for item in ITEMS]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_every_worker_process_has_one_torch_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", "2")
+    workers = set(runtime.each(process_and_threads, ITEMS, what="threads"))
+    assert {threads for _, threads in workers} == {1}
+    assert os.getpid() not in {process for process, _ in workers}
+
+
+@pytest.mark.parametrize(("variable", "value"), [("TAG2MASK_LAUNCHER", "inline"), ("TAG2MASK_WORKERS", "1")])
+@pytest.mark.usefixtures("two_threads")
+def test_work_inside_this_process_has_one_torch_thread(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", "2")
+    monkeypatch.setenv(variable, value)
+    assert set(runtime.each(process_and_threads, ITEMS, what="threads")) == {(os.getpid(), 1)}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_stage_has_one_torch_thread_from_its_first_line_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    with runtime.stage():
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_error_in_one_item_ends_the_run(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", workers)
+    with pytest.raises(ValueError, match="item 4 is broken"):
+        list(runtime.each(failing_at_four, ITEMS, what="items"))
+
+
+def test_a_number_of_workers_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", "many")
+    with pytest.raises(SystemExit, match="TAG2MASK_WORKERS='many' is not allowed; allowed is a whole number >= 1"):
+        list(runtime.each(squared, ITEMS, what="squares"))
