@@ -24,7 +24,7 @@ SETTINGS = {"scale": 0.5, "dilations": [1, 2, 4], "iterations": 3, "w1": 0.3, "w
 PAR = {"planes": "softmax", "par": SETTINGS}
 WALK = {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.01, "par": SETTINGS}
 AFFINITYNET = {"power": 4.0, "beta": 4.0, "steps": 8, "long_side": 512}
-IRN = {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512}
+IRN = {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "threshold": None, "long_side": 512}
 SEGMENTS = {"normalise": "minmax", "power": None, "uncovered": "scores"}
 OPTIONS = {
     "crf": {"unary": "soft", "gt_prob": 0.7, "sharpness": 1.0, "crf": CRF}, "none": {}, "par": PAR, "walk": WALK,
@@ -69,7 +69,7 @@ def scores_of(rng: np.random.Generator, k: int, size: tuple[int, int]) -> np.nda
 def fit_params(refiner: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Section fit_refiner; a learned refiner's network is small, on a ViT. changes: background, and whatever the refiner has."""
     settings = learned_fit("scenes_vit", CRF).get(refiner, {})
-    settings |= {"background": {"rule": "fixed", "level": 0.4}}
+    settings |= {"threshold": {"rule": "fixed", "value": 0.4}}
     return settings | {name: value for name, value in changes.items() if name in settings}
 
 

@@ -230,6 +230,7 @@ def of_dataset(name: str) -> Rule:
 TABLE: list[tuple[str, Rule]] = [
     ("pipeline/runtime.py", nothing),  # where work runs, never what comes out
     ("pipeline/readers.py", nothing),
+    ("pipeline/section_schema.py", nothing),
     ("pipeline/core/*", everything),
     ("pipeline/listing.py", each("prepare")),
     ("pipeline/stage_order.py", each("evaluate", "report")),
@@ -238,6 +239,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/imaging/*", each(*TRAINED)),
     ("pipeline/crf.py", each("fit_refiner", "refine", "cross_validate", "segment")),
     ("pipeline/metrics.py", each("cross_validate", "evaluate")),
+    ("pipeline/metrics_file.py", each("evaluate", "report")),
     ("pipeline/mask_files.py", each("export")),
     ("pipeline/corrections.py", each("export")),
     ("pipeline/exporters/*", each("export")),
@@ -265,9 +267,9 @@ TABLE: list[tuple[str, Rule]] = [
         (f"pipeline/jobs/{kind}.py", each(kind))
         for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "evaluate", "report")
     ),
-    *((f"pipeline/jobs/{command}.py", nothing) for command in ("check", "doctor", "segment_folder")),
+    *((f"pipeline/jobs/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder")),
     *((f"stages/{kind}.py", each(kind)) for kind in ("prepare", *TRAINED, "export", "evaluate", "report")),
-    *((f"stages/{command}.py", nothing) for command in ("check", "doctor", "segment_folder", "plots_page")),
+    *((f"stages/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder", "plots_page")),
     ("benchmarks/*", nothing),
 ]
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "par": {"planes": "share", "par": PAR},
     "walk": {"planes": "share", "radius": 2, "power": 2.0, "eps": 0.001, "par": PAR},
     "affinitynet": {"power": 4.0, "beta": 4.0, "steps": 8, "long_side": 512},
-    "irn": {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "level": None, "long_side": 512},
+    "irn": {"radius": 3, "beta": 4.0, "steps": 8, "flip": True, "normalise": "class", "threshold": None, "long_side": 512},
     "segments": {"normalise": "minmax", "power": None, "uncovered": "scores"},
 }
 SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # a method whose recipe has it
@@ -83,7 +83,7 @@ def refine(key: str, refiner: str, segmenter: str) -> Path:
     toy.params["methods"][key] |= {"refiner": refiner, "segmenter": segmenter}
     recipe["refine"]["options"] = OPTIONS[refiner]
     learned = learned_fit(recipe["train"]["model"]["architecture"], CRF)
-    recipe["fit_refiner"] = learned.get(refiner, {"background": {"rule": "fixed", "level": 0.3}})
+    recipe["fit_refiner"] = learned.get(refiner, {"threshold": {"rule": "fixed", "value": 0.3}})
     recipe |= {section: of_segmenter[section] for section in ("retrain", "segment")}
     toy.write(Path())
     out = Path(key) / refiner / segmenter

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from pipeline.core import plugins, sections
 from pipeline.core.config import ParamsError
 from pipeline.core.sections import Settings
-from pipeline.jobs import check
+from pipeline.jobs import check, schema
 from tests.toys import PROJECT, Toy
 
 PRESETS = sorted((PROJECT / "presets").glob("*.yaml"))
@@ -57,6 +59,23 @@ def test_the_methods_that_are_commented_out_in_the_folder_preset_are_well(tmp_pa
     path.write_text("\n".join(lines), "utf-8")
     assert set(yaml.safe_load(path.read_text("utf-8"))["methods"]) == set(METHODS)
     assert check.problems(path) == []
+
+
+def test_the_schema_for_editors_is_fresh_and_every_recipe_names_it() -> None:
+    assert Path(schema.SCHEMA).read_text("utf-8") == schema.text(), "run `python -m stages.schema`"
+    assert [
+        path for path in RECIPES if "# yaml-language-server: $schema=../schema.json" not in path.read_text("utf-8")
+    ] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_an_editor_finds_every_recipe_valid_and_a_misspelt_key_wrong(recipe: Path) -> None:
+    validator = Draft202012Validator(json.loads(Path(schema.SCHEMA).read_text("utf-8")))
+    values = yaml.safe_load(recipe.read_text("utf-8"))
+    assert [error.message for error in validator.iter_errors(values)] == []
+    for section in values:
+        wrong = {**values, section: {**values[section], "wrong": 1}}
+        assert not validator.is_valid(wrong), section
 
 
 def leaves(values: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

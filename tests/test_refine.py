@@ -28,40 +28,40 @@ def one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def refiner_of(name: str):
     module = plugins.load("refiners", name)
     return module.Refiner(
-        config.parse(module.Params, case.OPTIONS[name], "options"), {"background": np.array([0.4], np.float32)}
+        config.parse(module.Params, case.OPTIONS[name], "options"), {"threshold": np.array([0.4], np.float32)}
     )
 
 
 def test_a_fixed_level_comes_out_as_it_is_and_reads_no_map() -> None:
-    state = threshold.fit(threshold.Background("fixed", 0.3), (1 / 0 for _ in "a"))  # type: ignore[arg-type]
-    assert state["background"].tolist() == [np.float32(0.3)]
+    state = threshold.fit(threshold.FixedThreshold("fixed", 0.3), (1 / 0 for _ in "a"))  # type: ignore[arg-type]
+    assert state["threshold"].tolist() == [np.float32(0.3)]
 
 
 def test_the_label_free_level_lies_between_dark_ground_and_bright_objects() -> None:
     rng = np.random.default_rng(0)
     maps = (ImageMaps(np.array([0]), case.scores_of(rng, 1, (64, 64)).astype(np.float32), (64, 64)) for _ in range(20))
-    assert 0.15 < threshold.fit(threshold.Background("otsu", 1.0), maps)["background"][0] < 0.75
+    assert 0.15 < threshold.fit(threshold.OtsuThreshold("otsu", 1.0), maps)["threshold"][0] < 0.75
 
 
 def test_the_order_of_the_images_does_not_move_the_label_free_level() -> None:
     rng = np.random.default_rng(0)
     maps = [ImageMaps(np.array([0]), case.scores_of(rng, 1, (32, 32)).astype(np.float32), (32, 32)) for _ in range(9)]
-    otsu = threshold.Background("otsu", 1.0)
+    otsu = threshold.OtsuThreshold("otsu", 1.0)
     assert threshold.fit(otsu, maps) == threshold.fit(otsu, maps[::-1])
 
 
 def test_no_class_in_any_image_is_an_error_that_says_what_to_set() -> None:
     none = ImageMaps(np.zeros(0, np.int64), np.zeros((0, 4, 4), np.float32), (16, 16))
     with pytest.raises(ValueError, match="fixed"):
-        threshold.fit(threshold.Background("otsu", 1.0), [none])
+        threshold.fit(threshold.OtsuThreshold("otsu", 1.0), [none])
 
 
 def test_the_state_has_the_same_bytes_twice_and_belongs_to_its_refiner(tmp_path: Path) -> None:
-    state = {"z": np.ones(3, np.float32), "background": np.array([0.4], np.float32)}
+    state = {"z": np.ones(3, np.float32), "threshold": np.array([0.4], np.float32)}
     refine.write_state(tmp_path / "a", "crf", state)
     refine.write_state(tmp_path / "b", "crf", dict(reversed(state.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert refine.read_state(tmp_path / "a", "crf")["background"] == np.float32(0.4)
+    assert refine.read_state(tmp_path / "a", "crf")["threshold"] == np.float32(0.4)
     with pytest.raises(ValueError, match="crf"):
         refine.read_state(tmp_path / "a", "none")
 

@@ -11,13 +11,13 @@ from pydantic import Field
 
 from pipeline.core import plugins, sections
 from pipeline.core.config import AboveZero, Positive, Share
-from pipeline.schema import docstring_parts, json_schema
+from pipeline.section_schema import docstring_parts, json_schema
 from pipeline.training.settings import Training
 
 SETS = ("methods", "refiners", "segmenters", "datasets")
 PLUGINS = [(kind, name) for kind in SETS for name in plugins.available(kind)]
 SECTIONS = (
-    sections.Dataset, sections.Column, sections.Prepare, Training, sections.Extract, sections.Refine, sections.Export,
+    sections.Dataset, sections.Run, sections.Prepare, Training, sections.Extract, sections.Refine, sections.Export,
     sections.CrossValidate, sections.Segment, sections.Evaluate, sections.Report,
 )  # fmt: skip
 

@@ -22,7 +22,8 @@ from pipeline.core import config, store
 from pipeline.core.contracts import ImageMaps
 from pipeline.imaging import planes, threshold
 from pipeline.jobs import check
-from pipeline.refiners.segments import refiner
+from pipeline.refiners.segments import reader, refiner, voting
+from pipeline.refiners.segments.superpixels import superpixels
 from tests.segments_case import masks_of, plain_rle, rle, section, write_folder, write_lines
 from tests.toys import PROJECT, Toy
 
@@ -36,7 +37,7 @@ quick = hypothesis_settings(max_examples=60, deadline=None)
 
 def fit_params(source: dict[str, Any], level: float = 0.4) -> refiner.FitParams:
     return config.parse(
-        refiner.FitParams, {"background": {"rule": "fixed", "level": level}, "segments": source}, "fit_refiner"
+        refiner.FitParams, {"threshold": {"rule": "fixed", "value": level}, "segments": source}, "fit_refiner"
     )
 
 
@@ -68,7 +69,7 @@ def test_compressed_and_plain_run_lengths_hold_the_pixels_of_the_mask(size: tupl
     for mask in masks_of(np.random.default_rng(seed), size, 4):
         packed = rle(mask)["segmentation"]
         for told in (packed, plain_rle(packed)):
-            runs = refiner.run_lengths(told["counts"], mask.size)
+            runs = reader.run_lengths(told["counts"], mask.size)
             inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
             np.testing.assert_array_equal(inside.reshape(size[::-1]).T, mask)
 
@@ -78,7 +79,7 @@ def test_compressed_and_plain_run_lengths_hold_the_pixels_of_the_mask(size: tupl
 )  # with longer ones pycocotools 2.0.11 writes past its buffer
 def test_long_runs_read_as_pycocotools_writes_them(runs: list[int]) -> None:
     counts = coco.frPyObjects({"size": [1, sum(runs)], "counts": runs}, 1, sum(runs))["counts"].decode("ascii")
-    assert refiner.run_lengths(counts, sum(runs)).tolist() == runs
+    assert reader.run_lengths(counts, sum(runs)).tolist() == runs
 
 
 @quick
@@ -89,7 +90,7 @@ def test_long_runs_read_as_pycocotools_writes_them(runs: list[int]) -> None:
 )
 def test_counts_are_refused_by_a_value_error_or_fill_the_image(counts: Any) -> None:
     try:
-        runs = refiner.run_lengths(counts, 12)
+        runs = reader.run_lengths(counts, 12)
     except ValueError:
         return
     assert runs.sum() == 12 and (runs >= 0).all()
@@ -105,7 +106,7 @@ def test_counts_are_refused_by_a_value_error_or_fill_the_image(counts: Any) -> N
 ))  # fmt: skip
 def test_any_json_is_segments_or_a_value_error(told: Any) -> None:
     try:
-        found = refiner.segments_of(told)
+        found = reader.segments_of(told)
     except ValueError:
         return
     assert len(found.runs) == len(found.levels)
@@ -118,11 +119,11 @@ def test_means_are_those_of_the_dense_product(size: tuple[int, int], k: int, see
     scores = rng.random((k, *size), np.float32)
     masks = [mask for mask in masks_of(rng, size, 5) if mask.any()]
     dense = np.array([[plane[mask].mean(dtype=np.float64) for plane in scores] for mask in masks]).reshape(-1, k)
-    found = refiner.means_of_runs(scores, refiner.segments_of([rle(mask) for mask in masks]).runs)
+    found = voting.means_of_runs(scores, reader.segments_of([rle(mask) for mask in masks]).runs)
     np.testing.assert_allclose(found, dense, atol=1e-9)
     labels = rng.integers(0, 4, size)
     labels.flat[0] = 3
-    found = refiner.means_of_labels(scores, labels)
+    found = voting.means_of_labels(scores, labels)
     for number in np.unique(labels):
         np.testing.assert_allclose(found[number], scores[:, labels == number].mean(axis=1, dtype=np.float64), atol=1e-9)
 
@@ -154,15 +155,15 @@ def test_each_pixel_shows_its_segment_of_highest_level_and_then_confidence(
     masks = [mask for mask in masks_of(np.random.default_rng(seed), size, 6) if mask.any()]
     levels = np.array([data.draw(st.integers(-1, 1)) for _ in masks], np.int64)
     confidence = np.array([data.draw(st.sampled_from([0.2, 0.5, 0.9])) for _ in masks])
-    runs = refiner.segments_of([rle(mask) for mask in masks]).runs
-    canvas = refiner.painted(runs, levels, confidence, size)
+    runs = reader.segments_of([rle(mask) for mask in masks]).runs
+    canvas = voting.painted(runs, levels, confidence, size)
     rank = [(levels[at], confidence[at], -int(masks[at].sum())) for at in range(len(masks))]
     for y, x in np.ndindex(size):
         over = [at for at in range(len(masks)) if masks[at][y, x]]
         if over:
             assert masks[canvas[y, x]][y, x] and rank[canvas[y, x]] == max(rank[at] for at in over)
         else:
-            assert canvas[y, x] == refiner.ABSENT
+            assert canvas[y, x] == voting.ABSENT
 
 
 def test_a_segment_of_background_overwrites_too(tmp_path: Path) -> None:
@@ -180,8 +181,8 @@ def test_a_single_segment_keeps_its_mean_where_min_max_has_no_spread(tmp_path: P
 
 @given(level=st.floats(threshold.LOWEST, threshold.HIGHEST))
 def test_without_a_power_a_segment_is_background_unless_its_best_class_exceeds_the_level(level: float) -> None:
-    power = refiner.power_at(level)
-    voted = refiner.votes(np.array([[level - 1e-6], [level + 1e-6]]), normalise="none", power=power)
+    power = voting.power_at(level)
+    voted = voting.votes(np.array([[level - 1e-6], [level + 1e-6]]), normalise="none", power=power)
     assert voted.argmax(axis=1).tolist() == [0, 1]
 
 
@@ -233,7 +234,7 @@ def test_only_classes_of_the_image_ever_appear_and_a_superpixel_has_one_label(so
     np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-5)
     labels = planes.labels_of(found, maps.classes)
     assert set(np.unique(labels).tolist()) <= {0, *(one + 1 for one in classes)}
-    parts = refiner.superpixels(image, fit_params(SOURCES[source]).segments)  # type: ignore[arg-type]
+    parts = superpixels(image, fit_params(SOURCES[source]).segments)  # type: ignore[arg-type]
     for number in np.unique(parts):
         assert len(np.unique(labels[parts == number])) == 1
 
@@ -251,7 +252,7 @@ def test_superpixels_mend_the_border_of_a_blurred_score_map(source: str) -> None
 def test_a_file_of_superpixels_does_what_superpixels_do(tmp_path: Path) -> None:
     image = np.kron(np.random.default_rng(5).integers(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     maps = ImageMaps(np.array([0, 3]), np.random.default_rng(6).random((2, 3, 4), np.float32), image.shape[:2], id="a")
-    parts = refiner.superpixels(image, fit_params(SOURCES["slic"]).segments)  # type: ignore[arg-type]
+    parts = superpixels(image, fit_params(SOURCES["slic"]).segments)  # type: ignore[arg-type]
     source = write_lines(tmp_path / "all.jsonl", {"a": [rle(parts == number) for number in np.unique(parts)]})
     one, two = (made(fitted(given, [maps]), power=None)(image, maps, 0.3) for given in (SOURCES["slic"], source))
     np.testing.assert_allclose(one, two, atol=1e-6)
@@ -351,12 +352,12 @@ def test_the_label_free_level_is_that_of_the_score_maps(tmp_path: Path, source: 
     lines = write_lines(tmp_path / "all.jsonl", {one.id: [] for one in maps})
     params = config.parse(
         refiner.FitParams,
-        {"background": {"rule": "otsu", "level": 1.0}, "segments": SOURCES.get(source, lines)},
+        {"threshold": {"rule": "otsu", "factor": 1.0}, "segments": SOURCES.get(source, lines)},
         "fit_refiner",
     )
     assert (
-        refiner.fit(params, iter(maps), lambda at: np.zeros(0))["background"]
-        == threshold.fit(params.background, maps)["background"]
+        refiner.fit(params, iter(maps), lambda at: np.zeros(0))["threshold"]
+        == threshold.fit(params.threshold, maps)["threshold"]
     )
 
 

@@ -109,7 +109,7 @@ def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, A
         },
     }  # fmt: skip
     base = {"architecture": architecture, "image_size": 64}
-    level = {"background": {"rule": "fixed", "level": 0.3}}
+    level = {"threshold": {"rule": "fixed", "value": 0.3}}
     return {
         "segments": level | {"segments": {"source": "felzenszwalb", "scale": 50.0, "sigma": 0.8, "min_size": 8}},
         "affinitynet": level

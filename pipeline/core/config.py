@@ -50,13 +50,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def section(values: Mapping[str, Any], *keys: str, file: Path = PARAMS_FILE) -> Any:
     """values[k1][k2]…; ParamsError names the first key that is missing and what stands there instead."""
-    found: Any = values
+    inner: Any = values
     for depth, key in enumerate(keys):
-        if not isinstance(found, Mapping) or key not in found:
-            there = ", ".join(map(str, found)) if isinstance(found, Mapping) else repr(found)
+        if not isinstance(inner, Mapping) or key not in inner:
+            there = ", ".join(map(str, inner)) if isinstance(inner, Mapping) else repr(inner)
             raise ParamsError(f"{file}: {'.'.join(keys[: depth + 1])} is missing (there: {there}; edit {file})")
-        found = found[key]
-    return found
+        inner = inner[key]
+    return inner
 
 
 def parse(kind: type[T], value: Any, where: str, file: Path = PARAMS_FILE) -> T:
@@ -73,7 +73,7 @@ def parse(kind: type[T], value: Any, where: str, file: Path = PARAMS_FILE) -> T:
 
 
 def json_schema(kind: type[Any], generator: type[GenerateJsonSchema] = GenerateJsonSchema) -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref. With descriptions: pipeline.schema."""
+    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref (section_schema.py adds words)."""
     schema = _adapter(kind).json_schema(schema_generator=generator)
     return _inlined(schema, schema.pop("$defs", {}))
 
@@ -125,7 +125,7 @@ def _line(schema: dict[str, Any], value: Any, where: str, steps: list[Any], erro
     step, *rest = steps
     if "discriminator" in schema:  # pydantic has the variant's name as a step
         name = schema["discriminator"]["propertyName"]
-        variant = next(option for option in schema["oneOf"] if option["properties"][name]["const"] == step)
+        variant = next(option for option in schema["oneOf"] if step in _words(option["properties"][name]))
         return _line(variant, value, where, rest, error)
     if "properties" in schema:
         return _line_of_key(schema["properties"], value, where, step, rest, error)
@@ -161,7 +161,12 @@ def _refusal(schema: dict[str, Any], value: Any, where: str, error: ErrorDetails
 def _tag(schema: dict[str, Any]) -> dict[str, Any]:
     """What the discriminator of a union may hold."""
     name = schema["discriminator"]["propertyName"]
-    return {"enum": [option["properties"][name]["const"] for option in schema["oneOf"]]}
+    return {"enum": [word for option in schema["oneOf"] for word in _words(option["properties"][name])]}
+
+
+def _words(literal: dict[str, Any]) -> list[str]:
+    """What a Literal's schema allows."""
+    return literal.get("enum", [literal.get("const")])
 
 
 def _allowed(schema: dict[str, Any]) -> str:
@@ -171,7 +176,7 @@ def _allowed(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_allowed, schema["anyOf"]))
     if "enum" in schema or "const" in schema:
-        return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+        return "one of " + ", ".join(map(str, _words(schema)))
     match schema.get("type"):
         case "array" if "prefixItems" in schema:
             return f"a list [{', '.join(map(_allowed, schema['prefixItems']))}]"

@@ -96,7 +96,7 @@ class Extract:
 class Refine:
     """Section refine: `options` goes to the refiner's Params.
 
-    disagree_at  null, or two background levels (low, high) as factors of the fitted one: pixels whose labels differ
+    disagree_at  null, or two thresholds (low, high) as factors of the fitted one: pixels whose labels differ
                  between them are marked, and export may set them to 255
     """
 

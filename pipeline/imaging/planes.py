@@ -19,9 +19,9 @@ def upsample(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out
 
 
-def with_background(scores: np.ndarray, level: float) -> np.ndarray:
-    """f32[k,h,w] → f32[k+1,h,w] with a constant background plane of height `level` in front."""
-    return np.concatenate([np.full((1, *scores.shape[1:]), level, np.float32), scores])
+def with_background(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """f32[k,h,w] → f32[k+1,h,w] with a constant background plane of height `threshold` in front."""
+    return np.concatenate([np.full((1, *scores.shape[1:]), threshold, np.float32), scores])
 
 
 def fitted(size: tuple[int, int], long_side: int) -> tuple[int, int]:
@@ -63,13 +63,13 @@ def confidence_of(planes: np.ndarray) -> np.ndarray:
     return np.divide(planes.max(axis=0), total, out=np.ones_like(total), where=total > 0)
 
 
-def winners(found: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def winners(probabilities: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """f32[p,gh,gw] ≥ 0 → label u8[h,w] and confidence f32[h,w], the winner's share of the sum. Ties go to the earlier plane.
 
     Enlarges (bilinear) one plane at a time: p planes of a whole photograph never exist at once.
     """
     label, best, total = np.zeros(size, np.uint8), np.zeros(size, np.float32), np.zeros(size, np.float32)
-    for value, plane in enumerate(found):
+    for value, plane in enumerate(probabilities):
         full = plane if plane.shape == size else upsample(plane[None], size)[0]
         higher = full > best
         label[higher], best[higher] = value, full[higher]
@@ -78,7 +78,7 @@ def winners(found: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.nd
 
 
 def trinary_labels(low: Any, high: Any) -> Any:
-    """Labels under a low and a high background level → one label map (AFA, section 3 step 6; IRN's confident labels).
+    """Labels at a low and a high threshold → one label map (AFA, section 3 step 6; IRN's confident labels).
 
     Where `high` sees a class, that class; background where both see background; 255 where only `low` sees a class.
     Takes arrays or tensors of u8 mask values, any shape.

@@ -1,4 +1,4 @@
-"""Score maps of all training images → one background level, without masks."""
+"""Score maps of all training images → one threshold between background and classes, without masks."""
 
 from __future__ import annotations
 
@@ -16,54 +16,64 @@ LOWEST, HIGHEST = 0.02, 0.98
 
 
 @dataclass(frozen=True)
-class Background:
-    """Where a score stops being background.
+class FixedThreshold:
+    """A threshold as it is.
 
-    rule   fixed takes `level` as it is (a paper's value). The others look at the histogram of winning scores over all training
-           images (Otsu 1979): otsu splits it into the two groups that differ most; otsu3 into three, background, undecided and
-           object, and takes the upper border, since a CAM leaks widely into what surrounds an object at middling scores
-    level  0..1 for fixed; a factor on the border that the other rules find
+    value  0..1, a paper's value
     """
 
-    rule: Literal["fixed", "otsu", "otsu3"]
-    level: Annotated[float, Field(gt=0, le=2)]
+    rule: Literal["fixed"]
+    value: Annotated[float, Field(gt=0, lt=1)]
 
-    def __post_init__(self) -> None:
-        if self.rule == "fixed" and self.level >= 1:
-            raise ValueError(f"level {self.level} with rule fixed: allowed is between 0 and 1, since scores end at 1")
+
+@dataclass(frozen=True)
+class OtsuThreshold:
+    """A threshold found in the histogram of winning scores over all training images (Otsu 1979).
+
+    rule    otsu splits the histogram into the two groups that differ most; otsu3 into three, background, undecided and object, and
+            takes the upper border, since a CAM leaks widely into what surrounds an object at middling scores
+    factor  on the border that the rule finds
+    """
+
+    rule: Literal["otsu", "otsu3"]
+    factor: Annotated[float, Field(gt=0, le=2)]
+
+
+# where a score stops being background
+Threshold = Annotated[FixedThreshold | OtsuThreshold, Field(discriminator="rule")]
 
 
 @dataclass(frozen=True)
 class FitParams:
-    """fit_refiner.<m> of the refiners that have nothing to fit but the background level."""
+    """Section fit_refiner of the refiners that have nothing to fit but the threshold."""
 
-    background: Background
+    threshold: Threshold
 
 
-def fit_background(
+def fit_threshold(
     params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The `fit` of such refiners."""
     del images
-    return fit(params.background, maps)
+    return fit(params.threshold, maps)
 
 
-def fit(background: Background, maps: Iterable[ImageMaps]) -> dict[str, np.ndarray]:
-    """A refiner's state: `background` f32[1] in 0..1. The maps are streamed, and not touched where the rule is fixed."""
-    if background.rule == "fixed":
-        level = background.level
+def fit(threshold: FixedThreshold | OtsuThreshold, maps: Iterable[ImageMaps]) -> dict[str, np.ndarray]:
+    """A refiner's state: `threshold` f32[1] in 0..1. The maps are streamed, and not touched where the rule is fixed."""
+    if isinstance(threshold, FixedThreshold):
+        value = threshold.value
     else:
-        borders = otsu(winner_histogram(maps), groups=2 if background.rule == "otsu" else 3)
-        level = background.level * borders[-1]
-    return {"background": np.array([np.clip(level, LOWEST, HIGHEST)], np.float32)}
+        borders = otsu(winner_histogram(maps), groups=2 if threshold.rule == "otsu" else 3)
+        value = threshold.factor * borders[-1]
+    return {"threshold": np.array([np.clip(value, LOWEST, HIGHEST)], np.float32)}
 
 
 def winner_histogram(maps: Iterable[ImageMaps]) -> np.ndarray:
     """i64[BINS]: how many grid cells have their best class's score in each bin of 0..1. Images without a class do not count."""
     counts = np.zeros(BINS, np.int64)
-    for one in maps:
-        if len(one.classes):
-            best = np.clip(one.scores.max(axis=0), 0, 1)
+    for image in maps:
+        if len(image.classes):
+            best = np.clip(image.scores.max(axis=0), 0, 1)
             counts += np.bincount(np.minimum((best * BINS).astype(np.int64), BINS - 1).ravel(), minlength=BINS)
     return counts
 
@@ -74,9 +84,7 @@ def otsu(histogram: np.ndarray, *, groups: int) -> list[float]:
     Where several borders are equally good (an empty stretch of the histogram), their middle is taken.
     """
     if not histogram.sum():
-        raise ValueError(
-            "no training image has a score map with a class, so no background level can be fitted; set rule to fixed"
-        )
+        raise ValueError("no training image has a score map with a class, so no threshold can be fitted; set rule to fixed")
     bins = len(histogram)
     weight = histogram / histogram.sum()
     count = np.concatenate([[0], np.cumsum(weight)])

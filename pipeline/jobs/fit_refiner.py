@@ -35,7 +35,7 @@ class LabelJob:
 
     refiner: str
     params: Any  # the refiner's FitParams
-    level: float
+    threshold: float
     scoremaps: Path
     root: Path
     labels: LabelSpace
@@ -52,7 +52,7 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, init: Path, refin
     scores = store.Store(scoremaps, store.SCORE_MAPS)
     scores.require(record.id for record in listed)
     state = fit(name, params, scores, listed.split("train"), settings.root)
-    engine.info("background level %.4f", float(state["background"][0]))
+    engine.info("threshold %.4f", float(state["threshold"][0]))
     if not has_network(name):
         write_state(refiner, name, state, described(params))
         return
@@ -63,8 +63,8 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, init: Path, refin
     with store.Workspace(refiner, key) as work:
         labels, device = work.folder / "labels", engine.device()
         parts = parts_of(listed.split("train"), LABELS_PER_PART)
-        level = float(state["background"][0])
-        job = LabelJob(name, params, level, scoremaps, settings.root, listed.labels, len(parts), key, labels)
+        threshold = float(state["threshold"][0])
+        job = LabelJob(name, params, threshold, scoremaps, settings.root, listed.labels, len(parts), key, labels)
         run_parts(label_part, parts, job, out=labels, engine=engine, what=f"labels for refiner {settings.name}")
         made = training(
             name, params, family=family, init=init, records=listed.split("train"), root=settings.root,
@@ -105,7 +105,7 @@ def label_part(item: tuple[int, Sequence[ImageRecord]], job: LabelJob) -> int:
         for record in records:
             maps = maps_of(scores, record)
             image = read_image(record, job.root)
-            yield record.id, {"mask": make(job.params, image, maps, job.level)}
+            yield record.id, {"mask": make(job.params, image, maps, job.threshold)}
 
     store.write_part(
         store.part_path(job.out, part), store.PSEUDO_MASKS, items(), labels=job.labels, part=part, parts=job.parts,
@@ -115,7 +115,7 @@ def label_part(item: tuple[int, Sequence[ImageRecord]], job: LabelJob) -> int:
 
 
 def build(name: str, params: Any, family: str, init: Path) -> Any:
-    """The network with its initial weights, the same in every process. A top-level function, so that ranks can call it."""
+    """The network with its initial weights, the same in every process. A top-threshold function, so that ranks can call it."""
     import torch
 
     from pipeline.training.data import seed_of

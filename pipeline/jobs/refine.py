@@ -67,11 +67,11 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, re
 
 def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     """One image's score maps as refiners read them."""
-    found = scores[record.id]
-    affinity = found["affinity"].astype(np.float32) if found["affinity"].size else None
-    rows, columns = (int(side) for side in found["grid"])
+    item = scores[record.id]
+    affinity = item["affinity"].astype(np.float32) if item["affinity"].size else None
+    rows, columns = (int(side) for side in item["grid"])
     return ImageMaps(
-        found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
+        item["classes"].astype(np.int64), item["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
     )  # fmt: skip
 
 
@@ -107,9 +107,9 @@ def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: 
 def read_state(path: Path, name: str) -> dict[str, np.ndarray]:
     """ValueError if the state belongs to another refiner."""
     with safe_open(path, "np") as file:
-        found = json.loads((file.metadata() or {}).get(METADATA_KEY, "[null]"))[0]
-        if found != name:
-            raise ValueError(f"{path} was fitted for refiner {found!r}, not {name!r}; run fit_refiner again")
+        fitted_for = json.loads((file.metadata() or {}).get(METADATA_KEY, "[null]"))[0]
+        if fitted_for != name:
+            raise ValueError(f"{path} was fitted for refiner {fitted_for!r}, not {name!r}; run fit_refiner again")
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
@@ -120,11 +120,11 @@ def fitted_params(path: Path) -> Any:
 
 
 def load(job: Job) -> tuple[Any, float]:
-    """The refiner, ready to be called, and its background level."""
+    """The refiner, ready to be called, and its threshold."""
     state = read_state(job.state, job.refiner)
-    module, level = plugins.load("refiners", job.refiner), float(state["background"][0])
+    module, threshold = plugins.load("refiners", job.refiner), float(state["threshold"][0])
     if not has_network(job.refiner):
-        return module.Refiner(job.params, state), level
+        return module.Refiner(job.params, state), threshold
     import torch  # refiners without a network do not pay for it
 
     params = config.parse(module.FitParams, fitted_params(job.state), "fit_refiner", job.state)
@@ -133,7 +133,7 @@ def load(job: Job) -> tuple[Any, float]:
         name.removeprefix(NETWORK): torch.from_numpy(value) for name, value in state.items() if name.startswith(NETWORK)
     }
     network.load_state_dict(tensors)
-    return module.Refiner(job.params, state, network.to(job.device).eval()), level
+    return module.Refiner(job.params, state, network.to(job.device).eval()), threshold
 
 
 _READY: dict[str, tuple[Any, store.Store, float]] = {}  # one per process
@@ -144,10 +144,10 @@ def refine_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     part, records = item
     key = str(job.out.resolve())  # the work space's name stands for all inputs
     if key not in _READY:
-        refiner, level = load(job)
-        _READY[key] = refiner, store.Store(job.scoremaps, store.SCORE_MAPS), level
-    refiner, scores, level = _READY[key]
-    items = ((record.id, refine_one(refiner, maps_of(scores, record), record, job, level)) for record in records)
+        refiner, threshold = load(job)
+        _READY[key] = refiner, store.Store(job.scoremaps, store.SCORE_MAPS), threshold
+    refiner, scores, threshold = _READY[key]
+    items = ((record.id, refine_one(refiner, maps_of(scores, record), record, job, threshold)) for record in records)
     store.write_part(
         store.part_path(job.out, part), store.REFINED, items, labels=job.labels, part=part, parts=job.parts,
         params_digest=job.params_digest, compression=job.settings.compression,
@@ -155,7 +155,7 @@ def refine_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     return len(records)
 
 
-def refine_one(refiner: Any, maps: ImageMaps, record: ImageRecord, job: Job, level: float) -> dict[str, np.ndarray]:
+def refine_one(refiner: Any, maps: ImageMaps, record: ImageRecord, job: Job, threshold: float) -> dict[str, np.ndarray]:
     """REFINED fields of one image. An image in which no class is present is background, with certainty, at no cost."""
     h, w = maps.size
     if not len(maps.classes):
@@ -165,11 +165,11 @@ def refine_one(refiner: Any, maps: ImageMaps, record: ImageRecord, job: Job, lev
             "disagree": np.zeros((h, w), np.uint8),
         }
     image = read_image(record, job.root)
-    probabilities = refiner(image, maps, level)
+    probabilities = refiner(image, maps, threshold)
     disagree = np.zeros((h, w), np.uint8)
     if job.settings.disagree_at is not None:
         low, high = (
-            planes.labels_of(refiner(image, maps, level * factor), maps.classes) for factor in job.settings.disagree_at
+            planes.labels_of(refiner(image, maps, threshold * factor), maps.classes) for factor in job.settings.disagree_at
         )
         disagree = (planes.trinary_labels(low, high) == IGNORE).astype(np.uint8)
     confidence = np.clip(planes.confidence_of(probabilities), 0, 1)

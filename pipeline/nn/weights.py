@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.core.problems import listed
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SCRATCH = ".txt"  # an `init` that ends so starts from random weights
-PROBLEMS_TOLD = 20
 HUB = ".hub"  # an `init` that ends so holds the name of a timm model to fetch from its hub
 
 
@@ -72,8 +73,7 @@ def load_exactly(
         if name in tensors and tensors[name].shape != value.shape
     ]
     if problems:
-        more = f" and {len(problems) - PROBLEMS_TOLD} more" if len(problems) > PROBLEMS_TOLD else ""
-        raise ValueError(f"{source} does not fit: {'; '.join(problems[:PROBLEMS_TOLD])}{more}; {advice}")
+        raise ValueError(f"{source} does not fit: {listed(problems, '; ')}; {advice}")
     module.load_state_dict(dict(tensors))
 
 

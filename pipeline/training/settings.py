@@ -104,4 +104,4 @@ class Training:
 
 @dataclass(frozen=True)
 class LearnedFit(Training, FitParams):
-    """The part of fit_refiner.<m> that every learned refiner shares: the background level, and its network's training as in train.<m>."""
+    """The part of fit_refiner that every learned refiner shares: the threshold, and its network's training as in section train."""

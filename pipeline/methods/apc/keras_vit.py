@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.problems import listed
+
 # A name may stand inside groups of an .h5 file, which repeat it; what counts begins at the last of these words
 ROOTS = ("embedding", "class_token", "Transformer", "patch_conditioning", "patch_classifier")
 WIDTHS = {192: "tiny", 384: "small", 768: "base"}
 PATCH = 16
 CLASSIFIER = "patch_classifier/classifier/kernel"
-PROBLEMS_TOLD = 20
 
 Made = tuple[tuple[str, ...], Callable[..., np.ndarray]]  # Keras names, and how their arrays become one of ours
 
@@ -43,8 +44,7 @@ def converted(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     problems = [f"{name} is missing" for name in needed if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in set(needed)]
     if problems:
-        more = f" and {len(problems) - PROBLEMS_TOLD} more" if len(problems) > PROBLEMS_TOLD else ""
-        raise ValueError(f"these are no weights of ViT-PCM: {'; '.join(problems[:PROBLEMS_TOLD])}{more}")
+        raise ValueError(f"these are no weights of ViT-PCM: {listed(problems, '; ')}")
     return {
         name: torch.from_numpy(np.ascontiguousarray(make(*(given[one] for one in names))))
         for name, (names, make) in rules.items()

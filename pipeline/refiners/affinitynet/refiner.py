@@ -22,7 +22,7 @@ from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import pair_walk
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 from pipeline.nn.weights import load_exactly, unwrapped
 from pipeline.training.optim import decayed
 from pipeline.training.settings import LearnedFit, Schedule
@@ -34,8 +34,12 @@ Power = Annotated[float, Field(gt=0, le=128)]
 
 @dataclass(frozen=True)
 class Labels:
-    """powers: of the background 1 - best score, a low and a high one (PSA: 4 and 32; SEAM: 4 and 24). Where even the low one's
-    refined labels show a class, that class is sure; where even the high one's show none, background is. crf: refines both."""
+    """Labels that the network learns from (PSA, section 3.2): a class where one wins against the background of the low power, background
+    where none wins against that of the high power, 255 elsewhere.
+
+    powers  low and high power of the background's score 1 - best class (PSA: 4 and 32; SEAM: 4 and 24)
+    crf     refines the labels of both
+    """
 
     powers: tuple[Power, Power]
     crf: CrfSettings
@@ -47,7 +51,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """architecture of the column's backbone family; image_size px, grid of a ViT's position embeddings
+    """architecture of the run's backbone family; image_size px, grid of a ViT's position embeddings
 
     stride   px per cell of the affinities' grid
     widths   channels into which each of the last len(widths) feature maps is turned (PSA: 64, 128, 256)
@@ -65,7 +69,7 @@ class Model:
 
 @dataclass(frozen=True)
 class FitParams(LearnedFit):
-    """fit_refiner.<m>: beside the level and the training, the labels that the network learns from, and the network."""
+    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the network."""
 
     labels: Labels
     model: Model
@@ -73,9 +77,9 @@ class FitParams(LearnedFit):
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
-    power      of the background plane 1 - best score (PSA: 16); null: a plane of the column's background level
+    power      of the background plane 1 - best score (PSA: 16); null: a plane of the run's threshold
     beta       power of the affinities (PSA: 8); steps: of the walk (PSA: 256)
     long_side  px; larger images are seen, and walked, scaled down to it
     """
@@ -92,9 +96,9 @@ PUBLISHED_SCHEDULE = Schedule(
 PUBLISHED_MODEL = Model("resnet38d", 448, 8, (64, 128, 256), 5, 0.1)
 
 
-def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
-    """u8[h,w] mask values, 255 where the two refined backgrounds disagree (PSA, section 3.2). The level is not used."""
-    del level
+def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
+    """u8[h,w] mask values, 255 where the two refined backgrounds disagree (PSA, section 3.2). The threshold is not used."""
+    del threshold
     if not len(maps.classes):
         return np.zeros(maps.size, np.uint8)
     scores = planes.upsample(maps.scores, maps.size)
@@ -120,7 +124,7 @@ class Network(nn.Module):
         if len(dims) < len(model.widths):
             raise ValueError(
                 f"widths: got {list(model.widths)}, but {model.architecture} has only {len(dims)} feature maps (edit "
-                "fit_refiner.<m>.model in params.yaml)"
+                "Section fit_refiner.model in params.yaml)"
             )
         taken = [nn.Conv2d(dim, width, 1, bias=False) for dim, width in zip(dims, model.widths, strict=True)]
         self.taken = nn.ModuleList(taken)
@@ -172,8 +176,8 @@ class Network(nn.Module):
         grid = images.shape[-2] // self.params.stride, images.shape[-1] // self.params.stride
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.params.backbone_lr_factor > 0):
             maps = self.backbone.feature_maps(images)[-len(self.taken) :]
-        taken = [F.elu(layer(one)) for layer, one in zip(self.taken, maps, strict=True)]
-        return F.elu(self.joined(torch.cat([_at(one, grid) for one in taken], dim=1)))
+        branches = [F.elu(layer(feature_map)) for layer, feature_map in zip(self.taken, maps, strict=True)]
+        return F.elu(self.joined(torch.cat([_at(branch, grid) for branch in branches], dim=1)))
 
 
 def _at(maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -189,7 +193,7 @@ class Refiner:
         self.device = next(network.parameters()).device
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background (PSA, section 3.3)."""
         model = self.network.params
         step = max(model.stride, self.network.backbone.stride)
@@ -200,22 +204,22 @@ class Refiner:
         affinities = [pairs.feature_affinity(features, offset)[0] for offset in near]
         scores = torch.from_numpy(maps.scores).to(self.device)
         rest = (1 - scores.amax(dim=0, keepdim=True)).clamp(0, 1)
-        background = torch.full_like(rest, level) if self.params.power is None else rest**self.params.power
-        given = _pooled(torch.cat([background, scores]), (features.shape[-2], features.shape[-1]))
-        walked = pair_walk(given, affinities, near, beta=self.params.beta, steps=self.params.steps)
+        background = torch.full_like(rest, threshold) if self.params.power is None else rest**self.params.power
+        pooled = _pooled(torch.cat([background, scores]), (features.shape[-2], features.shape[-1]))
+        walked = pair_walk(pooled, affinities, near, beta=self.params.beta, steps=self.params.steps)
         full = F.interpolate(walked[None], maps.size, mode="bilinear", align_corners=False)[0]
-        return _shares(full).cpu().numpy()
+        return _probabilities(full).cpu().numpy()
 
 
-def _pooled(given: Tensor, grid: Sequence[int]) -> Tensor:
+def _pooled(planes: Tensor, grid: Sequence[int]) -> Tensor:
     """Planes f32[k,·,·] on the affinities' grid: means where it is coarser (PSA), else bilinear."""
-    if given.shape[-2] >= grid[0] and given.shape[-1] >= grid[1]:
-        return F.adaptive_avg_pool2d(given, (grid[0], grid[1]))
-    return F.interpolate(given[None], tuple(grid), mode="bilinear", align_corners=False)[0]
+    if planes.shape[-2] >= grid[0] and planes.shape[-1] >= grid[1]:
+        return F.adaptive_avg_pool2d(planes, (grid[0], grid[1]))
+    return F.interpolate(planes[None], tuple(grid), mode="bilinear", align_corners=False)[0]
 
 
-def _shares(full: Tensor) -> Tensor:
-    """Planes ≥ 0, background in front, that sum to 1; background where all are 0."""
+def _probabilities(full: Tensor) -> Tensor:
+    """Planes ≥ 0, background in front → probabilities that sum to 1; background where all are 0."""
     total = full.sum(dim=0)
     full[0][total <= 0] = 1
     return full / full.sum(dim=0)

@@ -13,16 +13,16 @@ from pipeline.core.contracts import ImageMaps
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels, unary_from_probabilities
 from pipeline.imaging import planes
 from pipeline.imaging.threshold import FitParams
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 
 __all__ = ["FitParams", "Params", "Refiner", "fit"]
 
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
-    unary      soft: probabilities are the planes [level, scores] raised to `sharpness` and normalised;
+    unary      soft: probabilities are the planes [threshold, scores] raised to `sharpness` and normalised;
                hard: the winning plane has probability gt_prob (WeakTr, IRN)
     gt_prob    only hard uses it
     sharpness  only soft uses it; 1 takes the scores as they are
@@ -39,9 +39,9 @@ class Refiner:
         del state
         self.params = params
 
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] probabilities, plane 0 background."""
-        stacked = planes.with_background(planes.upsample(maps.scores, maps.size), level)
+        stacked = planes.with_background(planes.upsample(maps.scores, maps.size), threshold)
         if self.params.unary == "hard":
             unary = unary_from_labels(stacked.argmax(axis=0), len(stacked), gt_prob=self.params.gt_prob)
         else:

@@ -22,7 +22,7 @@ from pipeline.core.contracts import Batch, Clock, ImageMaps, ParamGroup, Phase
 from pipeline.crf import CrfSettings, dense_crf, unary_from_labels
 from pipeline.imaging import pairs, planes, transforms
 from pipeline.imaging.affinity import edge_walk
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 from pipeline.nn.weights import load_exactly, unwrapped
 from pipeline.training.optim import decayed
 from pipeline.training.settings import LearnedFit, Schedule
@@ -36,8 +36,13 @@ FINE_GROUPS, COARSE_GROUPS = (8, 16), 16
 
 @dataclass(frozen=True)
 class Labels:
-    """factors: low and high, of the column's background level. Where a class stands even against the high one after the CRF, it is
-    sure; where none stands against the low one, background is. IRN: level 0.15, factors 1/3 and 2. gt_prob, crf: of both CRFs."""
+    """Labels that the network learns from: after a CRF, a class where one wins at the high threshold, background where none wins at the
+    low one, 255 elsewhere.
+
+    factors   low and high threshold, as factors of the run's own. IRN: threshold 0.15, factors 1/3 and 2
+    gt_prob   of the labels that both CRFs start from
+    crf       of both
+    """
 
     factors: tuple[AboveZero, AboveZero]
     gt_prob: Annotated[float, Field(ge=0.5, le=0.999)]
@@ -50,7 +55,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """architecture of the column's backbone family, which stays as it is; image_size px, grid of a ViT's position embeddings
+    """architecture of the run's backbone family, which stays as it is; image_size px, grid of a ViT's position embeddings
 
     stride  px per cell of the edge map (IRN: 4)
     radius  cells; pairs nearer than it are learned (IRN: 10)
@@ -69,7 +74,7 @@ class Model:
 
 @dataclass(frozen=True)
 class FitParams(LearnedFit):
-    """fit_refiner.<m>: beside the level and the training, the labels that the network learns from, and the network."""
+    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the network."""
 
     labels: Labels
     model: Model
@@ -77,13 +82,13 @@ class FitParams(LearnedFit):
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
     radius     cells that one step reaches (IRN: 5)
     beta       power of the affinities (IRN: 10); steps: of the walk (IRN: 256)
     flip       whether the edges of the mirror image are averaged in (IRN: true)
     normalise  walked scores over the maximum of all classes of the image (IRN), or each over its own
-    level      background after the walk (IRN: 0.25); null: the column's background level
+    threshold  score of background after the walk (IRN: 0.25); null: the run's own threshold
     long_side  px; larger images are seen, and walked, scaled down to it
     """
 
@@ -92,7 +97,7 @@ class Params:
     steps: Positive
     flip: bool
     normalise: Literal["image", "class"]
-    level: Annotated[float, Field(gt=0, le=1)] | None
+    threshold: Annotated[float, Field(gt=0, le=1)] | None
     long_side: Positive
 
 
@@ -102,8 +107,8 @@ PUBLISHED_SCHEDULE = Schedule(
 PUBLISHED_MODEL = Model("resnet50", 512, 4, 10, 1.0, 10.0)
 
 
-def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
-    """u8[h,w] mask values, 255 where a class stands only against the low background (IRN, section 5.1)."""
+def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
+    """u8[h,w] mask values, 255 where a class wins at the low threshold alone (IRN, section 5.1)."""
     if not len(maps.classes):
         return np.zeros(maps.size, np.uint8)
     scores, settings = planes.upsample(maps.scores, maps.size), params.labels
@@ -112,7 +117,9 @@ def training_labels(params: FitParams, image: np.ndarray, maps: ImageMaps, level
             dense_crf(
                 image,
                 unary_from_labels(
-                    planes.with_background(scores, level * factor).argmax(axis=0), len(scores) + 1, gt_prob=settings.gt_prob
+                    planes.with_background(scores, threshold * factor).argmax(axis=0),
+                    len(scores) + 1,
+                    gt_prob=settings.gt_prob,
                 ),
                 settings.crf,
             ),
@@ -130,10 +137,10 @@ def branch(channels: int, width: int, groups: int) -> nn.Sequential:
 
 def at(layers: nn.Module, maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """A branch's maps, enlarged to `grid` before the ReLU, as published."""
-    found = layers(maps)
-    if found.shape[-2:] != grid:
-        found = F.interpolate(found, grid, mode="bilinear", align_corners=False)
-    return found.relu()
+    features = layers(maps)
+    if features.shape[-2:] != grid:
+        features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
+    return features.relu()
 
 
 class Displacement(nn.Module):
@@ -154,8 +161,10 @@ class Displacement(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         half = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-        fine = [at(layers, one, grid) for layers, one in zip(self.fine, maps[: self.fine_taps], strict=True)]
-        coarse = [at(layers, one, half) for layers, one in zip(self.coarse, maps[self.fine_taps :], strict=True)]
+        fine = [at(layers, feature_map, grid) for layers, feature_map in zip(self.fine, maps[: self.fine_taps], strict=True)]
+        coarse = [
+            at(layers, feature_map, half) for layers, feature_map in zip(self.coarse, maps[self.fine_taps :], strict=True)
+        ]
         fine.append(at(self.middle, torch.cat(coarse, dim=1), grid))
         return self.out(at(self.last, torch.cat(fine, dim=1), grid))
 
@@ -208,11 +217,11 @@ class Network(nn.Module):
         labels = batch.masks[:, step // 2 :: step, step // 2 :: step][:, : grid[0], : grid[1]]
         near = pairs.offsets(self.params.radius)
         kinds = [pairs.kinds(labels, offset) for offset in near]
-        found = {"edges": pairs.pair_loss(pairs.edge_affinities(edge, near), kinds) / 2}
+        losses = {"edges": pairs.pair_loss(pairs.edge_affinities(edge, near), kinds) / 2}
         if self.displacement is not None:
             moved = pairs.displacement_loss(self.displacement(maps, grid).float(), kinds, near)
-            found["displacement"] = self.params.displacement_weight * moved / 2
-        return found
+            losses["displacement"] = self.params.displacement_weight * moved / 2
+        return losses
 
     def edge_logits(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of the backbone's stride → f32[b,h/stride,w/stride]."""
@@ -225,9 +234,9 @@ class Network(nn.Module):
         return maps, (images.shape[-2] // self.params.stride, images.shape[-1] // self.params.stride)
 
     def _edge(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        return self.edge(torch.cat([at(layers, one, grid) for layers, one in zip(self.edges, maps, strict=True)], dim=1))[
-            :, 0
-        ]
+        return self.edge(
+            torch.cat([at(layers, feature_map, grid) for layers, feature_map in zip(self.edges, maps, strict=True)], dim=1)
+        )[:, 0]
 
 
 class Refiner:
@@ -239,7 +248,7 @@ class Refiner:
         self.device = next(network.parameters()).device
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background (IRN, section 5.3)."""
         step = max(self.network.params.stride, self.network.backbone.stride)
         size = transforms.view_size(maps.size, 1.0, step, self.params.long_side)
@@ -248,11 +257,11 @@ class Refiner:
         mean = (logits[0] + logits[1].flip(-1)) / 2 if self.params.flip else logits[0]
         edge = torch.sigmoid(mean.float())
         scores = torch.from_numpy(maps.scores).to(self.device)
-        given = F.interpolate(scores[None], edge.shape, mode="bilinear", align_corners=False)[0]
-        walked = edge_walk(given, edge, radius=self.params.radius, beta=self.params.beta, steps=self.params.steps)
+        enlarged = F.interpolate(scores[None], edge.shape, mode="bilinear", align_corners=False)[0]
+        walked = edge_walk(enlarged, edge, radius=self.params.radius, beta=self.params.beta, steps=self.params.steps)
         full = F.interpolate(walked[None], maps.size, mode="bilinear", align_corners=False)[0]
         most = full.amax() if self.params.normalise == "image" else full.amax(dim=(1, 2), keepdim=True)
-        background = torch.full_like(full[:1], level if self.params.level is None else self.params.level)
+        background = torch.full_like(full[:1], threshold if self.params.threshold is None else self.params.threshold)
         stacked = torch.cat([background, full / most.clamp(min=1e-5)])
         return (stacked / stacked.sum(dim=0)).cpu().numpy()
 
@@ -260,7 +269,7 @@ class Refiner:
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' key names → ours. Their stages hold torchvision's layers: stage1 the stem (0 conv1, 1 bn1), stage2 to stage5
     layer1 to layer4; resnet50.* and backbone.* repeat them."""
-    found: dict[str, Tensor] = {}
+    tensors_of_ours: dict[str, Tensor] = {}
     branches = {f"fc_edge{tap}": f"edges.{tap - 1}" for tap in range(1, 6)}
     branches |= {f"fc_dp{tap}": f"displacement.fine.{tap - 1}" for tap in (1, 2)}
     branches |= {f"fc_dp{tap}": f"displacement.coarse.{tap - 3}" for tap in (3, 4, 5)}
@@ -268,11 +277,11 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         first, _, rest = name.partition(".")
         if first == "resnet50" and not rest.startswith("fc."):
-            found[f"backbone.net.{rest}"] = value
+            tensors_of_ours[f"backbone.net.{rest}"] = value
         elif name == "fc_dp7.3.weight":
-            found["displacement.out.weight"] = value
+            tensors_of_ours["displacement.out.weight"] = value
         elif first in branches and rest.split(".")[0] in ("0", "1"):
-            found[f"{branches[first]}.{rest}"] = value
+            tensors_of_ours[f"{branches[first]}.{rest}"] = value
         elif first == "fc_edge6":
-            found[f"edge.{rest}"] = value
-    return found
+            tensors_of_ours[f"edge.{rest}"] = value
+    return tensors_of_ours

@@ -14,16 +14,16 @@ from pipeline.imaging import planes
 from pipeline.imaging.par import ParSettings, refine_image
 from pipeline.imaging.planes import Probabilities
 from pipeline.imaging.threshold import FitParams
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 
 __all__ = ["FitParams", "Params", "Refiner", "fit"]
 
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
-    planes  softmax: probabilities are the softmax of [level, scores] (AFA, which flattens them); share: their shares of the sum
+    planes  softmax: probabilities are the softmax of [threshold, scores] (AFA, which flattens them); share: their shares of the sum
     par     the refinement
     """
 
@@ -34,12 +34,11 @@ class Params:
 class Refiner:
     def __init__(self, params: Params, state: Mapping[str, np.ndarray]) -> None:
         del state
-        torch.set_num_threads(1)  # images share the cores
         self.params = params
 
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background."""
-        full = torch.from_numpy(planes.with_background(planes.upsample(maps.scores, maps.size), level))[None]
+        full = torch.from_numpy(planes.with_background(planes.upsample(maps.scores, maps.size), threshold))[None]
         small = F.interpolate(full, self.params.par.size(maps.size), mode="bilinear", align_corners=False)[0]
         refined = refine_image(image, planes.probabilities(small, self.params.planes), self.params.par)
         return (refined / refined.sum(dim=0)).numpy()

@@ -16,7 +16,7 @@ from pipeline.imaging.affinity import propagate
 from pipeline.imaging.par import ParSettings, refine_image
 from pipeline.imaging.planes import Probabilities
 from pipeline.imaging.threshold import FitParams
-from pipeline.imaging.threshold import fit_background as fit
+from pipeline.imaging.threshold import fit_threshold as fit
 
 __all__ = ["NEEDS_AFFINITY", "FitParams", "Params", "Refiner", "fit"]
 
@@ -25,9 +25,9 @@ NEEDS_AFFINITY = True  # stages/check.py then tells before anything is trained i
 
 @dataclass(frozen=True)
 class Params:
-    """refine.<m>.options.
+    """refine.options.
 
-    planes  softmax: probabilities are the softmax of [level, scores] (AFA, which flattens them); share: their shares of the sum
+    planes  softmax: probabilities are the softmax of [threshold, scores] (AFA, which flattens them); share: their shares of the sum
     radius  cells of the affinity's grid that one step reaches (AFA: 8)
     power   of the affinity; higher keeps to the most alike (AFA: 2)
     eps     added to each cell's sum of affinities: cells that resemble nothing fade. AFA has 0.1 for its sigmoid affinities; those of
@@ -45,17 +45,16 @@ class Params:
 class Refiner:
     def __init__(self, params: Params, state: Mapping[str, np.ndarray]) -> None:
         del state
-        torch.set_num_threads(1)  # images share the cores
         self.params = params
 
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
         """f32[k+1,h,w] that sums to 1, plane 0 background. ValueError where the score maps have no affinity."""
         if maps.affinity is None:
             raise ValueError(
                 "refiner walk needs an affinity and the score maps have none: set extract.keep_affinity to true in the recipe "
                 "(weaktr has an affinity, cam has none), or choose refiner par"
             )
-        full = torch.from_numpy(planes.with_background(maps.scores, level))[None]
+        full = torch.from_numpy(planes.with_background(maps.scores, threshold))[None]
         grid = F.interpolate(full, maps.grid, mode="bilinear", align_corners=False)[0]
         shares = planes.probabilities(grid, self.params.planes)[None]
         affinity = torch.from_numpy(maps.affinity)[None]

@@ -8,44 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.nn.torchvision_guard import mend
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one projection for q, k and v."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        b, n, dim = tokens.shape
-        q, k, v = self.qkv(tokens).reshape(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(mixed.transpose(1, 2).reshape(b, n, dim)), self.dropout, self.training)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.dropout = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim), dropout
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = F.dropout(F.gelu(self.fc1(tokens)), self.dropout, self.training)
-        return F.dropout(self.fc2(hidden), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn, self.mlp = Attention(dim, heads, dropout), Mlp(dim, dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+mend()
+from timm.models.vision_transformer import Block  # noqa: E402
 
 
 class MaskTransformer(nn.Module):
@@ -58,7 +24,10 @@ class MaskTransformer(nn.Module):
         super().__init__()
         self.proj_dec = nn.Linear(dim, dim)
         self.cls_emb = nn.Parameter(torch.zeros(1, planes, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, qkv_bias=True, attn_drop=dropout, proj_drop=dropout, norm_layer=nn.LayerNorm)
+            for _ in range(blocks)
+        )
         self.decoder_norm, self.mask_norm = nn.LayerNorm(dim), nn.LayerNorm(planes)
         self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
         self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
