@@ -1,4 +1,4 @@
-"""What data sets share: ids, tag lists, image files, and one error that names all offenders."""
+"""Functions that data sets share: ids, tables of tags, image files, and the error that lists all problems of a data set."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".
 
 
 class DatasetError(ValueError):
-    """The raw data are not usable; the text lists the first offenders and how many there are.
+    """The raw data are not usable; the text counts the problems and lists the first of them.
 
-    listings are the images that could be listed all the same, so that prepare can say what else is wrong; hint: what to do.
+    problems  one text per problem
+    listings  images that could be listed all the same, so that prepare can also check their pixels
+    hint      what to do, the last line of the text
     """
 
     def __init__(self, problems: Sequence[str], *, listings: Sequence[Listing] = (), hint: str = "") -> None:
@@ -25,12 +27,12 @@ class DatasetError(ValueError):
         lines = [f"{counted(problems)} in the data set:", listed(problems), *([hint] if hint else [])]
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[()]]:  # it must survive the way back from a process
+    def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[()]]:  # pickled on its way back from a worker process
         return partial(DatasetError, self.problems, listings=self.listings, hint=self.hint), ()
 
 
 def id_problem(image_id: str) -> str | None:
-    """Why an id cannot be used, or None. Ids are relative paths without suffix; they never leave their folder."""
+    """Why an id cannot be used, or None. Ids are relative POSIX paths without suffix that stay in their folder."""
     if any("\ud800" <= character <= "\udfff" for character in image_id):  # how Python shows undecodable file names
         return f"{image_id!r}: the file name is no valid UTF-8"
     path = PurePosixPath(image_id)
@@ -41,11 +43,11 @@ def id_problem(image_id: str) -> str | None:
     return None
 
 
-def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV with a header, UTF-8 (a byte-order mark is fine), cells stripped of outer spaces.
+def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header, column name → cell. UTF-8, with or without byte-order mark; outer spaces go.
 
-    DatasetError where the file or a needed column is missing, or where rows are longer or shorter than the header allows:
-    tags parted by commas would otherwise be lost without a word.
+    DatasetError where the file or a required column is missing, or where a row has more or fewer cells than the header
+    allows: tags separated by commas would otherwise be lost silently. A row may end after the last required column.
     """
     if not path.is_file():
         raise DatasetError([f"{path} is missing"])
@@ -54,18 +56,18 @@ def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
             problems = [
-                f"{path}: column {name!r} is missing; the header is {header}" for name in needed if name not in header
+                f"{path}: column {name!r} is missing; the header is {header}" for name in required if name not in header
             ]
-            problems += [f"{path}: column {name!r} stands twice" for name in twice(header)]
+            problems += [f"{path}: column {name!r} stands twice" for name in duplicates(header)]
             if problems:
                 raise DatasetError(problems)
-            least = 1 + max(header.index(name) for name in needed)
+            shortest = 1 + max(header.index(name) for name in required)
             rows = []
             for cells in reader:
                 if not cells:
                     continue
-                if not least <= len(cells) <= len(header):
-                    allowed = f"{least} to {len(header)}" if least < len(header) else str(least)
+                if not shortest <= len(cells) <= len(header):
+                    allowed = f"{shortest} to {len(header)}" if shortest < len(header) else str(shortest)
                     problems.append(
                         f"{path} line {reader.line_num}: {len(cells)} columns, not {allowed}; part tags by spaces or `;`"
                     )
@@ -81,36 +83,36 @@ def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
 
 
 def split_tags(cells: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tag cells of one column → tags per row. Tags are separated by `;` if any cell holds one (names may then have spaces),
-    else by spaces. An empty cell means: looked at, and nothing is there."""
+    """Cells of the column `tags` → tags per row, duplicates dropped. Tags are separated by `;` if any cell of the column
+    holds one (names may then contain spaces), else by white space. An empty cell gives (): no class is present."""
     cells = list(cells)
     separator = ";" if any(";" in cell for cell in cells) else None
     return [tuple(dict.fromkeys(tag.strip() for tag in cell.split(separator) if tag.strip())) for cell in cells]
 
 
 def without_suffix(name: str) -> str:
-    """`a/b.jpg` → `a/b`; a suffix that is no image's stays, so `scan.v2` is an id."""
+    """`a/b.jpg` → `a/b`. Only suffixes of images are removed: `scan.v2` is returned as it is."""
     return name[: -len(PurePosixPath(name).suffix)] if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def twice(values: Iterable[str]) -> list[str]:
-    """Values that come more than once, sorted."""
+def duplicates(values: Iterable[str]) -> list[str]:
+    """Values that occur more than once, sorted."""
     seen: set[str] = set()
     return sorted({value for value in values if value in seen or seen.add(value)})
 
 
 def val_by_hash(image_id: str, share: float) -> str:
-    """Split of an image by its id alone: the same on every host, and unmoved when images are added."""
+    """Split by sha256 of the id alone, so that it does not change when images are added. share: fraction of "val", 0..1."""
     number = int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).digest()[:8], "big")
     return "val" if number < share * 2**64 else "train"
 
 
 def images_under(folder: Path) -> list[Path]:
-    """Image files at any depth, relative to folder, sorted; hidden ones (systems leave some) are passed over.
+    """Image files at any depth, relative to folder, sorted; hidden files are skipped (macOS leaves `._a.jpg` behind).
 
     DatasetError if there is no such folder.
     """
     if not folder.is_dir():
         raise DatasetError([f"folder {folder} is missing"])
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path.relative_to(folder) for path in found if not path.name.startswith("."))
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path.relative_to(folder) for path in paths if not path.name.startswith("."))

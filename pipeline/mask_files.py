@@ -1,6 +1,6 @@
-"""Masks and class names → the forms in which other programs and people exchange them, and back: PNG bytes, names, label maps.
+"""Masks and class names ↔ the forms that annotation tools exchange: PNG files, colours, label maps, file names of ids.
 
-Shared by the exporters, by corrections and by `segment --images`; nothing here trains or knows a stage.
+Shared by the exporters, corrections and segment_folder.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Colour = tuple[int, int, int]
 
 
 def palette_png(mask: np.ndarray) -> bytes:
-    """u8[h,w] mask values → PNG bytes, mode P: the pixel values are the mask values, the colours VOC's."""
+    """u8[h,w] mask values → bytes of a PNG of mode P: pixel values are mask values, the palette is VOC's."""
     image = Image.fromarray(mask)
     image.putpalette(voc_palette().tobytes())
     return _png(image)
 
 
-def colour_png(numbers: np.ndarray) -> bytes:
-    """u8[h,w] → PNG bytes, mode RGB: each number in its VOC colour."""
-    return _png(Image.fromarray(voc_palette()[numbers]))
+def colour_png(values: np.ndarray) -> bytes:
+    """u8[h,w] values → bytes of a PNG of mode RGB: every value in its colour of VOC's palette."""
+    return _png(Image.fromarray(voc_palette()[values]))
 
 
 def _png(image: Image.Image) -> bytes:
@@ -39,17 +39,18 @@ def _png(image: Image.Image) -> bytes:
 
 
 def colour_of(value: int) -> Colour:
+    """(red, green, blue) of a value in VOC's palette."""
     red, green, blue = voc_palette()[value].tolist()
     return red, green, blue
 
 
 def hex_of(value: int) -> str:
-    """The colour of a mask value as #rrggbb."""
+    """The colour of a mask value in VOC's palette, as #rrggbb."""
     return "#" + "".join(f"{part:02x}" for part in colour_of(value))
 
 
 def legend(labels: LabelSpace) -> dict[int, str]:
-    """Mask value → name, background and ignore among them; these two are renamed where a class already has their name."""
+    """Mask value → name, ascending, with background and ignore; these become `ignore (255)` where a class has the name."""
     names = dict(enumerate(labels.names, 1))
     for value, name in ((BACKGROUND, "background"), (IGNORE, "ignore")):
         names[value] = f"{name} ({value})" if name in labels.names else name
@@ -62,38 +63,39 @@ def legend_lines(labels: LabelSpace) -> str:
 
 
 def plain_names(labels: LabelSpace) -> dict[int, str]:
-    """legend(labels) in names that a line of labelmap.txt can hold: `:`, `#` and controls become `_`, outer spaces go.
+    """legend(labels) with names that labelmap.txt can hold: `:`, `#` and control characters become `_`, outer spaces go.
 
-    ValueError if two classes would then have one name.
+    ValueError if two classes then have the same name.
     """
     plain = {
-        value: "".join("_" if part in ":#" or not part.isprintable() else part for part in name).strip() or "_"
+        value: "".join("_" if character in ":#" or not character.isprintable() else character for character in name).strip()
+        or "_"
         for value, name in legend(labels).items()
     }
-    seen: dict[str, int] = {}
+    value_of: dict[str, int] = {}
     for value, name in plain.items():
-        if name in seen:
+        if name in value_of:
             names = legend(labels)
             raise ValueError(
-                f"classes {names[seen[name]]!r} and {names[value]!r} are both {name!r} in labelmap.txt; rename one"
+                f"classes {names[value_of[name]]!r} and {names[value]!r} are both {name!r} in labelmap.txt; rename one"
             )
-        seen[name] = value
+        value_of[name] = value
     return plain
 
 
 def label_map(labels: LabelSpace) -> str:
-    """labelmap.txt of CVAT and datumaro: `name:r,g,b::`, background first."""
+    """Text of labelmap.txt as CVAT and Datumaro read it: a line `name:r,g,b::` per mask value, background first."""
     rows = (f"{name}:{','.join(map(str, colour_of(value)))}::" for value, name in plain_names(labels).items())
     return "# label:color_rgb:parts:actions\n" + "\n".join(rows) + "\n"
 
 
 def read_label_map(text: str, labels: LabelSpace) -> tuple[dict[Colour, int], list[str]]:
-    """labelmap.txt → colour → mask value of the classes that it names, and what is wrong with its lines.
+    """Text of labelmap.txt → mask values by colour, and a text per line that is wrong.
 
-    Names are compared as plain_names writes them. A label that is no class here is passed over: only its use is a mistake.
+    Names are compared as plain_names writes them. Labels that are no class are skipped: only their use is an error.
     """
     values = {name: value for value, name in plain_names(labels).items()}
-    found: dict[Colour, int] = {}
+    value_of_colour: dict[Colour, int] = {}
     problems = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -106,31 +108,31 @@ def read_label_map(text: str, labels: LabelSpace) -> tuple[dict[Colour, int], li
         red, green, blue = map(int, parts)
         if name.strip() not in values:
             continue
-        if found.setdefault((red, green, blue), values[name.strip()]) != values[name.strip()]:
+        if value_of_colour.setdefault((red, green, blue), values[name.strip()]) != values[name.strip()]:
             problems.append(f"labelmap.txt line {number}: colour {red},{green},{blue} belongs to two classes")
-    return found, problems
+    return value_of_colour, problems
 
 
 def values_of_colours(pixels: np.ndarray, colours: Mapping[Colour, int]) -> tuple[np.ndarray, list[Colour]]:
-    """u8[h,w,3] → u8[h,w] mask values, and the colours that stand for none (their pixels are 255)."""
+    """u8[h,w,3] RGB → u8[h,w] mask values, and the colours that have none, up to 21 of them; their pixels are IGNORE."""
     packed = (pixels[..., 0].astype(np.uint32) << 16) | (pixels[..., 1].astype(np.uint32) << 8) | pixels[..., 2]
     mask = np.full(packed.shape, IGNORE, np.uint8)
-    strange: list[Colour] = []
+    unknown: list[Colour] = []
     for code in np.unique(packed).tolist():
         colour = (code >> 16, code >> 8 & 255, code & 255)
         if colour in colours:
             mask[packed == code] = colours[colour]
         else:
-            strange.append(colour)
-        if len(strange) > 20:  # a photograph in place of a mask has a million colours
+            unknown.append(colour)
+        if len(unknown) > 20:  # a photograph in place of a mask has a million colours
             break
-    return mask, strange
+    return mask, unknown
 
 
 def nested_stem(image_id: str) -> str:
-    """An id as a relative path without suffix: its slashes stay, each part is safe by file_stem; no part is empty, `.` or `..`.
+    """An id as a relative path without suffix: slashes stay, file_stem makes the parts safe; no part is empty, `.` or `..`.
 
-    One to one. An id with an empty part is written as one file name.
+    Injective. An id with an empty part becomes a single file name.
     """
     parts = image_id.split("/")
     return file_stem(image_id) if "" in parts else "/".join(map(file_stem, parts))
@@ -142,6 +144,6 @@ def id_of(stem: str) -> str:
 
 
 def components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool[h,w] → i32[h,w] numbers of its 4-connected parts from 1 on (0 outside), and i64[n] areas in px."""
+    """bool[h,w] → i32[h,w] numbers of its 4-connected components, from 1 (0 outside), and their areas i64[n] in px."""
     numbers, count = ndimage.label(region)  # pyright: ignore[reportGeneralTypeIssues] (its stub has one return type of two)
     return numbers, np.bincount(numbers.ravel(), minlength=count + 1)[1:]

@@ -1,4 +1,4 @@
-"""Pseudo-masks of stage export → readers for training that is not ours (docs/pseudo_masks.md). No stage imports them."""
+"""Pseudo-masks of stage export → readers for other training code (docs/pseudo_masks.md). No stage imports them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class PseudoMasks:
-    """`len(masks)`, `masks.ids`, `masks.labels`, `masks[id]` → u8[h,w]: 0 background, i + 1 = labels.names[i], 255 ignore."""
+    """`masks[id]` → u8[h,w] mask values: 0 background, i + 1 = labels.names[i], 255 ignore. Iterates over its sorted ids.
+
+    folder is artifacts/<run>/pseudo_masks. StoreError where it is no complete store, or holds no such id.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self._store = store.Store(Path(folder), store.PSEUDO_MASKS)
@@ -33,7 +36,7 @@ class PseudoMasks:
 
 
 class PseudoMaskDataset:
-    """A map-style data set for torch's DataLoader: item i is (u8[3,h,w] RGB, u8[h,w] mask values as in PseudoMasks), in id order.
+    """A map-style data set for torch's DataLoader; item i is (u8[3,h,w] RGB, u8[h,w] mask values as in PseudoMasks), by id.
 
     records_file is data/records.h5, masks_folder artifacts/<run>/pseudo_masks, root the params' dataset.root.
     Sizes differ from image to image: crop or pad before batching. ValueError if a mask has no record.

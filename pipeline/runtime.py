@@ -1,6 +1,6 @@
-"""The environment → device, processes, progress, provenance. Decides where work runs and never what comes out.
+"""The environment → device, processes, progress, provenance. Decides where work runs, never a result.
 
-This is the only file that reads os.environ, and the only project file that is in no stage's deps.
+The only file that reads os.environ, and the only project file that is a dep of no stage.
 
 TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
 TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
@@ -45,10 +45,10 @@ Out = TypeVar("Out")
 log = logging.getLogger("tag2mask")
 
 
-def _choice(name: str, default: str, allowed: Callable[[str], bool], what: str) -> str:
+def _choice(name: str, default: str, allowed: Callable[[str], bool], description: str) -> str:
     value = os.environ.get(name, default)
     if not allowed(value):
-        raise SystemExit(f"{name}={value!r} is not allowed; allowed is {what}")
+        raise SystemExit(f"{name}={value!r} is not allowed; allowed is {description}")
     return value
 
 
@@ -57,11 +57,12 @@ def _count(name: str, default: int) -> int:
 
 
 def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def device() -> str:
-    """Torch device name. Asks torch only where the variable leaves it open."""
+    """Torch device name. Imports torch only for `auto` and CUDA. SystemExit where the device is not available."""
     value = _choice(
         "TAG2MASK_DEVICE",
         "auto",
@@ -79,58 +80,59 @@ def device() -> str:
     return value
 
 
-def workers(on: str = "cpu") -> int:
-    return _count("TAG2MASK_WORKERS", cores() if on == "cpu" else 1)
+def workers(device: str = "cpu") -> int:
+    """Processes for work on parts that compute on `device`."""
+    return _count("TAG2MASK_WORKERS", cores() if device == "cpu" else 1)
 
 
 def ranks(shards: int) -> int:
-    """Training processes: never more than shards, since a shard is not cut."""
-    on = device()
-    if on == "cpu":
+    """Training processes, at most one per shard."""
+    device_name = device()
+    if device_name == "cpu":
         default = cores()
     else:
         import torch
 
-        default = torch.cuda.device_count() if on == "cuda" else 1
+        default = torch.cuda.device_count() if device_name == "cuda" else 1
     return min(shards, _count("TAG2MASK_RANKS", default))
 
 
 def loaders(device: str) -> int:
-    """Threads that decode images ahead of training. On CPU the cores are the ranks', so decoding stays in line."""
+    """Threads that decode images ahead of training; 0 on CPU, where ranks use all cores."""
     return 0 if device == "cpu" else _count("TAG2MASK_WORKERS", min(8, cores()))
 
 
 def check_params() -> None:
-    """Strictly parses all of params.yaml in a process of its own, so that no plug-in of another stage is imported here.
+    """ParamsError where any section of params.yaml or of a recipe is wrong, so that train does not run before retrain fails.
 
-    A typing error in retrain is then found before train has run for hours. Only DVC runs need it.
+    Checks in a separate process, so that this one imports no plug-in of another stage. Does nothing outside of DVC.
     """
     if stage_name() is None:
         return
-    done = subprocess.run([sys.executable, "-m", "stages.check"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ParamsError(done.stderr.strip().removeprefix("Error: "))
+    result = subprocess.run([sys.executable, "-m", "stages.check"], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ParamsError(result.stderr.strip().removeprefix("Error: "))
 
 
 def inline() -> bool:
+    """Whether all work runs in this process."""
     allowed = ("spawn", "inline")
     return _choice("TAG2MASK_LAUNCHER", "spawn", lambda text: text in allowed, "spawn or inline") == "inline"
 
 
 def stage_name() -> str | None:
-    """`train@cam` when DVC runs us, else None."""
+    """Name of the stage, as `train@cam`, where DVC runs this process; else None."""
     return os.environ.get("DVC_STAGE")
 
 
 def one_thread() -> None:
-    """One torch thread in this process and in those that it starts: images and shards share the cores, sums have one order.
+    """One torch thread in this process and in those that it starts: cores serve images and shards, sums have a fixed order.
 
-    Before anything is built or computed: two threads that make MKL's first call of a vector function together can get a kernel of
-    low accuracy (pytorch/pytorch#188792).
+    To be called before anything is computed: two threads that make MKL's first call of a vector function together can get a
+    kernel of low accuracy (pytorch/pytorch#188792).
     """
-    os.environ.update(
-        {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    )  # for a torch that is imported later, and for children
+    # for a torch that is imported later, and for child processes
+    os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
@@ -138,10 +140,11 @@ def one_thread() -> None:
 def each(
     function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
 ) -> Iterator[Out]:
-    """function(item) for every item, results in the order of `items`, with a progress bar. unit: images an item.
+    """function(item) for every item, results in the order of `items`, with a progress bar. unit: images per item.
 
-    With more than one process, `function` must be picklable; at most two items per process are in flight, so memory does not
-    grow with their number. An error in one item ends the run after the items in flight have finished. Every process has one thread.
+    With more than one process `function` must be picklable. At most two items per process are in flight, so that memory does
+    not grow with their number. An error ends the run after the items in flight have finished. Every process has one torch
+    thread.
     """
     one_thread()
     processes = workers(device)
@@ -161,11 +164,11 @@ def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) 
         while not exhausted or running:
             while not exhausted and len(running) + len(done) < 2 * processes + 2:
                 try:
-                    at, item = next(source)
+                    index, item = next(source)
                 except StopIteration:
                     exhausted = True
                     break
-                running[pool.submit(function, item)] = at
+                running[pool.submit(function, item)] = index
             finished, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
             for future in finished:
                 done[running.pop(future)] = future.result()
@@ -180,7 +183,7 @@ def info(text: str, *values: object) -> None:
 
 
 def progress(items: Iterable[Out], total: int, what: str, unit: int = 1) -> Iterator[Out]:
-    """Passes items through with a rich bar on a terminal, and a log line at each tenth elsewhere."""
+    """Yields items, with a progress bar on a terminal, else with a log line per tenth of total. unit: images per item."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -195,19 +198,19 @@ def progress(items: Iterable[Out], total: int, what: str, unit: int = 1) -> Iter
                 yield item
                 bar.update(task, advance=unit, note=item if isinstance(item, str) else "")
         return
-    started, told = time.monotonic(), 0
-    for at, item in enumerate(items, 1):
+    started, logged_tenth = time.monotonic(), 0
+    for count, item in enumerate(items, 1):
         yield item
-        tenth = at * unit * 10 // max(1, total)
-        if tenth > told:
-            told = tenth
+        tenth = count * unit * 10 // max(1, total)
+        if tenth > logged_tenth:
+            logged_tenth = tenth
             note = f" {item}" if isinstance(item, str) else ""
-            log.info("%s %d/%d %.0f s%s", what, at * unit, total, time.monotonic() - started, note)
+            log.info("%s %d/%d %.0f s%s", what, count * unit, total, time.monotonic() - started, note)
 
 
 @contextmanager
 def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
-    """Wraps a stage script's work: logging before, import guard and provenance after."""
+    """Context of a stage's work: logging, messages of expected errors, then the check of imports, and provenance."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     started = time.time()
@@ -223,7 +226,7 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     guard(name)
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     provenance.mkdir(exist_ok=True)
-    facts = {
+    record = {
         "stage": name,
         "seconds": round(time.time() - started, 2),
         "peak_memory_mib": round(usage[0].ru_maxrss / 1024, 1),
@@ -239,18 +242,18 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
             if package.split("-")[0] in sys.modules or package == "dvc"
         },
     }
-    _write_whole(provenance / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+    _write_atomically(provenance / f"{name}.json", json.dumps(record, indent=1) + "\n")
     provenance_script(provenance)
 
 
 def provenance_script(folder: Path) -> None:
-    """provenance.js: what all *.json of the folder say, as a call that the report makes use of; the report itself holds none of it."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    _write_whole(folder / "provenance.js", f"tag2mask.provenance({json.dumps(found)});\n")
+    """Writes provenance.js, a call with the content of all *.json of the folder; the report's page loads it if it exists."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    _write_atomically(folder / "provenance.js", f"tag2mask.provenance({json.dumps(records)});\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """By a rename, since stages of several columns may end, and read one another's files, at the same time."""
+def _write_atomically(path: Path, text: str) -> None:
+    """By a rename, since stages of several runs may end, and read each other's files, at the same time."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -270,7 +273,7 @@ def imported_files() -> list[str]:
 
 
 def code_digest() -> str:
-    """sha256 over the project files imported so far: unfinished work of other code is never picked up again."""
+    """sha256 of the project files imported so far, by which unfinished work of other code is not continued."""
     digest = hashlib.sha256()
     for file in imported_files():
         if file != EXEMPT:
@@ -279,47 +282,47 @@ def code_digest() -> str:
 
 
 def guard(name: str, folder: Path = PROJECT) -> None:
-    """RuntimeError if this process has imported a project file that stage `name` of folder/dvc.yaml does not declare as a dep."""
+    """RuntimeError if this process has imported a project file that is no dep of stage `name` in folder/dvc.yaml."""
     deps = declared_deps(name, folder)
     covered = tuple(dep.rstrip("/") + "/" for dep in deps)
-    strays = [file for file in imported_files() if file != EXEMPT and file not in deps and not file.startswith(covered)]
-    if strays:
+    undeclared = [file for file in imported_files() if file != EXEMPT and file not in deps and not file.startswith(covered)]
+    if undeclared:
         raise RuntimeError(
-            f"stage {name} imported {', '.join(strays)}, which dvc.yaml does not list among its deps: a change there "
+            f"stage {name} imported {', '.join(undeclared)}, which dvc.yaml does not list among its deps: a change there "
             "would not re-run the stage. Add it to deps in dvc.yaml, or do not import it"
         )
 
 
 def declared_deps(name: str, folder: Path = PROJECT) -> list[str]:
-    """The deps of one stage, as DVC resolves them."""
+    """Deps of a stage, as DVC resolves them."""
     return [dep if isinstance(dep, str) else next(iter(dep)) for dep in _resolved(name, folder).get("deps", [])]
 
 
 def command_paths(name: str, folder: Path = PROJECT) -> dict[str, Path]:
-    """The options of one stage's command line, as dvc.yaml has them: paths stand there alone."""
+    """Paths by option name of a stage's command line in dvc.yaml, the only place that has them."""
     words = shlex.split(_resolved(name, folder)["cmd"])
-    return {word[2:]: Path(words[at + 1]) for at, word in enumerate(words) if word.startswith("--")}
+    return {word[2:]: Path(words[index + 1]) for index, word in enumerate(words) if word.startswith("--")}
 
 
 def params_digest(name: str, folder: Path = PROJECT) -> str:
-    """sha256 over the values of the params that one stage declares, of params.yaml and of its recipe."""
+    """sha256 of the values of the params that a stage declares, of params.yaml and of its recipe."""
     values: dict[str, Any] = {}
     for entry in _resolved(name, folder).get("params", []):
         by_file = {PARAMS_FILE.name: [entry]} if isinstance(entry, str) else entry
         for file, keys in by_file.items():
             content = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
-            values |= {f"{file}:{key}": _at(content, key) for key in keys}
+            values |= {f"{file}:{key}": _value_at(content, key) for key in keys}
     return store.digest(values)
 
 
-def _at(content: Any, key: str) -> Any:
+def _value_at(content: Any, key: str) -> Any:
     for part in key.split("."):
         content = content[part]
     return content
 
 
 def _resolved(name: str, folder: Path) -> dict[str, Any]:
-    """A stage's entry in folder/dvc.yaml, its ${…} filled in by DVC's own rules, without the rest of DVC, which starts slowly."""
+    """A stage's entry in folder/dvc.yaml with ${…} resolved by DVC's own parser; the rest of DVC is slow to import."""
     from dvc.parsing.context import Context
 
     params = yaml.safe_load((folder / PARAMS_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""params.yaml and its recipes → nothing, or every mistake in them at once. Run by train, `make doctor` and by hand."""
+"""params.yaml and its recipes → every problem in them. Run by train, `make doctor` and by hand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.jobs import check
     "--params", type=click.Path(path_type=Path), default=PARAMS_FILE, show_default=True, help="Read: the file to check."
 )
 def main(params: Path) -> None:
-    """Checks params.yaml and every recipe that it names, strictly, and lists all mistakes."""
+    """Checks params.yaml and every recipe that it names, and lists all problems. The exit code is 1 if there are any."""
     problems = check.problems(params)
     if problems:
         raise click.ClickException("\n".join(problems))
-    click.echo(f"{params} and its recipes are well")
+    click.echo(f"{params} and its recipes are valid")
 
 
 if __name__ == "__main__":

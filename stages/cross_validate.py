@@ -1,4 +1,4 @@
-"""Pseudo-masks + initial weights → per image, how far a segmenter that never saw its pseudo-mask agrees with it."""
+"""Pseudo-masks + initial weights → per image, its agreement with a segmenter that was trained without it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--records", type=PATH, required=True, help="Read: records.h5 of prepare.")
 @click.option("--pseudo-masks", type=PATH, required=True, help="Read: HDF5 store of export.")
 @click.option("--init", type=PATH, required=True, help="Read: initial weights of the encoder.")
-@click.option("--held-out", type=PATH, required=True, help="Written: two figures per image, HDF5.")
+@click.option("--held-out", type=PATH, required=True, help="Written: two indicators per image, HDF5.")
 def main(run: str, records: Path, pseudo_masks: Path, init: Path, held_out: Path) -> None:
-    """Trains the segmenter of RUN once per fold, without the fold's images, and compares what it says of them with their masks.
+    """Trains the segmenter of RUN once per fold without the fold's images, and compares its predictions of them with their
+    masks.
 
-    Reads sections cross_validate, retrain and segment of the run's recipe, and the images under dataset.root. With folds 0 it writes
-    a store of no images. Finished folds, parts and training steps survive a crash.
+    Reads sections cross_validate, retrain and segment of the run's recipe, and the images under dataset.root. With folds 0
+    it writes a store of no images. Finished folds, parts and training steps survive a crash.
     """
     with runtime.stage():
         cross_validate.run(

@@ -1,4 +1,4 @@
-"""The machine and params.yaml → what is there, and what to do where something is missing."""
+"""The machine and params.yaml → what is present, and what to do where something is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.jobs import doctor
 
 
 @click.command()
-@click.option("--quiet", is_flag=True, help="Only what stops work: a broken package or compiler.")
+@click.option("--quiet", is_flag=True, help="Only broken packages and missing tools.")
 def main(quiet: bool) -> None:
     """Checks compiler, packages, CUDA and its memory, disk, DVC's link type, params.yaml, weights and data."""
     findings = doctor.findings(packages_only=quiet)

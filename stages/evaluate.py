@@ -1,4 +1,4 @@
-"""All results of one run + truth → metrics, plots, a row per image and stage, small pictures for the report."""
+"""All results of a run + truth → metrics, plots, indicators per image and stage, thumbnails for the report."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--refined", type=PATH, required=True, help="Read: HDF5 store of refine.")
 @click.option("--pseudo-masks", type=PATH, required=True, help="Read: HDF5 store of export.")
 @click.option("--predictions", type=PATH, required=True, help="Read: HDF5 store of segment.")
-@click.option("--held-out", type=PATH, required=True, help="Read: figures of cross_validate, HDF5.")
-@click.option("--metrics", type=PATH, required=True, help="Written: figures per stage, JSON.")
+@click.option("--held-out", type=PATH, required=True, help="Read: indicators of cross_validate, HDF5.")
+@click.option("--metrics", type=PATH, required=True, help="Written: metrics per stage, JSON.")
 @click.option(
     "--images", type=PATH, required=True, help="Written: quality indicators, score and reasons per image and stage, CSV."
 )
-@click.option("--small-masks", type=PATH, required=True, help="Written: every image's last mask in small, HDF5.")
-@click.option("--gallery", type=PATH, required=True, help="Written: small pictures of the worst and of random images, HDF5.")
+@click.option("--small-masks", type=PATH, required=True, help="Written: every image's last mask, downsampled, HDF5.")
+@click.option("--gallery", type=PATH, required=True, help="Written: thumbnails of the worst and of random images, HDF5.")
 @click.option("--thresholds", type=PATH, required=True, help="Written: mIoU over the threshold, CSV for dvc plots.")
 @click.option("--per-class", type=PATH, required=True, help="Written: IoU per class, CSV for dvc plots.")
 @click.option("--confusion", type=PATH, required=True, help="Written: percent of each true class, CSV for dvc plots.")
 def main(
-    run: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path, predictions: Path,
-    held_out: Path, metrics: Path, images: Path, small_masks: Path, gallery: Path, thresholds: Path, per_class: Path,
-    confusion: Path,
+    run: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path,
+    predictions: Path, held_out: Path, metrics: Path, images: Path, small_masks: Path, gallery: Path, thresholds: Path,
+    per_class: Path, confusion: Path,
 ) -> None:  # fmt: skip
-    """Scores every stage of RUN on the images that have truth; without any, gives the figures that need none.
+    """Scores every stage of RUN on the images that have truth, and computes the quality indicators, which need none.
 
-    Reads section evaluate of params.yaml, and the images under dataset.root for their edges and the pictures.
+    Reads section evaluate of params.yaml, and the images under dataset.root for edges and thumbnails.
     """
     with runtime.stage():
         outs = evaluate.Outs(metrics, images, small_masks, gallery, thresholds, per_class, confusion)

@@ -18,13 +18,13 @@ PATH: Any = click.Path(path_type=Path)
 @click.argument("run")
 @click.option("--records", type=PATH, required=True, help="Read: records.h5 of prepare.")
 @click.option("--refined", type=PATH, required=True, help="Read: HDF5 store of refine.")
-@click.option("--corrections", type=PATH, required=True, help="Read: folder of masks a person mended.")
+@click.option("--corrections", type=PATH, required=True, help="Read: folder of corrected masks.")
 @click.option("--pseudo-masks", type=PATH, required=True, help="Written: the product, an HDF5 store.")
-@click.option("--exports", type=PATH, required=True, help="Written: the same in other formats.")
+@click.option("--exports", type=PATH, required=True, help="Written: the pseudo-masks in other formats.")
 def main(run: str, records: Path, refined: Path, corrections: Path, pseudo_masks: Path, exports: Path) -> None:
     """Turns the refined labels of RUN into pseudo-masks: 255 where confidence is low or two thresholds disagree.
 
-    Reads section export of params.yaml. Classes outside an image's tags appear only where a person painted them.
+    Reads section export of params.yaml. Classes beyond an image's tags come from corrected masks alone.
     """
     with runtime.stage():
         export.run(

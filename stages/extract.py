@@ -19,9 +19,9 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--records", type=PATH, required=True, help="Read: records.h5 of prepare.")
 @click.option("--model", type=PATH, required=True, help="Read: the trained method.")
 @click.option("--scoremaps", type=PATH, required=True, help="Written: HDF5 store of score maps.")
-@click.option("--inspection", type=PATH, required=True, help="Written: pictures of inner maps of some images, HDF5.")
+@click.option("--inspection", type=PATH, required=True, help="Written: images of inner maps for the report, HDF5.")
 def main(run: str, records: Path, model: Path, scoremaps: Path, inspection: Path) -> None:
-    """Writes the score maps of RUN: on train for the classes of the tags, on val for those that the network finds.
+    """Writes the score maps of RUN: on train for the classes of the tags, on val for those that the network predicts.
 
     Reads section extract of the run's recipe, and the images under dataset.root. Finished parts survive a crash.
     """

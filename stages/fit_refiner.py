@@ -21,7 +21,7 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--init", type=PATH, required=True, help="Read: initial weights of a learned refiner's backbone.")
 @click.option("--refiner", type=PATH, required=True, help="Written: the refiner's state, safetensors.")
 def main(run: str, records: Path, scoremaps: Path, init: Path, refiner: Path) -> None:
-    """Fits the refiner of RUN on split train: its threshold, and what it learns. No mask is read.
+    """Fits the refiner of RUN on split train: its threshold, and its network if it has one. No mask is read.
 
     Reads section fit_refiner of the run's recipe. A run that was killed goes on where it was.
     """

@@ -1,6 +1,7 @@
-"""Vega, as vl-convert bundles it → the page into which `dvc plots show` puts its plots, so that they need no network.
+"""Vega, as vl-convert bundles it → the HTML template of `dvc plots show`, so that plots need no network.
 
-DVC's own page asks a content network for three scripts. `make setup` writes this one and names it in .dvc/config.local.
+DVC's own template loads three scripts from a content delivery network. `make setup` writes this one, and sets it in
+.dvc/config.local.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>tag2mask: plots</title>
 {refresh_tag}
-<style>body { margin: 2rem; font-family: system-ui, sans-serif } body > div { display: inline-block; margin: 0 2rem 2rem 0 }</style>
+<style>
+body { margin: 2rem; font-family: system-ui, sans-serif }
+body > div { display: inline-block; margin: 0 2rem 2rem 0 }
+</style>
 <script>(() => {
 %s
 })();</script>
@@ -32,7 +36,7 @@ PAGE = """<!DOCTYPE html>
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 def main(out: Path) -> None:
-    """Writes the page to OUT."""
+    """Writes the template to OUT."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE).replace(
         "</script", "<\\/script"
     )

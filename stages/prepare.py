@@ -19,7 +19,7 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--records", type=PATH, required=True, help="Written: ids, sizes, splits, tags, hashes.")
 @click.option("--truth", type=PATH, required=True, help="Written: masks, where there are any.")
 def main(raw: Path, records: Path, truth: Path) -> None:
-    """Opens every image and mask once and checks everything at once; all later stages rely on what it wrote.
+    """Opens every image and mask once, and lists all problems of the data set. Later stages rely on what it writes.
 
     Reads sections dataset and prepare of params.yaml.
     """

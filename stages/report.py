@@ -1,4 +1,4 @@
-"""Metrics, curves and galleries of all runs → report/index.html and review.csv; or what changed since a revision."""
+"""Metrics, curves and galleries of all runs → report/index.html and review.csv; or the changes since a git revision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOLDER: Any = click.Path(path_type=Path)
     "--against", metavar="REV", help="Writes against.html beside the report instead: changes since a git revision."
 )
 def main(against: str | None, **options: Path | None) -> None:
-    """Writes one page for all runs: figures per stage, drawings, and a gallery of pictures. No network is needed.
+    """Writes a page on all runs: metrics per stage, plots, and a gallery of images. No network is needed.
 
     Reads sections methods and report of params.yaml. With --against, paths that are not given are those of dvc.yaml.
     """

@@ -1,4 +1,4 @@
-"""Settings of all methods, refiners and segmenters → recipes/schema.json, for editors. Run it after a change of settings."""
+"""Settings of all methods, refiners and segmenters → recipes/schema.json, for editors. Run after a change of settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any folder of images + a trained segmenter → masks and overlays. Not a stage: it runs outside the DAG."""
+"""Any folder of images + a trained segmenter → masks and overlays. No stage of the DAG."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATH: Any = click.Path(path_type=Path)
 def main(run: str, images: Path, out: Path, segmenter: Path | None, overwrite: bool) -> None:
     """Segments a folder of images with the segmenter of RUN.
 
-    Images that cannot be read are named at the end, and the exit code is then 1. Reads section segment of the run's recipe.
+    Images that cannot be read are listed at the end; the exit code is then 1. Reads section segment of the run's recipe.
     """
     weights = segmenter or Path("artifacts") / run / "segmenter.safetensors"
     with runtime.stage():

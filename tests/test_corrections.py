@@ -50,7 +50,7 @@ def put(project: Path, name: str, mask: np.ndarray) -> None:
 
 def refusal(project: Path) -> str:
     with pytest.raises(CorrectionsError) as error:
-        corrections.find(project / "corrections", known(project))
+        corrections.load_corrections(project / "corrections", known(project))
     return str(error.value)
 
 
@@ -103,7 +103,7 @@ def test_an_archive_of_cvat_unpacked_there_is_read_by_its_colours(project: Path)
     cvat.write(iter(masks.items()), known(project), project / "cvat")
     with zipfile.ZipFile(project / "cvat" / cvat.ARCHIVE) as archive:
         archive.extractall(project / "corrections")
-    found = corrections.find(project / "corrections", known(project))
+    found = corrections.load_corrections(project / "corrections", known(project))
     assert sorted(found.files) == sorted(masks)
     for image_id, mask in masks.items():
         np.testing.assert_array_equal(found.read(image_id), mask)
@@ -117,7 +117,7 @@ def test_other_colours_in_the_labelmap_are_what_counts(project: Path) -> None:
         "# x\nbackground:0,0,0::\nboat:1,2,3::\nignore:9,9,9::\nbird:4,4,4::\n"
     )
     Image.fromarray(pixels).save(project / "corrections" / "a b.png")
-    np.testing.assert_array_equal(corrections.find(project / "corrections", known(project)).read("a b"), mask)
+    np.testing.assert_array_equal(corrections.load_corrections(project / "corrections", known(project)).read("a b"), mask)
     pixels[0, 0] = (4, 4, 4)
     Image.fromarray(pixels).save(project / "corrections" / "a b.png")
     assert "'a b.png': holds the colours 4,4,4, which labelmap.txt gives to no class" in refusal(project)
@@ -126,7 +126,7 @@ def test_other_colours_in_the_labelmap_are_what_counts(project: Path) -> None:
 def test_ids_csv_names_files_that_the_names_do_not(project: Path) -> None:
     put(project, "0001.png", mended("größe"))
     (project / "corrections" / "ids.csv").write_text("id,file\ngröße,0001.png\na b,0002.png\n", encoding="utf-8")
-    assert list(corrections.find(project / "corrections", known(project)).files) == ["größe"]
+    assert list(corrections.load_corrections(project / "corrections", known(project)).files) == ["größe"]
 
 
 def test_everything_that_is_wrong_is_told_at_once(project: Path) -> None:
@@ -155,7 +155,7 @@ def test_everything_that_is_wrong_is_told_at_once(project: Path) -> None:
         "'a b.jpg': no PNG",
         "'%FF.png': no image has this id",
         "labelmap.txt line 1: 'boat:red' is not `name:red,green,blue::`",
-        "mend or remove these files (docs/exports.md)",
+        "correct or remove these files (docs/exports.md)",
     ):
         assert line.replace("'%2E./up", f"'{file_stem('../up')}.png': holds the colours 0,0,0") in told, line
     result = case.run("export")
@@ -185,12 +185,12 @@ def test_greyscale_and_foreign_palettes_are_read_by_their_values(project: Path, 
             [(index * step + shift) % 256 for index in range(256) for shift in ((0,) * 3 if step == 1 else (7, 9, 5))]
         )
     image.save(project / "corrections" / "a b.png")
-    np.testing.assert_array_equal(corrections.find(project / "corrections", known(project)).read("a b"), mask)
+    np.testing.assert_array_equal(corrections.load_corrections(project / "corrections", known(project)).read("a b"), mask)
 
 
 def test_the_digest_follows_masks_and_ids_and_nothing_else(project: Path) -> None:
     def digest() -> str:
-        return corrections.find(project / "corrections", known(project)).digest
+        return corrections.load_corrections(project / "corrections", known(project)).digest
 
     empty = digest()
     put(project, "a b.png", mended("a b"))

@@ -17,7 +17,7 @@ from tests.toys import Toy, toy_folder
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """What it says in a folder with these params and recipes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "FREE_GIB", 0)
+    monkeypatch.setattr(doctor, "MIN_FREE_GIB", 0)
 
     def run(toy: Toy, *words: str) -> Result:
         toy.write(tmp_path)

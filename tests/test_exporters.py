@@ -331,7 +331,7 @@ def test_a_polygon_is_its_part_with_holes_filled_at_centres_and_cut_off_to_pixel
         points = yolo_seg.outline(part)
         wanted = ndimage.binary_fill_holes(part, np.ones((3, 3)))  # what touches the outside by a corner only is no hole …
         strict = ndimage.binary_fill_holes(part)  # … unless one takes it for one
-        found = yolo_seg.filled(points, part.shape)
+        found = yolo_seg.rasterise(points, part.shape)
         assert (found >= wanted).all() and (found <= strict).all()
         assert areas[number - 1] <= found.sum()
         canvas = Image.new("1", part.shape[::-1])  # ultralytics cuts coordinates off, and fills with the border

@@ -1,8 +1,8 @@
-"""Drawn single objects of 48 invented classes → data/weights/scenes_{vit,mit,resnet}.fp16.safetensors, the demo's backbones.
+"""Drawn objects of 48 invented classes → data/weights/scenes_{vit,mit,resnet}.fp16.safetensors, the demo's backbones.
 
-What ImageNet is to photographs, these are to `scenes`: one object in the middle, and only its image-level label. None of the six
-classes of `scenes` is among them, and no mask is used. Pictures are composed into mosaics of 1, 4 or 16 cells, so that a network
-that is to name each cell must encode what is where, and not only what. Some cells are empty: background is a class of its own.
+Stands for pretraining on ImageNet: images of a single object in the middle, with image-level labels only. None of the six
+classes of `scenes` is among them, and no mask is used. Images are tiled into mosaics of 1, 4 or 16 cells, whose classes the
+network has to predict cell by cell, so that its features are local. Some cells are empty: background is a class of its own.
 
     python data/weights/pretrain.py --backbone vit --steps 3000        # 39 minutes on two busy cores
     python data/weights/pretrain.py --backbone mit --steps 1500 --threads 1        # 40 minutes on a busy core
@@ -31,30 +31,32 @@ from pipeline.training.checkpoint import save_tensors
 log = logging.getLogger("pretrain")
 
 CLASSES = 48
-EMPTY = CLASSES
-SIZE = 128
-LAYOUTS = {1: 0.25, 2: 0.5, 4: 0.25}  # cells along a side → share of the pictures
-POOL = {1: 2500, 2: 9000, 4: 9000}  # pictures drawn for each
-EMPTY_SHARE = 0.2
-NORM_MOMENTUM = 0.01  # a batch holds pictures of one layout; a hundred batches hold all
-NORMS_FIXED_FROM = 0.7  # share of the steps after which batch norms keep their statistics
-OBJECT_TOKENS = 0.25  # share of a cell's tokens that must show its class
-EMPTY_TOKENS = 0.15  # share of an object's cell that must show background
+EMPTY = CLASSES  # class of cells without an object
+SIZE = 128  # px of a mosaic
+LAYOUTS = {1: 0.25, 2: 0.5, 4: 0.25}  # cells along a side → fraction of the mosaics
+POOL = {1: 2500, 2: 9000, 4: 9000}  # cells along a side → images drawn
+NORM_MOMENTUM = 0.01  # a batch has a single layout, a hundred batches have all
+NORMS_FIXED_FROM = 0.7  # fraction of the steps after which batch norms keep their statistics
+OBJECT_TOKENS = 0.25  # fraction of a cell's tokens that must be of its class
+EMPTY_TOKENS = 0.15  # fraction of the tokens of a cell with an object that must be background
 
 
 def body(kind: int, aspect: float, rng: np.random.Generator) -> Points:
-    """One of twelve outlines, none of them an outline of `scenes`."""
+    """Outline number `kind` of twelve, none of them an outline of `scenes`."""
     wobble = rng.uniform(0.92, 1.08)
     angle = np.arange(10) * math.pi / 5 - math.pi / 2
     ring = np.linspace(0.3, 2 * math.pi - 0.3, 24)
     w = 0.36 * wobble
+    cross = (
+        (-w, -0.95), (w, -0.95), (w, -w), (0.95, -w), (0.95, w), (w, w), (w, 0.95), (-w, 0.95), (-w, w), (-0.95, w),
+        (-0.95, -w), (-w, -w),
+    )  # fmt: skip
     outlines: list[Points] = [
         drawing.ellipse(0, 0, 0.62 * aspect * wobble, 0.92),
         drawing.polygon((-0.85, 0.8), (0.85, 0.8), (0.05, -0.95)),
         drawing.polygon((-0.9, -0.6 * aspect), (0.9, -0.6 * aspect), (0.5 * wobble, 0.75), (-0.5 * wobble, 0.75)),
         np.stack([np.where(np.arange(10) % 2, 0.48, 0.98) * f(angle) for f in (np.cos, np.sin)], axis=1),
-        drawing.polygon((-w, -0.95), (w, -0.95), (w, -w), (0.95, -w), (0.95, w), (w, w), (w, 0.95), (-w, 0.95), (-w, w), (-0.95, w),
-                        (-0.95, -w), (-w, -w)),
+        drawing.polygon(*cross),
         drawing.cloud(rng, 0, 0, 0.55 * aspect, 0.85, 5, 0.25),
         drawing.ellipse(0, 0, 0.92, 0.92 * aspect, 6),
         np.concatenate([drawing.dome(0, -0.1, 0.62, 0.8), drawing.polygon((0.62, 0.85 * wobble), (-0.62, 0.85 * wobble))]),
@@ -68,98 +70,98 @@ def body(kind: int, aspect: float, rng: np.random.Generator) -> Points:
 
 
 def single_object(number: int, rng: np.random.Generator) -> list[Part]:
-    """Class `number`: outline, body texture, hue range and attached parts are its own; the rest varies."""
-    own = np.random.default_rng([77, number])
+    """An object of class `number`, which fixes outline, body texture, range of hues and attached parts."""
+    class_rng = np.random.default_rng([77, number])
     textures = list(drawing.TEXTURES.values())
     texture = textures[(number * 5 + number // 12) % len(textures)]
-    hue, aspect = own.random(), own.uniform(0.75, 1.15)
+    hue, aspect = class_rng.random(), class_rng.uniform(0.75, 1.15)
     base = drawing.colour(rng, (hue - 0.08, hue + 0.08), (0.15, 0.9), (0.45, 0.98))
     parts = [Part(body(number % 12, aspect, rng), texture, base)]
-    for _ in range(int(own.integers(1, 4))):
-        x, y, size = own.uniform(-0.7, 0.7), own.uniform(-0.7, 0.7), own.uniform(0.16, 0.36)
-        shape, patch = own.integers(3), textures[own.integers(len(textures))]
-        tone = [
+    for _ in range(int(class_rng.integers(1, 4))):
+        x, y, size = class_rng.uniform(-0.7, 0.7), class_rng.uniform(-0.7, 0.7), class_rng.uniform(0.16, 0.36)
+        shape, part_texture = class_rng.integers(3), textures[class_rng.integers(len(textures))]
+        tones = [
             np.array([46.0, 43, 50]),
             np.array([243.0, 240, 232]),
-            drawing.colour(rng, (own.random(), 1), (0.5, 0.9), (0.5, 0.95)),
+            drawing.colour(rng, (class_rng.random(), 1), (0.5, 0.9), (0.5, 0.95)),
         ]
-        base_of_part = tone[own.integers(3)]
+        part_base = tones[class_rng.integers(3)]
         x, y = x + rng.normal() * 0.04, y + rng.normal() * 0.04
-        for side in (1, -1) if own.random() < 0.5 else (1,):
+        for side in (1, -1) if class_rng.random() < 0.5 else (1,):
             outline = (
                 drawing.ellipse(x * side, y, size, size),
                 drawing.rectangle(x * side - size, y - size * 0.7, x * side + size, y + size * 0.7),
                 drawing.polygon((x * side - size, y + size), (x * side + size, y + size), (x * side, y - size)),
             )[shape]
-            parts.insert(0 if own.random() < 0.3 else len(parts), Part(outline, patch, base_of_part))
+            parts.insert(0 if class_rng.random() < 0.3 else len(parts), Part(outline, part_texture, part_base))
     return parts
 
 
 def draw_single(number: int, index: int, size: int) -> np.ndarray:
-    """u8[size,size,3] of class `number`, or of bare ground for EMPTY."""
+    """Image u8[size,size,3] RGB of an object of class `number`, or of background alone for EMPTY."""
     rng = np.random.default_rng([5, size, number, index])
     canvas = Canvas(size, drawing.ground(rng, size, str(rng.choice(sorted(drawing.GROUNDS)))))
     if number != EMPTY:
         centre = (size / 2 + rng.normal() * size * 0.1, size / 2 + rng.normal() * size * 0.1)
         canvas.paint(
-            rng, single_object(number, rng), centre=centre, radius=size * rng.uniform(0.24, 0.44), turn=float(rng.normal() * 0.2),
-            mirrored=bool(rng.random() < 0.5), value=1,
+            rng, single_object(number, rng), centre=centre, radius=size * rng.uniform(0.24, 0.44),
+            turn=float(rng.normal() * 0.2), mirrored=bool(rng.random() < 0.5), value=1,
         )  # fmt: skip
     return canvas.finish(rng)[0]
 
 
-def _draw_many(indices: range, size: int) -> np.ndarray:
+def _draw_images(indices: range, size: int) -> np.ndarray:
     return np.stack([draw_single(label_of(index), index, size) for index in indices])
 
 
 def label_of(index: int) -> int:
-    """Class of picture `index` of a pool: every fifth is empty, the others go round the classes."""
+    """Class of image `index` of a pool: every fifth is empty, the others cycle through the classes."""
     return EMPTY if index % 5 == 0 else (index * 7) % CLASSES
 
 
 def draw_pool(cells: int, processes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures u8[n,side,side,3] of one cell size, and their classes i64[n]."""
+    """Images u8[n,side,side,3] of cells of SIZE / cells px, and their classes i64[n]."""
     count = POOL[cells]
-    ranges = [range(at, min(count, at + 250)) for at in range(0, count, 250)]
+    ranges = [range(start, min(count, start + 250)) for start in range(0, count, 250)]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        pictures = np.concatenate(list(pool.map(partial(_draw_many, size=SIZE // cells), ranges)))
-    return pictures, np.array([label_of(index) for index in range(count)])
+        images = np.concatenate(list(pool.map(partial(_draw_images, size=SIZE // cells), ranges)))
+    return images, np.array([label_of(index) for index in range(count)])
 
 
 def mosaic(
     pool: tuple[np.ndarray, np.ndarray], cells: int, batch: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """u8[batch,SIZE,SIZE,3] and the class of each cell i64[batch,cells,cells]; singles are mirrored at random."""
-    pictures, labels = pool
-    chosen = rng.integers(len(pictures), size=(batch, cells, cells))
-    tiles = pictures[chosen]
-    mirrored = rng.random((batch, cells, cells)) < 0.5
-    tiles[mirrored] = tiles[mirrored][:, :, ::-1]
+    """Mosaics u8[batch,SIZE,SIZE,3] of images of a pool, flipped at random, and classes i64[batch,cells,cells]."""
+    images, labels = pool
+    indices = rng.integers(len(images), size=(batch, cells, cells))
+    tiles = images[indices]
+    flipped = rng.random((batch, cells, cells)) < 0.5
+    tiles[flipped] = tiles[flipped][:, :, ::-1]
     side = SIZE // cells
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, cells * side, cells * side, 3), labels[chosen]
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, cells * side, cells * side, 3), labels[indices]
 
 
 def cell_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Token logits f32[b,CLASSES+1,16,16] and cell classes i64[b,n,n] → scalar.
+    """Token logits f32[b,CLASSES+1,16,16] and classes of cells i64[b,n,n] → scalar.
 
-    Multiple-instance learning with softmax tokens: a share of the tokens must show the cell's class, another share background,
-    and no token may show anything else.
+    Multiple-instance learning: of the softmax probabilities of a cell's tokens, the largest of the cell's class and the
+    largest of background must be high, and those of all other classes low.
     """
     b, channels, side, _ = logits.shape
     n = labels.shape[1]
-    each = side // n
-    tokens = (
-        logits.softmax(1).reshape(b, channels, n, each, n, each).permute(0, 2, 4, 3, 5, 1).reshape(-1, each * each, channels)
-    )
-    wanted = labels.reshape(-1)
-    of_class = tokens.gather(2, wanted[:, None, None].expand(-1, each * each, 1))[..., 0]
-    empty = tokens[..., EMPTY]
-    is_object = wanted != EMPTY
-    shown = of_class.topk(max(1, round(OBJECT_TOKENS * each * each)), dim=1).values.mean(1)
-    bare = empty.topk(max(1, round(EMPTY_TOKENS * each * each)), dim=1).values.mean(1)
-    allowed = torch.where(is_object, (of_class + empty).mean(1), empty.mean(1))
-    terms = -allowed.clamp(min=1e-4).log() - is_object * (shown.clamp(min=1e-4).log() + 0.5 * bare.clamp(min=1e-4).log())
-    return terms.mean()
+    cell_side = side // n
+    cell_area = cell_side**2
+    grid = logits.softmax(1).reshape(b, channels, n, cell_side, n, cell_side)
+    tokens = grid.permute(0, 2, 4, 3, 5, 1).reshape(-1, cell_area, channels)
+    cell_class = labels.reshape(-1)
+    of_class = tokens.gather(2, cell_class[:, None, None].expand(-1, cell_area, 1))[..., 0]
+    background = tokens[..., EMPTY]
+    is_object = cell_class != EMPTY
+    object_score = of_class.topk(max(1, round(OBJECT_TOKENS * cell_side * cell_side)), dim=1).values.mean(1)
+    background_score = background.topk(max(1, round(EMPTY_TOKENS * cell_side * cell_side)), dim=1).values.mean(1)
+    allowed = torch.where(is_object, (of_class + background).mean(1), background.mean(1))
+    present = object_score.clamp(min=1e-4).log() + 0.5 * background_score.clamp(min=1e-4).log()
+    return (-allowed.clamp(min=1e-4).log() - is_object * present).mean()
 
 
 @click.command()
@@ -169,7 +171,7 @@ def cell_loss(logits: Tensor, labels: Tensor) -> Tensor:
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 def main(backbone: str, steps: int, batch: int, lr: float, threads: int) -> None:
-    """Draws the pools, trains, and writes the backbone (fp16, no head) beside this file, and every 500 steps."""
+    """Draws the pools, trains, and writes the backbone (fp16, without head) beside this file, also every 500 steps."""
     out = Path(__file__).parent / f"scenes_{backbone}.fp16.safetensors"
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
@@ -178,7 +180,7 @@ def main(backbone: str, steps: int, batch: int, lr: float, threads: int) -> None
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     net = plugins.load("nn", backbone).create(f"scenes_{backbone}", SIZE, drop_path=0.0)
-    net.net.train()  # Backbone.train() keeps batch norms fixed, which must learn their statistics here
+    net.net.train()  # Backbone.train() keeps batch norms fixed, whose statistics are estimated here
     for module in net.net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = NORM_MOMENTUM
@@ -191,10 +193,10 @@ def main(backbone: str, steps: int, batch: int, lr: float, threads: int) -> None
         for group in optimiser.param_groups:
             group["lr"] = rate
         if step == round(NORMS_FIXED_FROM * steps):
-            net.train()  # what is used later are fixed norms: the rest must fit their mean of all layouts
+            net.train()  # fixed as in later use: the other weights adapt to the mean statistics of all layouts
         cells = int(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
-        pictures, labels = mosaic(pools[cells], cells, batch, rng)
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        mosaics, labels = mosaic(pools[cells], cells, batch, rng)
+        images = torch.from_numpy(mosaics).permute(0, 3, 1, 2).float() / 255
         images = (images * torch.from_numpy(rng.uniform(0.85, 1.15, (batch, 3, 1, 1)).astype(np.float32))).clamp(0, 1)
         loss = cell_loss(head(net(images)), torch.from_numpy(labels))
         optimiser.zero_grad()
@@ -207,14 +209,14 @@ def main(backbone: str, steps: int, batch: int, lr: float, threads: int) -> None
             total = 0.0
         if (step + 1) % 500 == 0 or step + 1 == steps:
             path = out if step + 1 == steps else out.with_name(f"{out.stem}.{step + 1}.safetensors")
-            told = {
+            metadata = {
                 "made_by": "data/weights/pretrain.py",
                 "steps": str(step + 1),
                 "batch": str(batch),
                 "labels": "image-level",
             }
             state = net.net.state_dict().items()
-            save_tensors(path, {name: v.half() if v.is_floating_point() else v for name, v in state}, told)
+            save_tensors(path, {name: v.half() if v.is_floating_point() else v for name, v in state}, metadata)
 
 
 if __name__ == "__main__":

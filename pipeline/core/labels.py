@@ -7,35 +7,35 @@ from dataclasses import dataclass
 
 BACKGROUND = 0
 IGNORE = 255
-MOST_CLASSES = 254  # masks are uint8, and 0 and 255 are taken
+MAX_CLASSES = 254  # masks are uint8, and 0 and 255 are taken
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes of a data set, in the order of their mask values.
+    """The classes of a data set, in the order of their mask values. ValueError on no, too many or duplicate names.
 
-    Tags and score-map planes count classes from 0 (`index`); masks hold `index + 1`.
+    Tags and score maps use the class index, from 0; masks hold index + 1.
     """
 
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.names) <= MOST_CLASSES:
-            raise ValueError(f"{len(self.names)} classes: between 1 and {MOST_CLASSES} are allowed (masks are uint8)")
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:
-            raise ValueError(f"class names stand twice: {', '.join(twice)}")
+        if not 1 <= len(self.names) <= MAX_CLASSES:
+            raise ValueError(f"{len(self.names)} classes: between 1 and {MAX_CLASSES} are allowed (masks are uint8)")
+        duplicates = sorted({name for name in self.names if self.names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"class names stand twice: {', '.join(duplicates)}")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def index(self, name: str) -> int:
-        """Class position, 0-based. KeyError lists the allowed names."""
+        """Class index, from 0. KeyError lists the known names."""
         try:
             return self.names.index(name)
         except ValueError:
             raise KeyError(f"unknown class {name!r}; known are {', '.join(self.names)}") from None
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are no class here, in order."""
+        """Those of `names` that are no class, in order."""
         return [name for name in names if name not in self.names]

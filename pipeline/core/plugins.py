@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 _PIPELINE = Path(__file__).resolve().parents[1]
-# A member of an open set is a folder with this module in it, and with what serves this member alone; an exporter is one file.
+# A member of an open set is a folder with this module and with what this member alone needs; an exporter is a file.
 ENTRIES = {
     "methods": "method", "refiners": "refiner", "segmenters": "segmenter", "datasets": "dataset", "nn": "backbone",
 }  # fmt: skip
@@ -15,7 +15,7 @@ FILES = "exporters"
 
 
 def available(kind: str) -> list[str]:
-    """Names that `load(kind, …)` takes, sorted. kind: methods, refiners, segmenters, datasets, exporters or nn."""
+    """Names of the members of an open set, sorted. kind: methods, refiners, segmenters, datasets, exporters or nn."""
     folder = _PIPELINE / kind
     if kind == FILES:
         return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
@@ -23,7 +23,7 @@ def available(kind: str) -> list[str]:
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """The module of one plug-in. ValueError lists what there is."""
+    """The module of a member of an open set. ValueError lists the known names."""
     names = available(kind)
     if name not in names:
         raise ValueError(f"no {name!r} in pipeline/{kind}; there are {', '.join(names)} (edit params.yaml)")

@@ -1,7 +1,7 @@
-"""records.h5 ↔ ImageRecord: which images there are, their tags, and how each one is read.
+"""records.h5 ↔ Records: images, sizes, splits and tags; image files → pixels.
 
-Images are decoded here and nowhere else, so that every stage sees the same pixels: EXIF orientation applied
-(masks are taken as already upright), greyscale, palette, CMYK and 16-bit turned into 8-bit RGB, transparency laid over white.
+Images are decoded here and nowhere else, so that every stage sees the same pixels: EXIF orientation applied to images (masks
+are taken as upright); greyscale, palette, CMYK and 16-bit converted to 8-bit RGB; transparency composited over white.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One usable image. path is relative to dataset.root; size is (H, W) px upright; tags are sorted class positions."""
+    """A usable image.
+
+    path    of the image file, POSIX, relative to dataset.root
+    size    (H, W) px of the upright image
+    split   of SPLITS
+    tags    class indices from 0, ascending; (): no class is present; None: untagged
+    sha256  of the image file, 32 bytes
+    """
 
     id: str
     path: str
@@ -38,7 +45,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Records:
-    """All usable images sorted by id, the label space, and what prepare skipped as (id, reason)."""
+    """All usable images by id, the label space, and (id, reason) of the images that prepare skipped."""
 
     labels: LabelSpace
     images: tuple[ImageRecord, ...]
@@ -51,41 +58,43 @@ class Records:
         return iter(self.images)
 
     def split(self, name: str) -> tuple[ImageRecord, ...]:
+        """Images of split `train` or `val`."""
         return tuple(record for record in self.images if record.split == name)
 
     def by_id(self) -> dict[str, ImageRecord]:
+        """Image records by id, in id order."""
         return {record.id: record for record in self.images}
 
 
 def shuffled(ids: Iterable[str]) -> list[str]:
-    """Ids in the order of their sha256: as good as random, and the same wherever the same ids are given."""
+    """Ids in the order of their sha256, a pseudo-random order that depends on nothing else."""
     return sorted(ids, key=lambda image_id: hashlib.sha256(image_id.encode("utf-8")).digest())
 
 
 def sample(records: Iterable[ImageRecord], count: int) -> list[ImageRecord]:
-    """At most `count` of them, the first of `shuffled`, in id order."""
+    """A pseudo-random sample of at most `count` records, the same for the same ids; in id order."""
     by_id = {record.id: record for record in records}
     return [by_id[image_id] for image_id in sorted(shuffled(by_id)[:count])]
 
 
 def decode(data: bytes) -> np.ndarray:
-    """An image file's bytes → u8[h,w,3] RGB, upright. OSError or ValueError where it cannot be read whole."""
-    with Image.open(io.BytesIO(data)) as opened:
-        opened.load()  # a truncated file fails here, not half-way through training
-        image: Image.Image = ImageOps.exif_transpose(opened) or opened
+    """Bytes of an image file → u8[h,w,3] RGB, upright. OSError or ValueError where it is damaged or of an unknown format."""
+    with Image.open(io.BytesIO(data)) as stored:
+        stored.load()  # a truncated file fails here, not half-way through training
+        image: Image.Image = ImageOps.exif_transpose(stored) or stored
         if image.mode.startswith("I"):  # 16-bit greyscale comes as I;16 or I: keep the high byte
             wide = np.asarray(image).astype(np.int64)
             image = Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8))
         if image.mode == "F":
             raise ValueError("floating-point pixels have no agreed range; save the image as 8 or 16 bit")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            clear = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", clear.size, (255, 255, 255, 255)), clear)
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
         return np.asarray(image.convert("RGB"))
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """u8[h,w] values of a palette or 8-bit greyscale image. ValueError for any other kind: colours are no class numbers."""
+    """u8[h,w] stored values of a palette, 8-bit greyscale or 1-bit image. ValueError for any other mode."""
     with Image.open(path) as image:
         if image.mode not in ("P", "L", "1"):
             raise ValueError(f"mask {path.name} is a {image.mode} image; it must be palette or 8-bit greyscale")
@@ -93,7 +102,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_image(record: ImageRecord, root: Path) -> np.ndarray:
-    """u8[h,w,3] RGB of a record. RuntimeError if the file is no longer the one that prepare saw."""
+    """u8[h,w,3] RGB, upright. RuntimeError if the file has changed since prepare; root: dataset.root."""
     data = (root / record.path).read_bytes()
     if hashlib.sha256(data).digest() != record.sha256:
         raise RuntimeError(f"{root / record.path} has changed since prepare read it; run `dvc repro` from prepare on")
@@ -101,7 +110,7 @@ def read_image(record: ImageRecord, root: Path) -> np.ndarray:
 
 
 def file_stem(image_id: str) -> str:
-    """An id as a file name that is safe on every system: separators, controls and leading dots become %XX, one to one."""
+    """An id as a file name, safe on every system: separators, control characters, a leading dot become %XX. Injective."""
 
     def safe(position: int, character: str) -> bool:
         return character.isprintable() and character not in '/\\:*?"<>|%' and not (character == "." and position == 0)
@@ -113,7 +122,7 @@ def file_stem(image_id: str) -> str:
 
 
 def write(path: Path, records: Records) -> None:
-    """Records → one HDF5 file. Texts are fixed-width UTF-8, since HDF5 does not compress variable-length types."""
+    """Records → HDF5 file (docs/data.md). Texts are fixed-width UTF-8: HDF5 does not compress variable-length types."""
     images = sorted(records.images, key=lambda record: record.id)
     tags = [record.tags or () for record in images]
     partial = path.with_name(path.name + ".partial")
@@ -135,9 +144,9 @@ def write(path: Path, records: Records) -> None:
 
 
 def read(path: Path) -> Records:
-    """One HDF5 file → Records. ValueError if it is no records file of this version."""
-    opened: Any = h5py.File(path, "r")  # h5py's types know neither groups nor data sets by name
-    with opened as file:
+    """HDF5 file → Records. ValueError if it is no records file of this version."""
+    h5_file: Any = h5py.File(path, "r")  # h5py's stubs know neither groups nor data sets by name
+    with h5_file as file:
         if file.attrs.get("schema") != SCHEMA or file.attrs.get("version") != VERSION:
             raise ValueError(f"{path} is no {SCHEMA} file of version {VERSION}; run `dvc repro prepare`")
         offset, tags = file["tags_offset"][()].astype(int), file["tags"][()]

@@ -1,8 +1,8 @@
-"""Arrays per image ↔ a directory of HDF5 parts: the narrow waist between stages.
+"""Arrays per image ↔ a folder of HDF5 parts, by which stages exchange results.
 
-A part holds `ids` and one group per field with `data` (flat, 1-D), `shape u4[n,rank]` and `offset u8[n+1]`:
-image i's array is data[offset[i]:offset[i+1]] in row-major order of shape[i]. Part borders come from the sorted ids and
-`images_per_part` alone, so the bytes do not depend on how many processes wrote them.
+A part holds `ids` and a group per field with `data` (flat, 1-D), `shape u4[n,rank]` and `offset u8[n+1]`: the array of image
+i is data[offset[i]:offset[i+1]] in row-major order of shape[i]. Borders of parts depend on the sorted ids and
+`images_per_part` alone, so that bytes do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 
 CHUNK_BYTES = 256 * 1024
-MOST_OPEN = 2  # parts that one store keeps open
+MAX_OPEN_PARTS = 2  # files that a store keeps open
 LIBVER = ("v110", "v110")
 CONFIDENCE_STEPS = 255  # confidences are stored as u8: value / 255
 
@@ -30,12 +30,12 @@ Item = tuple[str, Mapping[str, np.ndarray]]
 
 
 class StoreError(RuntimeError):
-    """A store is damaged or not what the reader expects; the text names part and id."""
+    """A store is damaged, incomplete or of another schema; the text names the part or the id."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One array per image. axes name its dimensions; a name that stands in two fields has the same length in both."""
+    """An array per image, of NumPy dtype `dtype`. Axes of the same name have the same length in all fields of an image."""
 
     dtype: str
     axes: tuple[str, ...]
@@ -43,14 +43,17 @@ class Field:
 
 @dataclass(frozen=True)
 class Schema:
+    """Fields by name; readers accept this version alone."""
+
     name: str
     version: int
     fields: Mapping[str, Field]
 
 
-# scores of the present classes only, in 0..1 at stride 4; agreement, 0..1, of the views that were merged into them, NaN of a single
-# view (imaging.scoremaps.view_agreement); affinity, of all pairs of cells of `grid` (rows, columns), is [0,0] and grid (0, 0)
-# where none is kept; decoded holds the mask values that the method's own decoder gives, [0,0] where it has none
+# classes are class indices from 0, scores their maps in 0..1 at stride 4; agreement, 0..1, of the views that were merged,
+# NaN of a single view (imaging.scoremaps.view_agreement); tag_logits of all classes; affinity of all pairs of cells of
+# `grid` (rows, columns), [0,0] and grid (0, 0) where none is kept; decoded: mask values of the method's own decoder, [0,0]
+# where it has none
 SCORE_MAPS = Schema(
     "score_maps",
     4,
@@ -64,25 +67,26 @@ SCORE_MAPS = Schema(
         "decoded": Field("|u1", ("h", "w")),
     },
 )
-# label holds mask values without 255; confidence is its probability / disagree is 1 where two thresholds differ
+# label holds mask values without 255; confidence is its probability × CONFIDENCE_STEPS; disagree is 1 where two thresholds
+# give different labels, else 0
 REFINED = Schema(
     "refined",
     1,
     {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w")), "disagree": Field("|u1", ("h", "w"))},
 )
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
-CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, only where a person's masks took the place of some
+CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, where there are corrected masks
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
-# of a segmenter that never saw the image's pseudo-mask: the soft-min of its probabilities of the mask's labels, and the mean IoU of its
-# winners with the mask; both are NaN where the mask is 255 throughout
-HELD_OUT = Schema("held_out", 1, {"soft_min": Field("<f4", ("1",)), "agreement": Field("<f4", ("1",))})
-# the mask that is used in the end (split train: pseudo-mask, val: prediction) at the nearest pixels, small enough that the report can hold
-# all columns' masks of all images against one another
+# of a segmenter that was not trained on the image: soft-min over pixels of its probabilities of the pseudo-mask's labels, and the
+# mean IoU of its mask with the pseudo-mask, both 0..1; NaN where the pseudo-mask is 255 throughout
+HELD_OUT = Schema("held_out", 2, {"soft_min": Field("<f4", ("1",)), "held_out_agreement": Field("<f4", ("1",))})
+# the mask of the last stage (split train: pseudo-mask, val: prediction), sampled at the nearest pixels, so small that the report
+# can compare the masks of all runs on all images
 SMALL_MASKS = Schema("small_masks", 1, {"mask": Field("|u1", ("h", "w"))})
-# small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
-# thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
-# stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where
-# there is no truth
+# thumbnails of a selection of images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows,
+# columns) of the thumbnail; photograph is WebP, scores (the best class's, 0..255) a grey JPEG; maps is zlib of the mask values
+# u8[m,rows,columns] of the stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is
+# of full-size masks, NaN where there is no truth
 GALLERY = Schema(
     "gallery",
     1,
@@ -121,17 +125,18 @@ TRUTH = Schema("truth", 1, {"mask": Field("|u1", ("h", "w"))})
 
 
 def empty(schema: Schema) -> dict[str, np.ndarray]:
-    """An item of which every field is empty."""
+    """Arrays of an image of which every axis has length 0."""
     return {name: np.zeros((0,) * len(field.axes), field.dtype) for name, field in schema.fields.items()}
 
 
 def parts_of(ids: Iterable[str], images_per_part: int) -> list[list[str]]:
-    """Sorted ids, cut every `images_per_part`; no ids give one empty part, so that an out is never an empty folder."""
+    """Sorted ids in parts of `images_per_part`; without ids a single empty part, so that an out is never an empty folder."""
     ordered = sorted(ids)
-    return [ordered[at : at + images_per_part] for at in range(0, len(ordered), images_per_part)] or [[]]
+    return [ordered[start : start + images_per_part] for start in range(0, len(ordered), images_per_part)] or [[]]
 
 
 def part_path(folder: Path, part: int) -> Path:
+    """File of a part, counted from 0."""
     return folder / f"part-{part:05d}.h5"
 
 
@@ -146,16 +151,20 @@ def write_part(
     params_digest: str,
     compression: str,
 ) -> None:
-    """Streams items (id, field → array) in sorted id order into one part; the file appears whole or not at all.
+    """Streams items (id, arrays by field) into a part; items come sorted by id. The file appears only when it is complete.
 
-    compression: "gzip", "zstd" (needs the extra hdf5plugin) or "none". StoreError on a wrong shape, dtype or order.
+    part, parts    number of this part, from 0, and of all
+    params_digest  sha256 of the params that the arrays depend on, an attribute of the file
+    compression    "gzip", "zstd" (needs hdf5plugin) or "none"
+
+    StoreError on wrong fields, shapes or order. Arrays are cast to the field's dtype.
     """
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     ids: list[bytes] = []
     with h5py.File(partial, "w", libver=LIBVER) as file:
-        columns = {name: _Column(file, name, field, compression) for name, field in schema.fields.items()}
+        writers = {name: _FieldWriter(file, name, field, compression) for name, field in schema.fields.items()}
         previous = None
         for image_id, arrays in items:
             if previous is not None and image_id <= previous:
@@ -163,30 +172,22 @@ def write_part(
             previous = image_id
             _check(image_id, arrays, schema, path)
             digest.update(image_id.encode("utf-8") + b"\0")
-            for name, column in columns.items():
-                column.append(arrays[name], digest)
+            for name, writer in writers.items():
+                writer.append(arrays[name], digest)
             ids.append(image_id.encode("utf-8"))
-        for column in columns.values():
-            column.close()
+        for writer in writers.values():
+            writer.close()
         file["ids"] = np.array(ids, dtype=f"S{max([1, *map(len, ids)])}")
         file["class_names"] = np.array([name.encode("utf-8") for name in labels.names])
+        values = {"part": part, "parts": parts, "params_digest": params_digest, "logical_digest": digest.hexdigest()}
         file.attrs.update(
-            {
-                "schema": schema.name,
-                "version": schema.version,
-                "background": BACKGROUND,
-                "ignore": IGNORE,
-                "part": part,
-                "parts": parts,
-                "params_digest": params_digest,
-                "logical_digest": digest.hexdigest(),
-            }
+            {"schema": schema.name, "version": schema.version, "background": BACKGROUND, "ignore": IGNORE, **values}
         )
     partial.replace(path)
 
 
-class _Column:
-    """One field of a part being written; at most one chunk and one image are in memory."""
+class _FieldWriter:
+    """Appends to a field of a part; holds at most a chunk and an image in memory."""
 
     def __init__(self, file: h5py.File, name: str, field: Field, compression: str) -> None:
         self.dtype = np.dtype(field.dtype)
@@ -209,7 +210,7 @@ class _Column:
         self.shapes.append(array.shape)
         self.pending.append(flat)
         self.waiting += flat.size
-        if self.waiting >= self.chunk:  # whole chunks at a time, so that none is compressed twice
+        if self.waiting >= self.chunk:  # only whole chunks, so that none is compressed twice
             self._flush(self.waiting // self.chunk * self.chunk)
 
     def _flush(self, count: int) -> None:
@@ -254,9 +255,10 @@ def _check(image_id: str, arrays: Mapping[str, np.ndarray], schema: Schema, path
 
 
 class Store:
-    """Reads a folder of parts, or a single part as a file. `len`, `ids`, `store[id]` → {field: array}, iteration in id order.
+    """Reads a folder of parts, or a single part. `store[id]` → arrays by field; iteration gives items (id, arrays) by id.
 
-    Files open lazily, once per process. StoreError where a part is missing, damaged, or of another schema.
+    ids are sorted; labels is the label space; logical_digest depends on ids, shapes and values, not on compression. Files
+    open lazily, once per process. StoreError where a part is missing, damaged or of another schema.
     """
 
     def __init__(self, folder: Path, schema: Schema) -> None:
@@ -265,15 +267,15 @@ class Store:
         self._process = os.getpid()
         self._index: dict[str, tuple[int, int]] = {}
         self._tables: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-        found = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("part-*.h5"))
-        if not found:
+        paths = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("part-*.h5"))
+        if not paths:
             raise StoreError(f"{self.folder} holds no parts; run the stage that writes it (`dvc repro`)")
         digests = []
         names: tuple[str, ...] | None = None
-        for part, path in enumerate(found):
-            opened: Any = h5py.File(path, "r")
-            with opened as file:
-                self._check_part(path, file, part, len(found))
+        for part, path in enumerate(paths):
+            h5_file: Any = h5py.File(path, "r")
+            with h5_file as file:
+                self._check_part(path, file, part, len(paths))
                 names = tuple(name.decode("utf-8") for name in file["class_names"][()])
                 self._tables.append(
                     {field: (file[field]["shape"][()], file[field]["offset"][()].astype(int)) for field in schema.fields}
@@ -281,18 +283,20 @@ class Store:
                 for row, image_id in enumerate(file["ids"][()]):
                     self._index[image_id.decode("utf-8")] = (part, row)
                 digests.append(file.attrs["logical_digest"])
-        self.paths = found
+        self.paths = paths
         self.labels = LabelSpace(names or ())
         self.ids: list[str] = sorted(self._index)
         self.logical_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def _check_part(self, path: Path, file: Any, part: int, count: int) -> None:
-        wanted = (self.schema.name, self.schema.version)
-        got = (file.attrs.get("schema"), file.attrs.get("version"))
-        if got != wanted:
-            raise StoreError(f"{path}: schema {got[0]} version {got[1]}, expected {wanted[0]} version {wanted[1]}")
+        expected = (self.schema.name, self.schema.version)
+        actual = (file.attrs.get("schema"), file.attrs.get("version"))
+        if actual != expected:
+            raise StoreError(f"{path}: schema {actual[0]} version {actual[1]}, expected {expected[0]} version {expected[1]}")
         if file.attrs["part"] != part or file.attrs["parts"] != count:
-            missing = sorted(set(range(int(file.attrs["parts"]))) - {int(p.stem[5:]) for p in self.folder.glob("part-*.h5")})
+            missing = sorted(
+                set(range(int(file.attrs["parts"]))) - {int(path.stem[5:]) for path in self.folder.glob("part-*.h5")}
+            )
             raise StoreError(f"{self.folder}: of {file.attrs['parts']} parts these are missing: {missing}")
 
     def __len__(self) -> int:
@@ -308,36 +312,36 @@ class Store:
         return {name: self.read(image_id, name) for name in self.schema.fields}
 
     def read(self, image_id: str, name: str) -> np.ndarray:
-        """One field of one image."""
+        """A field of an image. StoreError if the id is unknown or the data are damaged."""
         if image_id not in self._index:
             raise StoreError(f"{self.folder} holds no id {image_id!r}")
         part, row = self._index[image_id]
         shape, offset = self._tables[part][name]
         try:
             flat = self._file(part)[name]["data"][offset[row] : offset[row + 1]]
-        except OSError as error:  # fletcher32 found flipped bits
+        except OSError as error:  # the checksum of a chunk is wrong
             raise StoreError(f"{self.paths[part]}: {image_id!r} {name} is damaged ({error})") from error
         return flat.reshape(shape[row].astype(int))
 
     def column(self, name: str) -> dict[str, np.ndarray]:
-        """One field of all images at once, for fields that are small: id → array."""
-        found = {}
+        """A field of all images, by id; for small fields."""
+        arrays = {}
         for part, table in enumerate(self._tables):
             shape, offset = table[name]
             data = self._file(part)[name]["data"][()]
-            rows = {image_id: row for image_id, (where, row) in self._index.items() if where == part}
-            found |= {i: data[offset[row] : offset[row + 1]].reshape(shape[row].astype(int)) for i, row in rows.items()}
-        return found
+            rows = {image_id: row for image_id, (image_part, row) in self._index.items() if image_part == part}
+            arrays |= {i: data[offset[row] : offset[row + 1]].reshape(shape[row].astype(int)) for i, row in rows.items()}
+        return arrays
 
     def shape_of(self, image_id: str, name: str) -> tuple[int, ...]:
-        """The shape of one field of one image, without reading it."""
+        """Shape of a field of an image, without reading it."""
         part, row = self._index[image_id]
         return tuple(int(side) for side in self._tables[part][name][0][row])
 
     def require(self, ids: Iterable[str]) -> None:
         """StoreError unless the store holds exactly these ids."""
-        wanted = set(ids)
-        missing, extra = sorted(wanted - set(self._index)), sorted(set(self._index) - wanted)
+        expected = set(ids)
+        missing, extra = sorted(expected - set(self._index)), sorted(set(self._index) - expected)
         if missing or extra:
             raise StoreError(
                 f"{self.folder}: {len(missing)} ids are missing {missing[:5]}, {len(extra)} are not expected {extra[:5]}"
@@ -347,7 +351,7 @@ class Store:
         if os.getpid() != self._process:  # HDF5 handles do not survive a fork
             self._open, self._process = {}, os.getpid()
         if part not in self._open:
-            if len(self._open) >= MOST_OPEN:  # memory must not grow with the number of parts
+            if len(self._open) >= MAX_OPEN_PARTS:  # memory must not grow with the number of parts
                 self._open.pop(next(iter(self._open))).close()
             self._open[part] = h5py.File(self.paths[part], "r", rdcc_nbytes=2 * CHUNK_BYTES)
         return self._open[part]
@@ -357,21 +361,22 @@ class Store:
 
 
 def digest(value: Any) -> str:
-    """sha256 of plain values (numbers, texts, lists, mappings), independent of mapping order."""
+    """sha256 of the JSON of plain values (numbers, strings, lists, mappings with sorted keys); other values by str()."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of one file, streamed."""
+    """sha256 of a file, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Workspace:
-    """`with Workspace(out, key) as work:` a folder for finished pieces that survives a crash.
+    """`with Workspace(out, key) as work:` gives a folder for unfinished work, which survives a crash.
 
-    The same key (inputs, params and code of the stage) finds it again; when the block ends well the folder `work.result`
-    takes the place of `out` by a rename, and the rest is removed.
+    key is a digest of inputs, params and code of the stage: the same key continues in the same folder. When the block ends
+    without an error, `work.result` (for an out with a suffix, its file of the same name) replaces `out` by a rename, and the
+    rest is removed.
     """
 
     def __init__(self, out: Path, key: str, root: Path = Path(".work")) -> None:
@@ -391,7 +396,7 @@ class Workspace:
             shutil.rmtree(self.out)
         else:
             self.out.unlink(missing_ok=True)
-        if self.out.suffix:  # an out that is one file is called the same inside the work space
+        if self.out.suffix:  # an out that is a file has the same name inside the workspace
             (self.result / self.out.name).replace(self.out)
         else:
             self.result.replace(self.out)
@@ -399,5 +404,5 @@ class Workspace:
 
 
 def missing_parts(folder: Path, parts: Sequence[Any]) -> list[int]:
-    """Part numbers that are not finished yet, in order."""
+    """Numbers of the parts that are not written yet, ascending."""
     return [part for part in range(len(parts)) if not part_path(folder, part).exists()]

@@ -1,7 +1,7 @@
-"""Pseudo-masks → annotations.json of COCO, in compressed RLE: one annotation per class and image. Exact.
+"""Pseudo-masks → annotations.json of COCO in compressed RLE, one annotation per class and image. Lossless.
 
-Pseudo-masks know classes, not objects, so the form is that of COCO's stuff annotations. Category ids are the mask values.
-255 is a category of its own, `ignore` with id 255, whose annotations are crowds: readers of COCO leave crowds out of losses and counts.
+Pseudo-masks are semantic, so the annotations are like those of COCO-Stuff. Category ids are mask values. 255 is the category
+`ignore`, with id 255, whose annotations have iscrowd 1: readers of COCO leave crowds out of losses and metrics.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pipeline.mask_files import legend
 
 
 def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
-    """Streams: annotations go to the file as they come, one small row per image is kept for the list of images.
+    """Writes annotations.json. Streams: only the list of images is held in memory.
 
-    file_name is the image's path under dataset.root, tag2mask_id its id. Numbers of images and annotations count from 1.
+    file_name is the image's path under dataset.root, tag2mask_id its id. Ids of images and annotations count from 1.
     """
     out.mkdir(parents=True, exist_ok=True)
     by_id, count = records.by_id(), 0
     images: list[dict[str, Any]] = []
     with (out / "annotations.json").open("w", encoding="utf-8", newline="\n") as file:
-        about = {"description": "pseudo-masks of tag2mask; one annotation per class and image, 255 as crowd of category 255"}
-        file.write(f'{{"info": {json.dumps(about)},\n"licenses": [],\n"categories": {json.dumps(_categories(records))},\n')
+        info = {"description": "pseudo-masks of tag2mask; one annotation per class and image, 255 as crowd of category 255"}
+        file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n"categories": {json.dumps(_categories(records))},\n')
         file.write('"annotations": [')
         for image_id, mask in masks:
             record = by_id[image_id]
@@ -47,16 +47,16 @@ def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) 
 
 
 def _categories(records: Records) -> list[dict[str, Any]]:
-    named = legend(records.labels).items()
-    return [{"id": value, "name": name, "supercategory": name} for value, name in named if value != BACKGROUND]
+    names = legend(records.labels).items()
+    return [{"id": value, "name": name, "supercategory": name} for value, name in names if value != BACKGROUND]
 
 
 def _annotation(mask: np.ndarray, value: int) -> dict[str, Any]:
-    coded: Any = rle.encode(np.asfortranarray(mask == value, np.uint8))  # its stub says counts are str, they are bytes
+    encoded: Any = rle.encode(np.asfortranarray(mask == value, np.uint8))  # counts are bytes, though the stub says str
     return {
         "category_id": value,
-        "segmentation": {"size": [int(side) for side in coded["size"]], "counts": coded["counts"].decode("ascii")},
-        "area": int(rle.area(coded)),
-        "bbox": [float(edge) for edge in rle.toBbox(coded)],  # x, y, w, h px
+        "segmentation": {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")},
+        "area": int(rle.area(encoded)),
+        "bbox": [float(edge) for edge in rle.toBbox(encoded)],  # x, y, w, h px
         "iscrowd": int(value == IGNORE),
     }

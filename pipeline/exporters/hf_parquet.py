@@ -1,7 +1,6 @@
-"""Pseudo-masks → data/train-00000-of-00001.parquet as Hugging Face's `datasets` reads it: id, file, tags, mask as a PNG. Exact.
+"""Pseudo-masks → data/train-00000-of-00001.parquet for Hugging Face's `datasets`: id, file, tags, mask as a PNG. Lossless.
 
-Needs pyarrow: pip install tag2mask[parquet]. The mask is a palette PNG, which `datasets` shows as an image and NumPy reads as
-mask values.
+Needs pyarrow: pip install tag2mask[parquet]. The mask is a palette PNG: an image to `datasets`, mask values to NumPy.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from pipeline.core.records import Records, file_stem
 from pipeline.mask_files import legend, legend_lines, palette_png
 
-ROWS, BYTES = 100, 2**24  # a row group ends at whichever comes first; the Hub's viewer wants small ones
+MAX_ROWS, MAX_BYTES = 100, 2**24  # of a row group, which ends at whichever comes first; the Hub's viewer needs small ones
 
 
 def check() -> None:
@@ -25,12 +24,12 @@ def check() -> None:
     if find_spec("pyarrow") is None:
         raise ValueError(
             "export format hf_parquet needs pyarrow: pip install 'tag2mask[parquet]' (or pip install pyarrow), "
-            "or take hf_parquet out of export.<method>.formats (edit params.yaml)"
+            "or take hf_parquet out of export.formats (edit params.yaml)"
         )
 
 
 def features(records: Records) -> dict[str, Any]:
-    """The columns as `datasets` names them."""
+    """The columns as features of `datasets`."""
     names = {"names": list(records.labels.names), "_type": "ClassLabel"}
     return {
         "image_id": {"dtype": "string", "_type": "Value"},
@@ -41,7 +40,7 @@ def features(records: Records) -> dict[str, Any]:
 
 
 def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
-    """Streams row groups. file_name is relative to dataset.root; tags are null where nobody tagged the image."""
+    """Streams row groups. file_name is relative to dataset.root; tags are class indices from 0, null on untagged images."""
     import pyarrow  # pyright: ignore[reportMissingImports]
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
@@ -66,10 +65,10 @@ def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) 
         for image_id, mask in masks:
             record, png = by_id[image_id], palette_png(mask)
             tags = None if record.tags is None else list(record.tags)
-            picture = {"bytes": png, "path": f"{file_stem(image_id)}.png"}
-            rows.append({"image_id": image_id, "file_name": record.path, "tags": tags, "mask": picture})
+            image = {"bytes": png, "path": f"{file_stem(image_id)}.png"}
+            rows.append({"image_id": image_id, "file_name": record.path, "tags": tags, "mask": image})
             size += len(png)
-            if len(rows) == ROWS or size >= BYTES:
+            if len(rows) == MAX_ROWS or size >= MAX_BYTES:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))
                 rows, size = [], 0
         if rows:

@@ -1,7 +1,8 @@
-"""Pseudo-masks → tasks.json of Label Studio with one brush region per class and image, and labels.xml, its labelling interface. Exact.
+"""Pseudo-masks → tasks.json of Label Studio, one brush region per class and image, and its labelling interface. Lossless.
 
-A region is the RLE that Label Studio's brush has (thi.ng's rle-pack, https://github.com/thi-ng/umbrella): a bit stream of the mask's
-RGBA bytes, 4 per pixel, all 0 or all 255. 255 is the label `ignore`. Regions are predictions: Label Studio shows them for mending.
+A region is in the RLE of Label Studio's brush (thi.ng's rle-pack, https://github.com/thi-ng/umbrella): a bit stream of the
+mask's RGBA bytes, 4 per pixel, all 0 or all 255. 255 is the label `ignore`. Regions are predictions, which annotators accept
+or correct.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from pipeline.core.records import Records
 from pipeline.mask_files import hex_of, legend
 
 WORD = 8  # bits of a value
-LENGTHS = np.array([3, 4, 8, 16])  # bits in which a run's length can be told
+LENGTHS = np.array([3, 4, 8, 16])  # bits in which a run's length can be stored
 CHANNELS = 4
 LONGEST = 2**16  # values in one run
 ROOT = "/data/local-files/?d="  # Label Studio's own address of files under LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT
 
 
 def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
-    """Streams task by task. data.image is the path under dataset.root, as Label Studio serves local files."""
+    """Streams task by task. data.image is the URL at which Label Studio serves the path under dataset.root."""
     out.mkdir(parents=True, exist_ok=True)
     by_id, names = records.by_id(), legend(records.labels)
     with (out / "tasks.json").open("w", encoding="utf-8", newline="\n") as file:
@@ -68,10 +69,11 @@ def _region(mask: np.ndarray, value: int, name: str, number: int) -> dict[str, A
 
 
 def encode(region: np.ndarray) -> bytes:
-    """bool[h,w] → the brush's RLE.
+    """bool[h,w] → bytes of rle-pack.
 
-    Head: number of values (32 bits), bits of a value - 1 (5), bits of each kind of length - 1 (4 each). Then per run: 1,
-    kind of length (2 bits), length - 1, value. Its other form, literal values, is never shorter here: a pixel is 4 equal values.
+    Header: number of values (32 bits), bits per value - 1 (5 bits), then the four entries of LENGTHS - 1 (4 bits each). Per
+    run: a 1, the index of its length's width in LENGTHS (2 bits), length - 1, value. Runs of literal values (a 0) are never
+    shorter here, since a pixel is 4 equal values.
     """
     flat = region.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
@@ -81,14 +83,14 @@ def encode(region: np.ndarray) -> bytes:
     runs = np.full(pieces.sum(), LONGEST)
     ends = np.cumsum(pieces) - 1
     runs[ends] = lengths - (pieces - 1) * LONGEST
-    kinds = np.searchsorted(2**LENGTHS, runs)
-    codes = ((((1 << 2) | kinds) << LENGTHS[kinds]) | (runs - 1)) << WORD | np.where(values, 2**WORD - 1, 0)
-    head = _bits(np.array([flat.size * CHANNELS, WORD - 1, *(LENGTHS - 1)]), np.array([32, 5, 4, 4, 4, 4]))
-    return np.packbits(np.concatenate([head, _bits(codes, 3 + LENGTHS[kinds] + WORD)])).tobytes()
+    widths = np.searchsorted(2**LENGTHS, runs)  # index in LENGTHS
+    codes = ((((1 << 2) | widths) << LENGTHS[widths]) | (runs - 1)) << WORD | np.where(values, 2**WORD - 1, 0)
+    header = _bits(np.array([flat.size * CHANNELS, WORD - 1, *(LENGTHS - 1)]), np.array([32, 5, 4, 4, 4, 4]))
+    return np.packbits(np.concatenate([header, _bits(codes, 3 + LENGTHS[widths] + WORD)])).tobytes()
 
 
 def _bits(numbers: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Numbers i64[n] and their widths → their bits one after another, highest first, u8[sum of widths]."""
+    """Numbers i64[n] and widths i64[n] in bits → u8[sum of widths], the concatenated bits, most significant first."""
     widest = int(widths.max())
     places = np.arange(widest - 1, -1, -1)
     bits = (numbers[:, None] >> places) & 1

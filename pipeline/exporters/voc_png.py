@@ -1,4 +1,4 @@
-"""Pseudo-masks → a VOC tree: SegmentationClass/*.png in VOC's palette, and the list of them. Exact."""
+"""Pseudo-masks → PASCAL VOC's layout: SegmentationClass/*.png in VOC's palette, and the list of images. Lossless."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.mask_files import legend_lines, palette_png
 
 
 def write(masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
-    """One PNG per image, file names made safe; ids.csv maps ids to files, classes.txt lists the mask values."""
+    """One PNG per image under a safe file name; ids.csv maps ids to files, classes.txt mask values to names."""
     folder, lists = out / "SegmentationClass", out / "ImageSets" / "Segmentation"
     folder.mkdir(parents=True, exist_ok=True)
     lists.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ def compare(probabilities: np.ndarray, mask: np.ndarray, temperature: float) -> 
     of_labels = np.take_along_axis(probabilities, np.where(known, labels, 0)[None].astype(np.intp), 0)[0][known]
     return {
         "soft_min": np.array([soft_min(of_labels, temperature)], np.float32),
-        "agreement": np.array([metrics.miou(counts, protocol="background")], np.float32),
+        "held_out_agreement": np.array([metrics.miou(counts, protocol="background")], np.float32),
     }
 
 

@@ -1,4 +1,4 @@
-"""The machine and params.yaml → what is there, and what to do where something is missing."""
+"""The machine and params.yaml → findings: what is present, and what to do where something is missing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.core.config import ParamsError
 from pipeline.jobs import check
 from pipeline.nn.torchvision_guard import define_missing_operators
 
-FREE_GIB = 5
+MIN_FREE_GIB = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """subject: what was looked at; state: how it is; advice: what to do, None where all is well."""
+    """subject: what was checked; state: its state; advice: what to do, None where nothing is wrong."""
 
     subject: str
     state: str
@@ -30,11 +30,13 @@ class Finding:
 
     @property
     def text(self) -> str:
+        """Lines for the terminal."""
         mark = "ok  " if self.advice is None else "FIX "
         return f"{mark} {self.subject}: {self.state}" + (f"\n     → {self.advice}" if self.advice else "")
 
 
 def python() -> Finding:
+    """Python's version."""
     version = ".".join(map(str, sys.version_info[:3]))
     return Finding(
         "Python", version, None if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then `make setup`"
@@ -42,15 +44,19 @@ def python() -> Finding:
 
 
 def tool(name: str, advice: str) -> Callable[[], Finding]:
-    def found() -> Finding:
+    """A check that a program is on the path."""
+
+    def finding() -> Finding:
         path = shutil.which(name)
         return Finding(name, path or "missing", None if path else advice)
 
-    return found
+    return finding
 
 
 def package(module: str, distribution: str) -> Callable[[], Finding]:
-    def found() -> Finding:
+    """A check that a module can be imported."""
+
+    def finding() -> Finding:
         try:
             define_missing_operators()  # torchvision beside a CPU-only torch
             importlib.import_module(module)
@@ -58,28 +64,32 @@ def package(module: str, distribution: str) -> Callable[[], Finding]:
             return Finding(distribution, f"cannot be imported: {error}", "rm -rf .venv && make setup")
         return Finding(distribution, metadata.version(distribution), None)
 
-    return found
+    return finding
 
 
 def cuda() -> Finding:
+    """CUDA devices and their memory."""
     import torch
 
     if not torch.cuda.is_available():
-        why = "this torch is built for CPU" if torch.version.cuda is None else "no driver or no device"
-        return Finding("CUDA", f"none ({why}); everything runs on {len(os.sched_getaffinity(0))} cores", None)
+        reason = "this torch is built for CPU" if torch.version.cuda is None else "no driver or no device"
+        return Finding("CUDA", f"none ({reason}); everything runs on {len(os.sched_getaffinity(0))} cores", None)
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    return Finding("CUDA", ", ".join(f"{one.name} {one.total_memory / 2**30:.0f} GiB" for one in devices), None)
+    return Finding("CUDA", ", ".join(f"{device.name} {device.total_memory / 2**30:.0f} GiB" for device in devices), None)
 
 
 def disk() -> Finding:
+    """Free space of the working directory's disk."""
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     return Finding(
-        "disk", f"{free:.0f} GiB free", None if free > FREE_GIB else f"free at least {FREE_GIB} GiB: DVC keeps every result"
+        "disk",
+        f"{free:.0f} GiB free",
+        None if free > MIN_FREE_GIB else f"free at least {MIN_FREE_GIB} GiB: DVC keeps every result",
     )
 
 
 def links() -> Finding:
-    """Whether DVC's cache can share bytes with the workspace, tried with a file."""
+    """Whether hard links work here, by which DVC's cache and the workspace share bytes."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         source, target = Path(folder) / "a", Path(folder) / "b"
         source.write_bytes(b"x")
@@ -91,6 +101,7 @@ def links() -> Finding:
 
 
 def params() -> Finding:
+    """Problems of params.yaml and its recipes."""
     problems = check.problems()
     return Finding(
         "params.yaml", "well" if not problems else "\n".join(problems), None if not problems else "edit params.yaml"
@@ -98,16 +109,16 @@ def params() -> Finding:
 
 
 def inputs() -> Finding:
-    """The files that the runs start from, and the data."""
+    """Initial weights of the runs, and the data set."""
     try:
         values = sections.read()
         root = Path(sections.dataset(values).root)
         runs = [sections.Settings.read(name).run for name in sections.runs(values)]
     except ParamsError:
-        return Finding("inputs", "params.yaml must be mended first", "edit params.yaml")
-    named = {path for run in runs for path in (run.init, run.segmenter_init)}
-    made = {f"artifacts/{key}/model.safetensors" for key in values["methods"]}  # a run may start where another has ended
-    missing = sorted(path for path in named - made if not Path(path).is_file())
+        return Finding("inputs", "params.yaml must be corrected first", "edit params.yaml")
+    weights = {path for run in runs for path in (run.init, run.segmenter_init)}
+    trained = {f"artifacts/{name}/model.safetensors" for name in values["methods"]}  # a run may start from another's model
+    missing = sorted(path for path in weights - trained if not Path(path).is_file())
     if missing:
         return Finding(
             "inputs", f"missing: {', '.join(missing)}", "put the weights there (data/weights/README.md), or name others"
@@ -138,9 +149,9 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     params,
     inputs,
 )
-PACKAGES = CHECKS[:10]  # what stops all work
+PACKAGES = CHECKS[:10]  # without them nothing runs
 
 
 def findings(*, packages_only: bool) -> list[Finding]:
-    """All of them, or those without which nothing runs: compiler and packages."""
+    """Findings of all checks, or only of tools and packages."""
     return [check() for check in (PACKAGES if packages_only else CHECKS)]

@@ -1,4 +1,4 @@
-"""The embedded data set: drawn picture-book scenes with tags and true masks. `python -m pipeline.datasets.scenes ROOT` draws it."""
+"""The demo's drawn scenes with tags and exact masks: `python -m pipeline.datasets.scenes.dataset ROOT` draws them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from pipeline.datasets.scenes.drawing import (
 from pipeline.listing import read_table, split_tags
 
 CLASSES = ("boat", "car", "fish", "house", "mushroom", "sheep")
-# the co-occurrence trap: where a class is nearly always seen; house may stand anywhere
+# classes co-occur with backgrounds, as boats with water in photographs: the usual background of a class, and its frequency
 HOME = {"boat": "sea", "car": "street", "fish": "sea", "mushroom": "forest", "sheep": "meadow"}
 AT_HOME = {"boat": 0.95, "car": 0.6, "fish": 0.95, "mushroom": 0.6, "sheep": 0.95}
-COMPANIONS = {"boat": "fish", "fish": "boat"}  # often seen together
+COMPANIONS = {"boat": "fish", "fish": "boat"}  # classes that often occur together
 SIZE = 128
-SMALLEST_VISIBLE = 40  # px; less of a class than that is not worth a tag
+SMALLEST_VISIBLE = 40  # px; a class with fewer visible pixels gets no tag
 DARK, WHITE, GLASS = np.array([46.0, 43, 50]), np.array([243.0, 240, 232]), np.array([188.0, 220, 236])
 
 
@@ -132,52 +132,52 @@ OBJECTS: dict[str, Callable[[np.random.Generator], list[Part]]] = {
 }  # fmt: skip
 
 
-def _chosen(rng: np.random.Generator) -> list[str]:
-    """One to three classes; the sea's two often come together."""
+def _draw_classes(rng: np.random.Generator) -> list[str]:
+    """One to three different classes; boat and fish often together."""
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.38, 0.12]))
     classes = [str(name) for name in rng.choice(CLASSES, count, replace=False)]
-    friend = COMPANIONS.get(classes[0])
-    if count > 1 and friend and friend not in classes and rng.random() < 0.5:
-        classes[1] = friend
+    companion = COMPANIONS.get(classes[0])
+    if count > 1 and companion and companion not in classes and rng.random() < 0.5:
+        classes[1] = companion
     return classes
 
 
 def draw_scene(rng: np.random.Generator, size: int = SIZE) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
-    """One picture: image u8[size,size,3], mask u8[size,size] (0 background, i + 1 = CLASSES[i]), its tags, its ground's name."""
-    classes = _chosen(rng)
+    """Image u8[size,size,3] RGB, mask u8[size,size] (0 background, i + 1 = CLASSES[i]), tags, name of the background."""
+    classes = _draw_classes(rng)
     home = HOME.get(classes[0])
-    place = home if home and rng.random() < AT_HOME[classes[0]] else str(rng.choice(sorted(GROUNDS)))
-    canvas = Canvas(size, ground(rng, size, place))
-    taken: list[tuple[float, float, float]] = []
+    background = home if home and rng.random() < AT_HOME[classes[0]] else str(rng.choice(sorted(GROUNDS)))
+    canvas = Canvas(size, ground(rng, size, background))
+    circles: list[tuple[float, float, float]] = []  # x, y, radius px of the objects so far
     for name in classes:
         largest, smallest = ((0.46, 0.3), (0.35, 0.24), (0.3, 0.21))[len(classes) - 1]
         radius = rng.uniform(smallest, largest) * size
         centre = (size / 2, size / 2)
-        for _ in range(12):  # some overlap is wanted, burial is not
+        for _ in range(12):  # objects may overlap, but none may be covered
             centre = (rng.uniform(radius * 0.75, size - radius * 0.75), rng.uniform(radius * 0.75, size - radius * 0.75))
-            if all(math.hypot(centre[0] - x, centre[1] - y) > 0.85 * (radius + other) for x, y, other in taken):
+            if all(math.hypot(centre[0] - x, centre[1] - y) > 0.85 * (radius + other) for x, y, other in circles):
                 break
-        taken.append((*centre, radius))
+        circles.append((*centre, radius))
         canvas.paint(
-            rng, OBJECTS[name](rng), centre=centre, radius=radius, turn=float(rng.normal() * 0.13), mirrored=bool(rng.random() < 0.5),
-            value=CLASSES.index(name) + 1,
+            rng, OBJECTS[name](rng), centre=centre, radius=radius, turn=float(rng.normal() * 0.13),
+            mirrored=bool(rng.random() < 0.5), value=CLASSES.index(name) + 1,
         )  # fmt: skip
     image, mask = canvas.finish(rng)
-    seen = np.bincount(mask.ravel(), minlength=len(CLASSES) + 1)[1:]
-    tags = tuple(name for name, count in zip(CLASSES, seen, strict=True) if count >= SMALLEST_VISIBLE)
-    return image, mask, tags, place
+    visible = np.bincount(mask.ravel(), minlength=len(CLASSES) + 1)[1:]
+    tags = tuple(name for name, count in zip(CLASSES, visible, strict=True) if count >= SMALLEST_VISIBLE)
+    return image, mask, tags, background
 
 
 def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """Every picture has a generator of its own, so that the order of drawing does not matter."""
+    """The generator of one image, so that images do not depend on the order in which they are drawn."""
     return np.random.default_rng([seed, ("train", "val").index(split), index])
 
 
 def write(root: Path, *, seed: int, train: int, val: int) -> bool:
-    """Draws images/, masks/ and tags.csv under root; False if the same set lies there already."""
-    asked = {"seed": seed, "train": train, "val": val, "size": SIZE}
-    told = root / "scenes.json"
-    if told.is_file() and json.loads(told.read_text(encoding="utf-8")) == asked:
+    """Draws images/, masks/ and tags.csv of so many images under root; False where the same data set is there already."""
+    description = {"seed": seed, "train": train, "val": val, "size": SIZE}
+    description_file = root / "scenes.json"
+    if description_file.is_file() and json.loads(description_file.read_text(encoding="utf-8")) == description:
         return False
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -193,7 +193,7 @@ def write(root: Path, *, seed: int, train: int, val: int) -> bool:
                 Image.fromarray(image).save(partial / "images" / f"{name}.png")
                 Image.fromarray(mask).save(partial / "masks" / f"{name}.png")
                 rows.writerow([name, " ".join(tags), split])
-    (partial / "scenes.json").write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    (partial / "scenes.json").write_text(json.dumps(description) + "\n", encoding="utf-8")
     shutil.rmtree(root, ignore_errors=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(root)
@@ -206,7 +206,7 @@ class Params:
 
 
 class Dataset:
-    """Reads what `write` has drawn."""
+    """Reads the files that `write` has drawn: ids are file names without suffix."""
 
     def __init__(self, root: Path, params: Params) -> None:
         del params
@@ -214,6 +214,7 @@ class Dataset:
         self.labels = LabelSpace(CLASSES)
 
     def listings(self) -> list[Listing]:
+        """Every row of tags.csv. DatasetError where it cannot be read."""
         rows = read_table(self.root / "tags.csv", ["id", "tags", "split"])
         return [
             Listing(row["id"], Path("images") / f"{row['id']}.png", row["split"], tags, True)
@@ -221,6 +222,7 @@ class Dataset:
         ]
 
     def truth(self, listing: Listing) -> np.ndarray:
+        """u8[h,w] mask values."""
         return read_mask(self.root / "masks" / f"{listing.id}.png")
 
 

@@ -1,7 +1,8 @@
-"""Random pictures from shapes and textures: polygons filled with planks, scales, wool, bricks … on painted grounds.
+"""Synthetic images from shapes and textures: polygons filled with planks, scales, wool, bricks … on drawn backgrounds.
 
-Everything is drawn from a NumPy generator, so that the same seed gives the same picture. Coordinates of shapes are in units of
-the object's radius, x to the right, y down; colours are f32[3] in 0..255.
+All randomness comes from a NumPy generator: the same seed gives the same image. Points of shapes are in units of the
+object's radius, with the origin at its centre, x to the right and y down. Colours are f64[3] RGB in 0..255. A texture
+(rng, h, w, base colour) → f[h,w,3] fills h × w px.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 2
-OUTLINE = 0.62  # brightness of a part's edge
+OUTLINE = 0.62  # brightness of a part's outline, relative to its base colour
 
-Colour = np.ndarray
+Colour = np.ndarray  # f64[3]
 Points = np.ndarray  # f64[n,2] (x, y)
 Texture = Callable[[np.random.Generator, int, int, Colour], np.ndarray]
 
@@ -28,26 +29,29 @@ def colour(
     saturation: tuple[float, float] = (0.3, 0.8),
     value: tuple[float, float] = (0.5, 0.95),
 ) -> Colour:
-    """A colour with hue, saturation and value drawn from ranges in 0..1; hue wraps around."""
+    """A colour whose hue, saturation and value (HSV) are uniform in ranges within 0..1; hue wraps around."""
     h, s, v = rng.uniform(*hue) % 1, rng.uniform(*saturation), rng.uniform(*value)
     return np.array(colorsys.hsv_to_rgb(h, s, v)) * 255
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, corners: int = 28) -> Points:
+    """Polygon of `corners` points on an ellipse with centre (cx, cy) and radii (rx, ry)."""
     angle = np.linspace(0, 2 * math.pi, corners, endpoint=False)
     return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], axis=1)
 
 
 def rectangle(left: float, top: float, right: float, bottom: float) -> Points:
+    """Corners of an axis-aligned rectangle."""
     return polygon((left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def polygon(*corners: tuple[float, float]) -> Points:
+    """Points of the corners (x, y), in order."""
     return np.array(corners, float)
 
 
 def dome(cx: float, base: float, rx: float, height: float) -> Points:
-    """Upper half of an ellipse that stands on y = base."""
+    """Upper half of an ellipse with its centre at (cx, base)."""
     angle = np.linspace(math.pi, 2 * math.pi, 20)
     return np.stack([cx + rx * np.cos(angle), base + height * np.sin(angle)], axis=1)
 
@@ -55,14 +59,14 @@ def dome(cx: float, base: float, rx: float, height: float) -> Points:
 def cloud(
     rng: np.random.Generator, cx: float, cy: float, rx: float, ry: float, bumps: int = 8, depth: float = 0.14
 ) -> Points:
-    """An ellipse with `bumps` round bumps."""
+    """An ellipse whose radius swells `bumps` times around, by a fraction of up to `depth`."""
     angle = np.linspace(0, 2 * math.pi, 6 * bumps, endpoint=False)
     radius = 1 + depth * np.abs(np.sin(bumps * angle / 2 + rng.uniform(0, math.pi)))
     return np.stack([cx + rx * radius * np.cos(angle), cy + ry * radius * np.sin(angle)], axis=1)
 
 
 def _shaded(base: Colour, light: np.ndarray) -> np.ndarray:
-    """Brightness field f[h,w] around 1 times a colour → f[h,w,3]."""
+    """Relative brightness f[h,w] times a colour → f[h,w,3]."""
     return light[..., None] * base
 
 
@@ -71,6 +75,7 @@ def _grid(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain(rng: np.random.Generator, h: int, w: int, base: Colour) -> np.ndarray:
+    """One colour, about as bright as `base`."""
     return _shaded(base, np.ones((h, w), np.float32) + rng.uniform(-0.05, 0.05))
 
 
@@ -101,7 +106,7 @@ def scales(rng: np.random.Generator, h: int, w: int, base: Colour) -> np.ndarray
 
 
 def wool(rng: np.random.Generator, h: int, w: int, base: Colour) -> np.ndarray:
-    """Curls: noise bent around itself."""
+    """Curls: the sine of smooth noise."""
     coarse = smooth_noise(rng, h, w, 9)
     light = 0.95 + 0.2 * np.sin(3.2 * coarse + smooth_noise(rng, h, w, 5) * 2.2)
     return _shaded(base, light)
@@ -148,6 +153,7 @@ def spots(rng: np.random.Generator, h: int, w: int, base: Colour) -> np.ndarray:
 
 
 def checks(rng: np.random.Generator, h: int, w: int, base: Colour) -> np.ndarray:
+    """A chessboard."""
     y, x = _grid(h, w)
     pitch = rng.uniform(8, 12)
     return _shaded(base, 0.78 + 0.4 * ((np.floor(y / pitch) + np.floor(x / pitch)) % 2))
@@ -183,14 +189,14 @@ class Part:
 
 
 def smooth_noise(rng: np.random.Generator, h: int, w: int, cell: int) -> np.ndarray:
-    """f32[h,w] of standard deviation about 1, smooth over `cell` px."""
+    """f32[h,w] noise of mean 0 and standard deviation about 1, correlated over `cell` px."""
     coarse = rng.standard_normal((h // cell + 3, w // cell + 3)).astype(np.float32)
     wide = Image.fromarray(coarse).resize((coarse.shape[1] * cell, coarse.shape[0] * cell), Image.Resampling.BICUBIC)
     return np.asarray(wide)[cell : cell + h, cell : cell + w]
 
 
 class Canvas:
-    """A picture being painted, `size` px square, drawn at SUPERSAMPLING times that, with the mask of what covers what."""
+    """Image and mask of size × size px, drawn at SUPERSAMPLING times that size. ground: f32[size,size,3] in 0..255."""
 
     def __init__(self, size: int, ground: np.ndarray) -> None:
         self.size = size
@@ -211,7 +217,7 @@ class Canvas:
         mirrored: bool,
         value: int,
     ) -> None:
-        """Paints an object: centre and radius in px of the picture, turn in radians, value written into the mask."""
+        """Draws an object over the others: centre (x, y) and radius in px of the image, turn in radians, its mask value."""
         shade = rng.uniform(0.86, 1.1)
         draw, scale = ImageDraw.Draw(self.image), radius * SUPERSAMPLING
         mask = ImageDraw.Draw(self.mask)
@@ -231,7 +237,7 @@ class Canvas:
             mask.polygon([(float(x), float(y)) for x, y in points], fill=value)
 
     def finish(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """u8[size,size,3] with light, grain and noise laid over it, and the mask u8[size,size]."""
+        """Image u8[size,size,3] RGB with a lighting gradient and noise, and its mask u8[size,size]."""
         size = self.size
         pixels = np.asarray(self.image.resize((size, size), Image.Resampling.BOX)).astype(np.float32)
         ramp = np.linspace(-1, 1, size, dtype=np.float32)
@@ -243,7 +249,7 @@ class Canvas:
         return np.clip(pixels, 0, 255).astype(np.uint8), np.ascontiguousarray(mask)
 
 
-# sky and ground, RGB
+# backgrounds: colours above and below the horizon, RGB
 GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "sea": ((156, 198, 230), (52, 108, 160)),
     "meadow": ((170, 208, 236), (104, 154, 74)),
@@ -254,7 +260,7 @@ GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 
 
 def ground(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
-    """A background with its own marks and unlabelled clutter: f32[size,size,3]."""
+    """The background `name` of GROUNDS with its typical details and unlabelled clutter: f32[size,size,3] in 0..255."""
     sky, floor = (np.array(tone, float) + rng.normal(size=3) * 12 for tone in GROUNDS[name])
     horizon = int(size * rng.uniform(0.05, 0.5))
     y = np.arange(size)[:, None, None]
@@ -262,7 +268,7 @@ def ground(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
     field += smooth_noise(rng, size, size, 18)[..., None] * 8
     field += smooth_noise(rng, size, size, 4)[..., None] * 5 * (y >= horizon)
     image = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8))
-    _MARKS[name](rng, ImageDraw.Draw(image), size, horizon, floor)
+    _DETAILS[name](rng, ImageDraw.Draw(image), size, horizon, floor)
     _clutter(rng, ImageDraw.Draw(image), size, horizon, floor)
     return np.asarray(image).astype(np.float32)
 
@@ -308,7 +314,7 @@ def _drifts(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: int, hori
         draw.arc([x, y, x + length, y + length * 0.3], 190, 350, fill=_tone(rng, floor * 0.9))
 
 
-_MARKS = {"sea": _waves, "meadow": _blades, "street": _road, "forest": _trunks, "snow": _drifts}
+_DETAILS = {"sea": _waves, "meadow": _blades, "street": _road, "forest": _trunks, "snow": _drifts}
 
 
 def _clutter(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: int, horizon: int, floor: np.ndarray) -> None:

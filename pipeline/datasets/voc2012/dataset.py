@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 in its official layout, with SBD's train_aug list where it is there."""
+"""PASCAL VOC 2012 in its official layout, with the train_aug list and masks of SBD where they are present."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 from pipeline.core.records import read_mask
-from pipeline.listing import DatasetError, id_problem, read_table, split_tags, twice, without_suffix
+from pipeline.listing import DatasetError, duplicates, id_problem, read_table, split_tags, without_suffix
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -29,8 +29,8 @@ class Params:
     """dataset.options.
 
     train_list, val_list  names in ImageSets/Segmentation without .txt
-    tags     where image-level tags come from: xml (Annotations/), csv (tags.csv), npy (cls_labels.npy, the field's file)
-    classes  null for all 20, or some of VOC's names; other classes are background and their tags are dropped
+    tags     source of the image-level tags: xml (Annotations/), csv (tags.csv) or npy (cls_labels.npy, as WSSS code uses it)
+    classes  null for all 20, or a subset of VOC's names; other classes become background and their tags are dropped
     """
 
     train_list: str
@@ -45,33 +45,36 @@ class Params:
 
 
 class Dataset:
+    """Ids are VOC's, as in its lists. Classes keep VOC's order."""
+
     def __init__(self, root: Path, params: Params) -> None:
         self.root, self.params = root, params
-        chosen = set(params.classes if params.classes is not None else VOC_CLASSES)
-        self.labels = LabelSpace(tuple(name for name in VOC_CLASSES if name in chosen))
-        self._values = np.zeros(256, np.uint8)  # VOC's mask value → ours
-        self._values[IGNORE] = IGNORE
+        names = set(params.classes if params.classes is not None else VOC_CLASSES)
+        self.labels = LabelSpace(tuple(name for name in VOC_CLASSES if name in names))
+        self._mask_value = np.zeros(256, np.uint8)  # by VOC's value
+        self._mask_value[IGNORE] = IGNORE
         for value, name in enumerate(VOC_CLASSES, 1):
-            self._values[value] = self.labels.index(name) + 1 if name in chosen else BACKGROUND
+            self._mask_value[value] = self.labels.index(name) + 1 if name in names else BACKGROUND
 
     def listings(self) -> list[Listing]:
+        """Every image of the two lists. DatasetError lists every problem of lists, files and tags."""
         problems: list[str] = []
         splits = {"train": self._list(self.params.train_list, problems), "val": self._list(self.params.val_list, problems)}
-        both = [image_id for ids in splits.values() for image_id in ids]
-        problems += [f"{image_id!r}: stands twice in the lists" for image_id in twice(both)]
-        problems += [problem for image_id in both if (problem := id_problem(image_id))]
+        all_ids = [image_id for ids in splits.values() for image_id in ids]
+        problems += [f"{image_id!r}: stands twice in the lists" for image_id in duplicates(all_ids)]
+        problems += [problem for image_id in all_ids if (problem := id_problem(image_id))]
         split_of = {image_id: split for split, ids in splits.items() for image_id in ids if not id_problem(image_id)}
-        there = {image_id for image_id in split_of if (self.root / _photograph(image_id)).is_file()}
+        present = {image_id for image_id in split_of if (self.root / _photograph(image_id)).is_file()}
         problems += [
             f"{image_id!r}: in a list, but {_photograph(image_id)} is missing"
             for image_id in split_of
-            if image_id not in there
+            if image_id not in present
         ]
         try:
             tags = self._tags(list(split_of), problems)
         except DatasetError as error:
             tags, problems = {}, [*problems, *error.problems]
-        found = [
+        listings = [
             Listing(
                 id=image_id,
                 path=_photograph(image_id),
@@ -80,39 +83,39 @@ class Dataset:
                 mask=self._mask(image_id, split) is not None,
             )
             for image_id, split in split_of.items()
-            if image_id in there
+            if image_id in present
         ]
         if problems:
-            raise DatasetError(problems, listings=found)
-        return found
+            raise DatasetError(problems, listings=listings)
+        return listings
 
     def truth(self, listing: Listing) -> np.ndarray:
-        """u8[h,w]; VOC's values become ours, the void border stays 255."""
+        """u8[h,w] mask values of the label space; VOC's void border is IGNORE. ValueError on values unknown to VOC."""
         path = self._mask(listing.id, listing.split)
         assert path is not None  # listing.mask said so
         mask = read_mask(path)
-        strange = np.unique(mask[(mask > len(VOC_CLASSES)) & (mask != IGNORE)])
-        if strange.size:
-            raise ValueError(f"mask {path.name} holds {strange.tolist()}, which are no VOC values")
-        return self._values[mask]
+        unknown = np.unique(mask[(mask > len(VOC_CLASSES)) & (mask != IGNORE)])
+        if unknown.size:
+            raise ValueError(f"mask {path.name} holds {unknown.tolist()}, which are no VOC values")
+        return self._mask_value[mask]
 
     def _mask(self, image_id: str, split: str) -> Path | None:
-        """SBD's mask for train_aug, where it is there; for VOC's own lists VOC's, as its protocol asks."""
+        """For train_aug the mask of SBD where it is present; for VOC's own lists VOC's mask, as its protocol asks."""
         augmented = split == "train" and "aug" in self.params.train_list
         candidates = (self.root / folder / f"{image_id}.png" for folder in ((SBD, OWN) if augmented else (OWN, SBD)))
         return next((path for path in candidates if path.is_file()), None)
 
     def _list(self, name: str, problems: list[str]) -> list[str]:
-        """Ids of a list; lines of SBD's form `/JPEGImages/x.jpg /SegmentationClassAug/x.png` are understood too."""
+        """Ids of a list, whose lines are ids or SBD's `/JPEGImages/x.jpg /SegmentationClassAug/x.png`."""
         path = self.root / LISTS / f"{name}.txt"
         if not path.is_file():
-            there = ", ".join(sorted(found.stem for found in (self.root / LISTS).glob("*.txt"))) or "none"
+            names = ", ".join(sorted(file.stem for file in (self.root / LISTS).glob("*.txt"))) or "none"
             hint = (
                 " (train_aug is SBD's list: put it there, or set dataset.options.train_list to train)"
                 if "aug" in name
                 else ""
             )
-            problems.append(f"{path} is missing; lists there: {there}{hint}")
+            problems.append(f"{path} is missing; lists there: {names}{hint}")
             return []
         lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [Path(line).stem if line.endswith((".jpg", ".png")) else line for line in lines]
@@ -120,25 +123,25 @@ class Dataset:
     def _tags(self, ids: list[str], problems: list[str]) -> dict[str, tuple[str, ...]]:
         if self.params.tags == "csv":
             rows = read_table(self.root / "tags.csv", ["id", "tags"])
-            named = [without_suffix(row["id"]) for row in rows]
-            tags = dict(zip(named, split_tags(row["tags"] for row in rows), strict=True))
-            wanted = set(ids)
-            problems += [f"{image_id!r}: stands twice in tags.csv" for image_id in twice(named) if image_id in wanted]
+            row_ids = [without_suffix(row["id"]) for row in rows]
+            tags = dict(zip(row_ids, split_tags(row["tags"] for row in rows), strict=True))
+            listed = set(ids)
+            problems += [f"{image_id!r}: stands twice in tags.csv" for image_id in duplicates(row_ids) if image_id in listed]
             problems += [
                 f"{image_id!r}: unknown tag {tag!r} in tags.csv"
                 for image_id, names in tags.items()
                 for tag in names
-                if image_id in wanted and tag not in VOC_CLASSES
+                if image_id in listed and tag not in VOC_CLASSES
             ]
             return tags
         if self.params.tags == "npy":
             table = read_cls_labels(self.root / "cls_labels.npy")
             return {
-                image_id: tuple(name for name, there in zip(VOC_CLASSES, table[image_id], strict=True) if there)
+                image_id: tuple(name for name, tagged in zip(VOC_CLASSES, table[image_id], strict=True) if tagged)
                 for image_id in ids
                 if image_id in table
             }
-        if not (self.root / "Annotations").is_dir():  # one line, not one for each image
+        if not (self.root / "Annotations").is_dir():  # a single problem, not one per image
             hint = "set dataset.options.tags to csv or npy, or put VOC's Annotations there"
             problems.append(f"{self.root / 'Annotations'} is missing; {hint}")
             return {}
@@ -150,7 +153,7 @@ class Dataset:
             problems.append(f"{image_id!r}: {path} is missing; tags come from it (dataset.options.tags)")
             return None
         try:
-            names = [(found.text or "").strip() for found in ElementTree.parse(path).getroot().findall("object/name")]
+            names = [(element.text or "").strip() for element in ElementTree.parse(path).getroot().findall("object/name")]
         except ElementTree.ParseError as error:
             problems.append(f"{image_id!r}: {path.name} is no valid XML: {error}")
             return None
@@ -163,7 +166,7 @@ def _photograph(image_id: str) -> Path:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickled NumPy arrays and plain containers, and refuses everything else: a pickle can run any program."""
+    """Unpickles NumPy arrays and plain containers and refuses everything else: a pickle can run any program."""
 
     ALLOWED = frozenset(
         {
@@ -185,7 +188,11 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_cls_labels(path: Path) -> Mapping[str, np.ndarray]:
-    """The field's cls_labels.npy: id → f32[20]. Integer ids (IRN's form 2007000032) become 2007_000032."""
+    """cls_labels.npy, a pickled dict of WSSS code → id → f32[20], 1 where the class is present.
+
+    Integer ids (2007000032, as IRN writes them) become 2007_000032. DatasetError where the file is missing, is no such dict,
+    or asks for anything but NumPy arrays.
+    """
     if not path.is_file():
         raise DatasetError([f"{path} is missing; set dataset.options.tags to xml or csv, or put the file there"])
     try:
@@ -194,20 +201,20 @@ def read_cls_labels(path: Path) -> Mapping[str, np.ndarray]:
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
             if not dtype.hasobject or shape != ():
-                raise DatasetError([f"{path} holds {dtype}{shape}, not the dict of the field's file"])
-            found = _ArraysOnly(file, encoding="latin1").load()  # latin1: arrays that Python 2 has written
+                raise DatasetError([f"{path} holds {dtype}{shape}, not the dict of cls_labels.npy"])
+            content = _ArraysOnly(file, encoding="latin1").load()  # latin1: arrays that Python 2 has written
     except DatasetError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise DatasetError([f"{path} cannot be read: {error}"]) from error
-    table = found.item() if isinstance(found, np.ndarray) and found.shape == () else found
+    table = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
     if not isinstance(table, dict):
         raise DatasetError([f"{path} holds a {type(table).__name__}, not a dict"])
-    named = {_official_id(key): value for key, value in table.items()}
-    wrong = [key for key, value in named.items() if np.shape(value) != (len(VOC_CLASSES),)]
-    if wrong:
-        raise DatasetError([f"{path}: {key!r} has no {len(VOC_CLASSES)} values" for key in wrong])
-    return named
+    by_id = {_official_id(key): value for key, value in table.items()}
+    misshapen = [key for key, value in by_id.items() if np.shape(value) != (len(VOC_CLASSES),)]
+    if misshapen:
+        raise DatasetError([f"{path}: {key!r} has no {len(VOC_CLASSES)} values" for key in misshapen])
+    return by_id
 
 
 def _official_id(key: Any) -> str:
