@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.core import plugins
 from pipeline.core.contracts import ExporterModule, RefinerModule
+from pipeline.core.plugins import ENTRIES, available
 from tests.toys import PROJECT
 
 PLUG_INS = {"method", "dataset", "refiner", "segmenter", "exporter", "backbone", "family"}
@@ -34,6 +35,10 @@ def test_only_runtime_reads_the_environment() -> None:
     environment = {"os.environ", "os.getenv", "environ", "getenv"}
     readers = [path.relative_to(PROJECT).as_posix() for path in SOURCES if environment & names_used(path)]
     assert readers == ["pipeline/runtime.py"]
+
+
+def test_members_of_open_sets_have_names_that_python_can_import() -> None:
+    assert [name for kind in (*ENTRIES, "exporters") for name in available(kind) if not name.isidentifier()] == []
 
 
 def test_nothing_prints() -> None:

@@ -76,7 +76,8 @@ class Toy:
     def __init__(self, root: Path, methods: Sequence[str] = ("cam",)) -> None:
         self.params = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
         self.params["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
-        self.params["methods"] = {key: self.params["methods"][key] for key in methods}
+        known = self.params["methods"]  # a method that no preset names runs on a ViT
+        self.params["methods"] = {key: known.get(key, {**known["cam"], "method": key}) for key in methods}
         self.recipes = {key: toy_recipe(key) for key in methods}
         for key, run in self.params["methods"].items():
             run |= {"recipe": f"recipes/{key}.yaml", "init": str(SCRATCH), "segmenter_init": str(SCRATCH)}

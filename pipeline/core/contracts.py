@@ -293,6 +293,13 @@ class CheckedRefiner(RefinerModule, Protocol):
 
 
 @runtime_checkable
+class AffinityMethod(Protocol):
+    """Module of a method whose score_maps have an affinity where it is asked for. HAS_AFFINITY: True."""
+
+    HAS_AFFINITY: bool
+
+
+@runtime_checkable
 class AffinityRefiner(RefinerModule, Protocol):
     """A refiner that may read ImageMaps.affinity. NEEDS_AFFINITY: whether it fails without."""
 

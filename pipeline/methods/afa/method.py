@@ -34,6 +34,8 @@ from pipeline.training.optim import decayed
 from pipeline.training.pixel_losses import balanced_cross_entropy, dense_energy
 from pipeline.training.settings import Schedule
 
+HAS_AFFINITY = True
+
 
 @dataclass(frozen=True)
 class Energy:
