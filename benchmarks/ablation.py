@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.timing import PROJECT
 from pipeline import metrics
-from pipeline.audit.tally import chosen_level, winner_of
+from pipeline.audit.tally import fitted_threshold, winning_class
 from pipeline.core import config, records, sections, store
 
 log = logging.getLogger("ablation")
@@ -143,22 +143,22 @@ def score(folder: Path, data: Path) -> dict[str, float]:
     """mIoU with background of what a folder holds, 255 of the truth excluded."""
     read_records, truth = records.read(data / "records.h5"), store.Store(data / "truth.h5", store.TRUTH)
     maps = store.Store(folder / "scoremaps", store.SCORE_MAPS)
-    refined, threshold = store.Store(folder / "refined", store.REFINED), chosen_level(folder / "refiner.safetensors")
+    refined, threshold = store.Store(folder / "refined", store.REFINED), fitted_threshold(folder / "refiner.safetensors")
     classes = len(read_records.labels) + 1
     counts: dict[str, np.ndarray] = {}
-    thresholds = np.zeros((BINS, classes, classes), np.int64)
+    histogram = np.zeros((BINS, classes, classes), np.int64)
     for record in read_records:
         if record.id not in truth:
             continue
         mask, fields = truth.read(record.id, "mask"), maps[record.id]
-        winner, best, _ = winner_of(fields, record)
+        winner, best, _ = winning_class(fields, record)
         ending = "_val" if record.split == "val" else ""
         labels = {f"score_maps{ending}": np.where(best > threshold, winner, 0).astype(np.uint8)}
         if fields["decoded"].size:
             labels[f"decoder{ending}"] = fields["decoded"]
         if record.split == "train":
             labels["refined"] = refined.read(record.id, "label")
-            thresholds += metrics.level_histogram(mask, winner, best, classes, BINS)
+            histogram += metrics.score_histogram(mask, winner, best, classes, BINS)
         for stage_name, label in labels.items():
             counts[stage_name] = counts.get(stage_name, 0) + metrics.confusion(mask, label, classes)
     figures = {
@@ -168,7 +168,7 @@ def score(folder: Path, data: Path) -> dict[str, float]:
     }
     rates = metrics.iou(counts["score_maps"], protocol=PROTOCOL)
     figures |= {of_class(name): float(value) for name, value in zip(read_records.labels.names, rates[1:], strict=True)}
-    return figures | {"best threshold": float(metrics.threshold_curve(thresholds).max()), "threshold": threshold}
+    return figures | {"best threshold": float(metrics.threshold_curve(histogram).max()), "threshold": threshold}
 
 
 def of_class(name: str) -> str:

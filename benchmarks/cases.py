@@ -144,7 +144,7 @@ def stores(folder: Path) -> list[Timing]:
 
 
 def evaluate(folder: Path) -> list[Timing]:
-    """One pass for all 100 background levels, against a confusion matrix for each level."""
+    """One pass for all 100 thresholds, against a confusion matrix for each of them."""
     from pipeline import metrics
 
     del folder
@@ -152,21 +152,19 @@ def evaluate(folder: Path) -> list[Timing]:
     best = np.random.default_rng(0).random(SIZE, np.float32)
 
     def ours() -> np.ndarray:
-        return metrics.threshold_curve(metrics.level_histogram(truth, winner, best, CLASSES + 1, 100))
+        return metrics.threshold_curve(metrics.score_histogram(truth, winner, best, CLASSES + 1, 100))
 
-    def level_by_level() -> np.ndarray:
+    def one_by_one() -> np.ndarray:
         values = []
-        for level in range(100):
-            label = np.where(np.floor(best * 100) >= level, winner, 0).astype(np.uint8)
+        for threshold in range(100):
+            label = np.where(np.floor(best * 100) >= threshold, winner, 0).astype(np.uint8)
             values.append(metrics.miou(metrics.confusion(truth, label, CLASSES + 1), protocol="background"))
         return np.array(values)
 
-    if not np.allclose(ours(), level_by_level()):
+    if not np.allclose(ours(), one_by_one()):
         raise AssertionError("the threshold curve and its reference differ")
     pixels = SIZE[0] * SIZE[1] / 1e6
-    return [
-        Timing("evaluate: 100 background levels", "Mpx", pixels, best_of(ours), best_of(level_by_level), "level by level")
-    ]
+    return [Timing("evaluate: 100 thresholds", "Mpx", pixels, best_of(ours), best_of(one_by_one), "one by one")]
 
 
 CASES: dict[str, Callable[[Path], list[Timing] | list[Timing | Memory]]] = {

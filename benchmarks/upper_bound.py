@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 from benchmarks.ablation import RECIPE, link_code, write
-from pipeline import metrics
+from pipeline import metrics, metrics_file
 from pipeline.core import records, store
 from pipeline.core.config import ParamsError
 from pipeline.core.sections import Settings
@@ -79,7 +79,7 @@ def main(run: str, work: Path) -> None:
     """Trains RUN's segmenter on the true masks of split train, and scores it on split val."""
     settings = Settings.read(run)
     read, truth = records.read(Path("data/records.h5")), store.Store(Path("data/truth.h5"), store.TRUTH)
-    own = json.loads((Path("metrics") / f"{run}.json").read_text(encoding="utf-8"))
+    own = metrics_file.read(Path("metrics") / f"{run}.json")
     folder = (work / run).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

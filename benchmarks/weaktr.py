@@ -39,8 +39,9 @@ def method(name: str) -> Any:
     if name == "cam":
         return cam.Method(labels, cam.Params("deit_tiny_patch16_224", SIZE, "gap", 1.0, 1.0, 0.0), schedule, family)
     params = weaktr.Params(
-        architecture="deit_tiny_patch16_224", image_size=SIZE, drop_path=0.0, features="residual", token_weight="each", attention="fused",
-        patch_refine=True, pool="gap", topk_share=1.0, attention_pool="max", reduction=8, feature_reduction=8,
+        architecture="deit_tiny_patch16_224", image_size=SIZE, drop_path=0.0, features="residual", token_weight="each",
+        attention="fused", patch_refine=True, pool="gap", topk_share=1.0, attention_pool="max", reduction=8,
+        feature_reduction=8,
         class_head="mean", patch_head="conv3", backbone_lr_factor=1.0,
     )  # fmt: skip
     return weaktr.Method(labels, params, schedule, family)
@@ -77,20 +78,20 @@ def fusion_of(name: str) -> Callable[[], object]:
     patches = (SIZE // 16) ** 2
     tokens = CLASSES + patches
     net = fusion.AttentionFusion(HEADS * WIDTH, HEADS, LAYERS, reduction=8, feature_reduction=8, pool="max")
-    asked = [tuple(torch.randn(2, BATCH, HEADS, tokens, WIDTH)) for _ in range(LAYERS)]
+    queries_and_keys = [tuple(torch.randn(2, BATCH, HEADS, tokens, WIDTH)) for _ in range(LAYERS)]
     branches = [torch.randn(BATCH, tokens, HEADS * WIDTH) for _ in range(LAYERS)]
     coarse = torch.rand(BATCH, CLASSES, patches)
 
-    def lean() -> Tensor:
-        sketch = fusion.Sketch(net, CLASSES, torch.full((BATCH, patches), 1 / patches))
-        for layer, (queries, keys) in enumerate(asked):
-            sketch.pooled.append(net.pooled(branches[layer]))
-            sketch.keep(layer, queries * WIDTH**-0.5, keys, None)
-        cross, mean_row = sketch.fused()
+    def by_rows() -> Tensor:
+        rows = fusion.AttentionRows(net, CLASSES, torch.full((BATCH, patches), 1 / patches))
+        for layer, (queries, keys) in enumerate(queries_and_keys):
+            rows.pooled_features.append(net.pooled(branches[layer]))
+            rows.record(layer, queries * WIDTH**-0.5, keys, None)
+        cross, mean_row = rows.fused()
         return (cross * coarse * mean_row).sum(dim=2)
 
     # the backbone of the direct form makes the maps in its own forward
-    maps = [] if name == "lean" else [(q * WIDTH**-0.5 @ k.transpose(-1, -2)).softmax(-1) for q, k in asked]
+    maps = [] if name == "rows" else [(q * WIDTH**-0.5 @ k.transpose(-1, -2)).softmax(-1) for q, k in queries_and_keys]
 
     def direct() -> Tensor:
         stacked = torch.stack(maps).clone().permute(1, 2, 0, 3, 4).contiguous().flatten(1, 2)  # [b,k,n,n]
@@ -101,7 +102,7 @@ def fusion_of(name: str) -> Callable[[], object]:
         refine = (weights * stacked).mean(dim=1)[:, CLASSES:, CLASSES:]
         return torch.einsum("bpj,bcj->bcp", refine, cross * coarse).mean(dim=2)
 
-    form = lean if name == "lean" else direct
+    form = by_rows if name == "rows" else direct
 
     def step() -> list[Tensor]:
         for parameter in net.parameters():
@@ -118,7 +119,7 @@ VARIANTS: dict[str, Callable[[], Callable[[], object]]] = {
     "train-weaktr": lambda: step_of("weaktr"),
     "maps-cam": lambda: maps_of("cam"),
     "maps-weaktr": lambda: maps_of("weaktr"),
-    "fusion-lean": lambda: fusion_of("lean"),
+    "fusion-rows": lambda: fusion_of("rows"),
     "fusion-direct": lambda: fusion_of("direct"),
 }
 
@@ -137,9 +138,9 @@ def fused(folder: Path) -> list[Timing | Memory]:
     """The two forms must agree before they are timed."""
     del folder
     torch.set_num_threads(1)
-    for mine, plain in zip(fusion_of("lean")(), fusion_of("direct")(), strict=True):  # type: ignore[call-overload]
+    for mine, plain in zip(fusion_of("rows")(), fusion_of("direct")(), strict=True):  # type: ignore[call-overload]
         torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-3)
-    return pair(NAME, "fusion-lean", "fusion-direct", "fusion alone, training", BATCH, "images", "stack, clone, weigh twice")
+    return pair(NAME, "fusion-rows", "fusion-direct", "fusion alone, training", BATCH, "images", "stack, clone, weigh twice")
 
 
 if __name__ == "__main__":

@@ -12,22 +12,23 @@ from scipy import ndimage, special
 
 from pipeline.core.labels import BACKGROUND, IGNORE
 
-# how a predicted 255 counts: not at all, as background, or as a pixel of the truth that nobody found
+# how a predicted 255 counts: not at all, as background, or as a miss, a pixel of the truth that no class is predicted for
 Protocol = Literal["excluded", "background", "miss"]
 PROTOCOLS = ("excluded", "background", "miss")
-REACH = 0.02  # of the image's diagonal: how far a boundary reaches into an object (Cheng et al., Boundary IoU, CVPR 2021)
-LEVELS = 256  # of a confidence, stored as u8
+DILATION_RATIO = 0.02  # boundary distance over the image's diagonal (Cheng et al., Boundary IoU, CVPR 2021)
+CONFIDENCE_LEVELS = 256  # that a confidence has as u8
 CALIBRATION_BINS = 20
 REPLICATES = 500  # of the bootstrap
-CONFIDENCE = 0.95  # of the intervals
+COVERAGE = 0.95  # of the intervals
 # P(a Poisson variable of mean 1 is at most k), k = 0..7; the next step is below 2 in a million
-POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(8)])
+POISSON_CDF = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(8)])
 
 
 def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int, *, ignore: int = IGNORE) -> np.ndarray:
-    """u8 maps of one shape → counts i64[classes, classes + 1] of (truth, prediction); the last column counts predicted `ignore`.
+    """Masks u8 of one shape → counts i64[classes, classes + 1] of (truth, prediction).
 
-    classes includes background. Pixels whose truth is `ignore` never count. ValueError for other values or shapes.
+    The last column counts a predicted `ignore`; classes includes background. Pixels whose truth is `ignore` never count.
+    ValueError for other values or shapes.
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}; they must be of one size")
@@ -39,8 +40,11 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int, *, ignore
     return np.bincount(rows * (classes + 1) + columns, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
 
 
-def under(counts: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts i64[c,c+1] → (hits, pixels of the truth, pixels predicted), i64[c] each, under a protocol for predicted 255."""
+def class_totals(counts: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confusion i64[c,c+1] → totals by class: hits, pixels of the truth, pixels predicted, i64[c] each.
+
+    protocol: how a predicted 255 counts. ValueError for an unknown one.
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: allowed are {', '.join(PROTOCOLS)}")
     square = counts[:, :-1].copy()
@@ -53,20 +57,23 @@ def under(counts: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarra
 
 
 def iou(counts: np.ndarray, *, protocol: Protocol) -> np.ndarray:
-    """f64[c] intersection over union; NaN for a class that is neither in the truth nor predicted."""
-    hits, actual, predicted = under(counts, protocol)
+    """Confusion i64[c,c+1] → f64[c] intersection over union; NaN for a class that is neither in the truth nor predicted."""
+    hits, actual, predicted = class_totals(counts, protocol)
     return _ratio(hits, actual + predicted - hits)
 
 
 def miou(counts: np.ndarray, *, protocol: Protocol) -> float:
-    """Mean IoU over the classes that are defined; a class predicted but absent counts as 0. NaN if there is none."""
+    """Confusion i64[c,c+1] → mean IoU over the classes that are in the truth or predicted; NaN if there is none."""
     values = iou(counts, protocol=protocol)
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 
 
 def rates(counts: np.ndarray, *, protocol: Protocol) -> dict[str, np.ndarray]:
-    """Per class f64[c]: iou, precision, recall, over_activation and under_activation; iou + over + under = 1."""
-    hits, actual, predicted = under(counts, protocol)
+    """Confusion i64[c,c+1] → f64[c] by name: iou, precision, recall, over_activation, under_activation. NaN where undefined.
+
+    Over- and under-activation are false positives and false negatives over the union, so iou + over + under = 1.
+    """
+    hits, actual, predicted = class_totals(counts, protocol)
     union = actual + predicted - hits
     return {
         "iou": _ratio(hits, union),
@@ -78,12 +85,17 @@ def rates(counts: np.ndarray, *, protocol: Protocol) -> dict[str, np.ndarray]:
 
 
 def pixel_accuracy(counts: np.ndarray, *, protocol: Protocol) -> float:
-    hits, actual, _ = under(counts, protocol)
+    """Confusion i64[c,c+1] → hits of all classes over all pixels of the truth, 0..1; NaN without any."""
+    hits, actual, _ = class_totals(counts, protocol)
     return float(_ratio(hits.sum(), actual.sum()))
 
 
-def level_histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, classes: int, bins: int) -> np.ndarray:
-    """i64[bins, truth, winner]: all that every threshold needs, from one pass."""
+def score_histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, classes: int, bins: int) -> np.ndarray:
+    """Pixels of one image by score, truth and best class: i64[bins, classes, classes], for `threshold_curve`.
+
+    truth, winner u8[h,w] mask values, best f32[h,w] the winner's score in 0..1; classes includes background. Pixels whose
+    truth is 255 do not count.
+    """
     kept = truth != IGNORE
     at = np.clip((best[kept] * bins).astype(np.int64), 0, bins - 1)
     index = (at * classes + truth[kept]) * classes + winner[kept]
@@ -91,7 +103,10 @@ def level_histogram(truth: np.ndarray, winner: np.ndarray, best: np.ndarray, cla
 
 
 def threshold_curve(histogram: np.ndarray) -> np.ndarray:
-    """i64[bins,truth,winner] → mIoU f64[bins] when scores below k / bins are background, for every k at once."""
+    """`score_histogram`s summed over images i64[bins,c,c] → mIoU f64[bins]: entry k is that at threshold k / bins.
+
+    Scores below the threshold are background. One pass over the pixels serves all thresholds.
+    """
     foreground = histogram[::-1].cumsum(axis=0)[::-1]  # [k]: pixels whose score reaches k / bins
     total = histogram.sum(axis=(0, 2))
     values = []
@@ -102,27 +117,30 @@ def threshold_curve(histogram: np.ndarray) -> np.ndarray:
     return np.array(values)
 
 
-def reach(size: tuple[int, int]) -> int:
-    """(h, w) px → px that a boundary band reaches: REACH of the diagonal, at least 1."""
-    return max(1, round(REACH * math.hypot(*size)))
+def boundary_distance(size: tuple[int, int]) -> int:
+    """(h, w) px → width of a boundary band in px: DILATION_RATIO of the diagonal, at least 1."""
+    return max(1, round(DILATION_RATIO * math.hypot(*size)))
 
 
-def near_change(label: np.ndarray, distance: int) -> np.ndarray:
-    """u8[h,w] → bool[h,w]: another label lies at most `distance` rows and columns away (a square of side 2 * distance + 1)."""
+def near_label_change(label: np.ndarray, distance: int) -> np.ndarray:
+    """Mask u8[h,w] → bool[h,w]: another value lies at most `distance` px away along rows and along columns."""
     side = 2 * distance + 1
     highest = ndimage.maximum_filter(label, side, mode="nearest")
     return highest != ndimage.minimum_filter(label, side, mode="nearest")
 
 
 def near_frame(size: tuple[int, int], distance: int) -> np.ndarray:
-    """bool[h,w]: at most `distance` px, less one, from the image's frame, which the boundary IoU counts as a boundary."""
+    """(h, w) px → bool[h,w]: the outermost `distance` rows and columns: boundary IoU counts the frame as a boundary."""
     inner = np.ones(size, bool)
     inner[distance:-distance, distance:-distance] = False
     return inner
 
 
-def counted(truth: np.ndarray, prediction: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """u8 maps → (truth, prediction) in which a predicted 255 is what `protocol` takes it for; `miss` leaves it as 255."""
+def apply_protocol(truth: np.ndarray, prediction: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
+    """Masks u8[h,w] → (truth, prediction) in which a predicted 255 is what `protocol` makes of it.
+
+    Under `background` the prediction is 0 there, under `excluded` the truth is 255; `miss` changes nothing.
+    """
     if protocol == "background":
         return truth, np.where(prediction == IGNORE, np.uint8(BACKGROUND), prediction)
     if protocol == "excluded":
@@ -130,43 +148,48 @@ def counted(truth: np.ndarray, prediction: np.ndarray, protocol: Protocol) -> tu
     return truth, prediction
 
 
-def boundary(
+def boundary_counts(
     truth: np.ndarray, prediction: np.ndarray, near_truth: np.ndarray, near_prediction: np.ndarray, classes: int
 ) -> np.ndarray:
-    """u8 maps and their bands bool[h,w] → i64[3,classes]: hits, pixels of the truth, pixels predicted, within the bands.
+    """Masks u8[h,w] and their bands bool[h,w] → i64[3,classes] hits, pixels of the truth, pixels predicted, in the bands.
 
-    A band holds the pixels of a class that an erosion by `reach` would take away, so that IoU of these counts is the boundary IoU.
-    Pixels whose truth is 255 never count.
+    A mask's band is within the boundary distance of a change of label or of the frame: the pixels that an erosion of each
+    class would take away. So the IoU of these totals is the boundary IoU. Pixels whose truth is 255 never count.
     """
     kept = truth != IGNORE
-    both = kept & near_truth & near_prediction & (truth == prediction)
-    maps = (truth[both], truth[kept & near_truth], prediction[kept & near_prediction & (prediction != IGNORE)])
-    return np.stack([np.bincount(values, minlength=classes) for values in maps])
+    hits = kept & near_truth & near_prediction & (truth == prediction)
+    values = (truth[hits], truth[kept & near_truth], prediction[kept & near_prediction & (prediction != IGNORE)])
+    return np.stack([np.bincount(of_total, minlength=classes) for of_total in values])
 
 
-def iou_of(sums: np.ndarray) -> np.ndarray:
-    """[...,3,c] hits, pixels of the truth, pixels predicted → f64[...,c] IoU; NaN where there is no such pixel."""
-    hits, actual, predicted = np.moveaxis(sums, -2, 0)
+def iou_of_totals(totals: np.ndarray) -> np.ndarray:
+    """i64[...,3,c] hits, pixels of the truth, pixels predicted → f64[...,c] IoU; NaN where the union is empty."""
+    hits, actual, predicted = np.moveaxis(totals, -2, 0)
     return _ratio(hits, actual + predicted - hits)
 
 
-def mean_iou(sums: np.ndarray) -> np.ndarray:
-    """[...,3,c] → f64[...] mean IoU over the classes that are defined; NaN where none is."""
-    values = iou_of(sums)
+def miou_of_totals(totals: np.ndarray) -> np.ndarray:
+    """i64[...,3,c] → f64[...] mean IoU over the classes whose IoU is defined; NaN where none is."""
+    values = iou_of_totals(totals)
     return _ratio(np.nansum(values, axis=-1), (~np.isnan(values)).sum(axis=-1))
 
 
 def reliability(counts: np.ndarray) -> dict[str, object]:
-    """i64[LEVELS, 2] pixels by confidence (of 255), wrong and right → bins [confidence, accuracy, share] and the expected
-    calibration error: the mean over pixels of |confidence - accuracy| of their bin (Guo et al. 2017). Empty bins are left out."""
-    level = np.arange(LEVELS) / (LEVELS - 1)
-    at = np.minimum((level * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    """Reliability diagram and expected calibration error (Guo et al. 2017), as plain values.
+
+    counts  i64[CONFIDENCE_LEVELS, 2] pixels by confidence (of 255), wrong and right
+    bins    [mean confidence, accuracy, fraction of the pixels] of each of CALIBRATION_BINS that has pixels
+    ece     mean over pixels of |confidence - accuracy| of their bin; None without pixels
+    """
+    confidences = np.arange(CONFIDENCE_LEVELS) / (CONFIDENCE_LEVELS - 1)
+    at = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     pixels = np.bincount(at, counts.sum(axis=1), CALIBRATION_BINS)
-    sure = _ratio(np.bincount(at, counts.sum(axis=1) * level, CALIBRATION_BINS), pixels)
-    right = _ratio(np.bincount(at, counts[:, 1], CALIBRATION_BINS), pixels)
-    share, there = pixels / max(1, pixels.sum()), pixels > 0
-    bins = [[float(value) for value in row] for row in np.stack([sure, right, share], axis=1)[there]]
-    return {"bins": bins, "ece": float((np.abs(sure - right) * share)[there].sum()) if there.any() else None}
+    confidence = _ratio(np.bincount(at, counts.sum(axis=1) * confidences, CALIBRATION_BINS), pixels)
+    accuracy = _ratio(np.bincount(at, counts[:, 1], CALIBRATION_BINS), pixels)
+    fraction, filled = pixels / max(1, pixels.sum()), pixels > 0
+    bins = [[float(value) for value in row] for row in np.stack([confidence, accuracy, fraction], axis=1)[filled]]
+    ece = float((np.abs(confidence - accuracy) * fraction)[filled].sum()) if filled.any() else None
+    return {"bins": bins, "ece": ece}
 
 
 def poisson_weights(image_id: str) -> np.ndarray:
@@ -175,19 +198,19 @@ def poisson_weights(image_id: str) -> np.ndarray:
     The Poisson bootstrap (Hanley and MacGibbon 2006) draws images independently, so sums can be streamed in any order.
     """
     drawn = np.frombuffer(hashlib.shake_256(image_id.encode("utf-8")).digest(4 * REPLICATES), "<u4")
-    return np.searchsorted(POISSON, drawn / 2**32, side="right")
+    return np.searchsorted(POISSON_CDF, drawn / 2**32, side="right")
 
 
 def interval(replicates: np.ndarray, images: int) -> list[float] | None:
-    """Values f64[REPLICATES] of resamples (NaN where undefined) of `images` images → [low, high] of CONFIDENCE; None below 2 images.
+    """Values f64[REPLICATES] of resamples of `images` images, NaN where undefined → interval [low, high] of COVERAGE.
 
-    Percentiles are moved outwards for few images, as Student's t asks (Hesterberg 2015, "expanded percentile"): without that, 20
-    images would look surer than they are.
+    None below 2 images, and where no resample has a value. Percentiles are moved outwards for few images, as Student's t
+    asks (Hesterberg 2015, "expanded percentile"): without that, 20 images would give too narrow an interval.
     """
     values = replicates[~np.isnan(replicates)]
     if images < 2 or not values.size:
         return None
-    wide = special.stdtrit(images - 1, (1 - CONFIDENCE) / 2) * math.sqrt(images / (images - 1))
+    wide = special.stdtrit(images - 1, (1 - COVERAGE) / 2) * math.sqrt(images / (images - 1))
     low = float(special.ndtr(wide))
     return [float(value) for value in np.quantile(values, [low, 1 - low])]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import stage_order
+from pipeline import metrics_file, stage_order
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
@@ -64,7 +64,7 @@ def item_of(at: int, split: str, photograph: np.ndarray, scores: np.ndarray, cla
 
 
 def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
-    """metrics/<m>.json with every key that the page knows, or those without truth."""
+    """metrics/<run>.json with every key that the page knows, or those without truth."""
     names = ["background", *labels.names]
     stages = {}
     for at, stage in enumerate((*TRAIN, *VAL)):
@@ -80,19 +80,19 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
             one |= {"interval": {"miou": [0.45, 0.6], "classes": {name: [0.4, 0.6] for name in names}}}
             one |= {"calibration": {"bins": [[0.3, 0.2, 0.4], [0.9, 0.8, 0.6]], "ece": 0.1}}
         stages[stage] = one
-    found: dict[str, Any] = {
+    found: dict[str, Any] = metrics_file.HEADER | {
         "truth": truth, "protocol": {"predicted_255": "background", "mean": "over classes"}, "images": {"train": 3, "val": 2, "skipped": 0},
         "threshold": {"chosen": 0.4}, "stages": stages,
     }  # fmt: skip
     if not truth:
         return found | {"note": "There is no ground truth."}
-    step = {"mended": 0.03, "spoilt": 0.01}
+    step = {"corrected": 0.03, "broken": 0.01}
     return found | {
-        "everything_background": {"train": 0.1, "val": 0.1},
+        "background_only": {"train": 0.1, "val": 0.1},
         "threshold": {"chosen": 0.4, "oracle": 0.5, "miou_at_chosen": 0.5, "miou_at_oracle": 0.52, "regret": 0.02},
-        "flow": [{"from": a, "to": b, **step, "images": 3, "images_mended": 2, "images_spoilt": 1, "classes": dict.fromkeys(names, step)}
+        "flow": [{"from": a, "to": b, **step, "images": 3, "images_corrected": 2, "images_broken": 1, "classes": dict.fromkeys(names, step)}
                  for a, b in (TRAIN[:2], TRAIN[1:], VAL)],
-        "signs": {"refined": {"entropy": 0.2, "edges": 0.7}, "pseudo_masks": {"entropy": 0.3}},
+        "indicators": {"refined": {"entropy": 0.2, "edges": 0.7}, "pseudo_masks": {"entropy": 0.3}},
         "limits": {"refined": {"entropy": [None, 0.625], "edges": [0.375, None]}},
         "co_occurrence": [{"class": names[1], "with": names[-1], "images": 7, "share_with": 0.25, "share_without": 0.125}],
         "score": {"pseudo_masks": {"spearman": 0.6, "images": 3}},

@@ -71,11 +71,13 @@ def test_a_low_temperature_gives_the_least_probability_and_a_high_one_the_mean()
 def test_pixels_of_255_do_not_count_and_a_mask_of_nothing_else_has_no_figure() -> None:
     found = np.array([[[0.9, 0.2]], [[0.1, 0.5]], [[0.0, 0.3]]], np.float32)
     both = cross_validate.compare(found, np.array([[0, 2]], np.uint8), 1e6)
-    assert both["soft_min"] == pytest.approx((0.9 + 0.3) / 2) and both["agreement"] == pytest.approx((1 + 0 + 0) / 3)
+    assert both["soft_min"] == pytest.approx((0.9 + 0.3) / 2) and both["held_out_agreement"] == pytest.approx(
+        (1 + 0 + 0) / 3
+    )
     first = cross_validate.compare(found, np.array([[0, IGNORE]], np.uint8), 0.1)
-    assert (first["soft_min"], first["agreement"]) == (pytest.approx(0.9), 1.0)
+    assert (first["soft_min"], first["held_out_agreement"]) == (pytest.approx(0.9), 1.0)
     none = cross_validate.compare(found, np.full((1, 2), IGNORE, np.uint8), 0.1)
-    assert np.isnan(none["soft_min"]) and np.isnan(none["agreement"])
+    assert np.isnan(none["soft_min"]) and np.isnan(none["held_out_agreement"])
 
 
 def test_a_mask_is_brought_to_a_smaller_canvas_by_its_nearest_pixels() -> None:
@@ -171,8 +173,8 @@ def test_every_image_with_a_mask_has_its_figures_and_one_of_255_has_nan(project:
     found = store.Store(project / "held_out.h5", store.HELD_OUT)
     assert len(found) == 7 and found.labels == LABELS
     blank = found[found.ids[-1]]
-    assert np.isnan(blank["soft_min"]).all() and np.isnan(blank["agreement"]).all()
-    rest = np.stack([[found[one][name][0] for name in ("soft_min", "agreement")] for one in found.ids[:-1]])
+    assert np.isnan(blank["soft_min"]).all() and np.isnan(blank["held_out_agreement"]).all()
+    rest = np.stack([[found[one][name][0] for name in ("soft_min", "held_out_agreement")] for one in found.ids[:-1]])
     assert ((rest >= 0) & (rest <= 1)).all()
     assert not list((project / ".work").iterdir())
 
@@ -261,6 +263,6 @@ def test_a_mislabelled_image_is_believed_least(project: Path, monkeypatch: pytes
     result = run()
     assert result.exit_code == 0, (result.output, result.exception)
     found = store.Store(project / "held_out.h5", store.HELD_OUT)
-    for name in ("soft_min", "agreement"):
+    for name in ("soft_min", "held_out_agreement"):
         wrong, *others = sorted((float(found[one][name][0]), one) for one in found.ids)
         assert wrong[1].startswith("5 ") and wrong[0] < others[0][0] - 0.2, name

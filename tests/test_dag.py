@@ -239,6 +239,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/imaging/*", each(*TRAINED)),
     ("pipeline/crf.py", each("fit_refiner", "refine", "cross_validate", "segment")),
     ("pipeline/metrics.py", each("cross_validate", "evaluate")),
+    ("pipeline/metrics_file.py", each("evaluate", "report")),
     ("pipeline/mask_files.py", each("export")),
     ("pipeline/corrections.py", each("export")),
     ("pipeline/exporters/*", each("export")),

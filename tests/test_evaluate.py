@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import metrics
-from pipeline.audit import gallery, signs
+from pipeline import metrics, metrics_file
+from pipeline.audit import gallery, indicators
 from pipeline.audit.summary import summary
-from pipeline.audit.tally import Inputs, Tally, audited, tally_some
+from pipeline.audit.tally import Inputs, Tally, audit_of, tally_batch
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
@@ -57,8 +57,8 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[In
                 (image_id, {"mask": np.where(rng.random((64, 64)) < 0.9, label, 255).astype(np.uint8)})
             )
             if index:  # cross_validate has nothing of the first
-                told = {"soft_min": np.array([index / 10], np.float32), "agreement": np.array([np.nan], np.float32)}
-                items["held_out"].append((image_id, told))
+                fields = {"soft_min": np.float32([index / 10]), "held_out_agreement": np.float32([np.nan])}
+                items["held_out"].append((image_id, fields))
         else:
             items["predictions"].append((image_id, {"label": label, "confidence": sure}))
         if index < with_truth:
@@ -104,49 +104,49 @@ def outs_of(folder: Path) -> Outs:
     )  # fmt: skip
 
 
-def told(inputs: Inputs, read: Records, chunk: int = 3) -> dict[str, Any]:
-    """What metrics/<m>.json would hold."""
-    return summary(audited(tallied(inputs, read, chunk)), inputs, read)
+def figures_of(inputs: Inputs, read: Records, chunk: int = 3) -> dict[str, Any]:
+    """What metrics/<run>.json would hold."""
+    return summary(audit_of(tallied(inputs, read, chunk)), inputs, read)
 
 
 def tallied(inputs: Inputs, read: Records, chunk: int = 3) -> Tally:
     tally = Tally.empty(3, SETTINGS.threshold_bins)
     for at in range(0, len(read), chunk):
-        tally.add(tally_some(read.images[at : at + chunk], inputs)[0])
+        tally.add(tally_batch(read.images[at : at + chunk], inputs)[0])
     return tally
 
 
 def test_figures_are_those_of_counting_all_pixels_at_once(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    found = told(inputs, read)
+    found = figures_of(inputs, read)
     truth, masks = store.Store(inputs.truth, store.TRUTH), store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS)
     counts = sum(metrics.confusion(truth.read(i, "mask"), masks.read(i, "mask"), 3) for i in masks.ids)
     assert found["stages"]["pseudo_masks"]["miou"] == round(metrics.miou(np.asarray(counts), protocol="background"), 5)
     assert found["threshold"]["regret"] >= 0 and found["stages"]["pseudo_masks"]["ignored"] > 0.05
-    assert 0 < found["everything_background"]["train"] < 0.5
+    assert 0 < found["background_only"]["train"] < 0.5
 
 
 def test_the_order_in_which_images_are_scored_does_not_matter(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    assert told(inputs, read, 1) == told(inputs, read, 8)
+    assert figures_of(inputs, read, 1) == figures_of(inputs, read, 8)
 
 
-def test_the_chosen_level_is_scored_exactly_and_the_oracle_is_never_much_worse(tmp_path: Path) -> None:
+def test_the_chosen_threshold_is_scored_exactly_and_the_oracle_is_never_much_worse(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    level = told(inputs, read)["threshold"]
-    assert level["miou_at_oracle"] >= level["miou_at_chosen"] - 0.02
+    threshold = figures_of(inputs, read)["threshold"]
+    assert threshold["miou_at_oracle"] >= threshold["miou_at_chosen"] - 0.02
 
 
 def test_without_truth_the_figures_that_need_none_are_given_and_said_to_be_such(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
-    found = told(inputs, read)
+    found = figures_of(inputs, read)
     assert found["truth"] is False and "no ground truth" in found["note"]
     assert "miou" not in found["stages"]["pseudo_masks"] and found["stages"]["pseudo_masks"]["coverage"] > 0
 
 
 def test_a_methods_own_decoder_has_a_row_for_each_split(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    stages = told(inputs, read)["stages"]
+    stages = figures_of(inputs, read)["stages"]
     assert stages["decoder"]["miou"] == stages["decoder_val"]["miou"] == 1.0  # the toy's decoder says the truth
     assert (stages["decoder"]["split"], stages["decoder_val"]["split"]) == ("train", "val")
     assert stages["decoder"]["confidence"] is None
@@ -154,7 +154,7 @@ def test_a_methods_own_decoder_has_a_row_for_each_split(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_worse_than_the_one_before_is_told(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    found = told(inputs, read)
+    found = figures_of(inputs, read)
     lost = page.setbacks(found)
     assert ("decoder_val", "predictions") in {(before, after) for before, after, _, _ in lost}
     assert ("score_maps", "decoder") not in {(before, after) for before, after, _, _ in lost}
@@ -166,34 +166,34 @@ def test_a_stage_that_is_worse_than_the_one_before_is_told(tmp_path: Path) -> No
 
 def test_partial_truth_is_counted(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=2)
-    stage = told(inputs, read)["stages"]["pseudo_masks"]
+    stage = figures_of(inputs, read)["stages"]["pseudo_masks"]
     assert (stage["images"], stage["images_with_truth"]) == (5, 2)
 
 
-def test_what_cross_validate_found_stands_in_the_rows_of_the_pseudo_masks_alone(tmp_path: Path) -> None:
+def test_figures_of_cross_validate_stand_in_the_rows_of_the_pseudo_masks_alone(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
     for row in tallied(inputs, read).rows:
-        index, told = int(row.id[0]), dict(zip(signs.SIGNS, row.signs, strict=True))
+        index, values = int(row.id[0]), dict(zip(indicators.INDICATORS, row.indicators, strict=True))
         if row.stage == "pseudo_masks" and index:
-            assert told["held_out"] == np.float32(index / 10) and np.isnan(told["held_out_agreement"])
+            assert values["held_out"] == np.float32(index / 10) and np.isnan(values["held_out_agreement"])
         else:
-            assert np.isnan(told["held_out"]) and np.isnan(told["held_out_agreement"])
+            assert np.isnan(values["held_out"]) and np.isnan(values["held_out_agreement"])
 
 
-def test_masks_that_a_person_mended_are_counted(tmp_path: Path) -> None:
+def test_masks_that_a_person_corrected_are_counted(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=2)
-    assert "corrected" not in told(inputs, read)
+    assert "corrected_by_hand" not in figures_of(inputs, read)
     (inputs.pseudo_masks / "corrections.json").write_text('{"corrected": 3, "images": {}}', encoding="utf-8")
-    assert told(inputs, read)["corrected"] == 3
+    assert figures_of(inputs, read)["corrected_by_hand"] == 3
 
 
 @pytest.mark.parametrize("with_truth", [8, 0])
 def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
     inputs, read = build(tmp_path, with_truth=with_truth)
-    audit = audited(tallied(inputs, read))
-    chosen = gallery.shown(audit, read, SETTINGS.gallery)
+    audit = audit_of(tallied(inputs, read))
+    images = gallery.gallery_images(audit, read, SETTINGS.gallery)
     store.write_part(
-        tmp_path / "gallery" / "cam.h5", store.GALLERY, gallery.draw_some(chosen, inputs), labels=LABELS, part=0, parts=1,
+        tmp_path / "gallery" / "cam.h5", store.GALLERY, gallery.items(images, inputs), labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
     panels = np.frombuffer(b"photograph,<i>fine_map", np.uint8)
@@ -219,14 +219,34 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
     assert "http" not in text.replace("http-equiv", "") and text.count('"photograph":') == 6
 
 
-def test_metrics_of_a_column_that_has_not_run_are_missed(tmp_path: Path) -> None:
+def test_metrics_of_a_run_that_has_not_been_made_are_missed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no metrics of weaktr"):
         page.read_metrics(tmp_path, ["weaktr"])
 
 
+@pytest.mark.parametrize(
+    ("header", "difference"),
+    [
+        ({}, "has no version"),
+        ({"schema": "metrics", "version": 1}, "has schema metrics version 1"),
+        ({"schema": "other", "version": metrics_file.VERSION}, "has schema other version 2"),
+    ],
+)
+def test_metrics_of_another_version_are_refused_with_the_version_expected(
+    tmp_path: Path, header: dict[str, Any], difference: str
+) -> None:
+    (tmp_path / "cam.json").write_text(json.dumps(header | {"stages": {}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"cam\.json {difference}, expected is schema metrics version 2; run `dvc repro"):
+        page.read_metrics(tmp_path, ["cam"])
+
+
+def test_metrics_begin_with_their_schema_and_version(tmp_path: Path) -> None:
+    assert list(figures_of(*build(tmp_path)).items())[:2] == [("schema", "metrics"), ("version", 2)]
+
+
 def test_metrics_are_plain_json_without_nan(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    json.dumps(told(inputs, read), allow_nan=False)
+    json.dumps(figures_of(inputs, read), allow_nan=False)
 
 
 @pytest.mark.parametrize("stage", ["prepare", "export", "evaluate", "report", "refine", "fit_refiner"])

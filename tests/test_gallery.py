@@ -1,4 +1,4 @@
-"""The gallery's pictures, the rows of images and review.csv: what is picked, how it is packed, and what a spreadsheet sees."""
+"""The gallery's pictures, the rows of images and review.csv: what is selected and packed, and what a spreadsheet sees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import metrics, runtime, stage_order
 from pipeline.audit import gallery
-from pipeline.audit.tally import audited
+from pipeline.audit.tally import audit_of
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
@@ -35,31 +35,31 @@ def records_of(train: int, val: int) -> Records:
 
 
 @given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 50))
-def test_no_more_are_picked_than_asked_for_in_order_of_ids_and_of_both_splits(train: int, val: int, count: int) -> None:
-    picked = gallery.picked({}, records_of(train, val), count)
-    ids = [record.id for record, _ in picked]
-    assert ids == sorted(set(ids)) and len(ids) <= count and all(kind in (1, 2, 3) for _, kind in picked)
+def test_no_more_are_selected_than_asked_for_in_order_of_ids_and_of_both_splits(train: int, val: int, count: int) -> None:
+    selected = gallery.selection({}, records_of(train, val), count)
+    ids = [record.id for record, _ in selected]
+    assert ids == sorted(set(ids)) and len(ids) <= count and all(kind in (1, 2, 3) for _, kind in selected)
     if count >= train + val:
         assert len(ids) == train + val
 
 
-def test_the_worst_are_picked_and_the_random_ones_are_the_same_for_every_column() -> None:
+def test_the_worst_are_selected_and_the_random_ones_are_the_same_for_every_run() -> None:
     read = records_of(40, 10)
     up = {record.id: at / 50 for at, record in enumerate(read)}
     down = {image_id: 1 - value for image_id, value in up.items()}
 
     def ids(quality: dict[str, float], bit: int) -> set[str]:
-        return {record.id for record, kind in gallery.picked(quality, read, 20) if kind & bit}
+        return {record.id for record, kind in gallery.selection(quality, read, 20) if kind & bit}
 
     assert ids(up, gallery.RANDOM) == ids(down, gallery.RANDOM) and len(ids(up, gallery.RANDOM)) == 10
     assert ids(up, gallery.WORST) >= {f"t{at:03d}" for at in range(8)} | {"v000", "v001"}
-    assert len(gallery.picked(up, read, 20)) == 20
+    assert len(gallery.selection(up, read, 20)) == 20
 
 
 def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    audit = audited(tallied(inputs, read))
-    items, quality = dict(gallery.draw_some(gallery.shown(audit, read, 8), inputs)), audit.quality
+    audit = audit_of(tallied(inputs, read))
+    items, quality = dict(gallery.items(gallery.gallery_images(audit, read, 8), inputs)), audit.quality
     masks, truth = store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS), store.Store(inputs.truth, store.TRUTH)
     for record in read:
         item = items[record.id]
@@ -128,7 +128,7 @@ def test_the_review_names_image_method_stage_score_and_reasons(tmp_path: Path) -
     page_case.write(tmp_path, ["=cmd|' /C calc'!A0", 'a, "b"', "c"], labels=LabelSpace(("x",)))
     with (tmp_path / "report" / "review.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == ["id", "method", "stage", "score", "others", "reasons"] and len(found) == 6
+    assert list(found[0]) == ["id", "method", "stage", "score", "method_agreement", "reasons"] and len(found) == 6
     assert {row["id"] for row in found} == {"'=cmd|' /C calc'!A0", 'a, "b"', "c"}
     assert [row["score"] for row in found[:3]] == sorted(row["score"] for row in found[:3])
 
@@ -177,13 +177,13 @@ def test_steps_that_follow_one_another_are_one_flow() -> None:
         ("refined", "pseudo_masks"),
         ("score_maps_val", "predictions"),
     ]
-    found = page.flows({"flow": [{"from": a, "to": b, "mended": 0.1, "spoilt": 0.05} for a, b in steps]})
+    found = page.flows({"flow": [{"from": a, "to": b, "corrected": 0.1, "broken": 0.05} for a, b in steps]})
     assert [[step["to"] for step in chain] for chain in found] == [["decoder"], ["refined", "pseudo_masks"], ["predictions"]]
-    assert found[0][0]["all"] == {"mended": 0.1, "spoilt": 0.05}
+    assert found[0][0]["all"] == {"corrected": 0.1, "broken": 0.05}
 
 
 def test_drawings_are_well_formed_and_say_their_figures() -> None:
-    step = {"from": "score_maps", "to": "refined", "all": {"mended": 0.03, "spoilt": 0.01}}
+    step = {"from": "score_maps", "to": "refined", "all": {"corrected": 0.03, "broken": 0.01}}
     drawn = [
         charts.flow([step], {"score_maps": 0.8, "refined": 0.82}),
         charts.threshold(
@@ -194,7 +194,7 @@ def test_drawings_are_well_formed_and_say_their_figures() -> None:
         charts.sparkline([0.5, None, 0.7]),
     ]
     labels = [ElementTree.fromstring(text).attrib["aria-label"] for text in drawn]
-    assert "3.00 % of pixels mended" in labels[0] and "oracle: 0.500, mIoU 0.600" in labels[1] and "0.400" in labels[3]
+    assert "3.00 % of pixels corrected" in labels[0] and "oracle: 0.500, mIoU 0.600" in labels[1] and "0.400" in labels[3]
     assert charts.sparkline([None]) == "" and charts.threshold([], {}) == ""
     assert charts.flow([{**step, "from": "<x>"}], {"refined": 1.0}).count("<x>") == 0
 

@@ -1,14 +1,17 @@
-"""Architectural promises as tests: who reads the environment, empty inits, no pickle, no print."""
+"""Architectural promises as tests: layers of all packages, who reads the environment, empty inits, no pickle, no print."""
 
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.toys import PROJECT
 
+PLUG_INS = {"method", "dataset", "refiner", "segmenter", "exporter", "backbone", "family"}
+OPEN_SETS = ("methods", "refiners", "segmenters", "datasets", "exporters")
 SOURCES = sorted(path for folder in ("pipeline", "stages", "benchmarks") for path in (PROJECT / folder).rglob("*.py"))
 
 
@@ -26,7 +29,8 @@ def test_every_init_is_empty() -> None:
 
 
 def test_only_runtime_reads_the_environment() -> None:
-    readers = [path.relative_to(PROJECT).as_posix() for path in SOURCES if {"os.environ", "os.getenv"} & names_used(path)]
+    environment = {"os.environ", "os.getenv", "environ", "getenv"}
+    readers = [path.relative_to(PROJECT).as_posix() for path in SOURCES if environment & names_used(path)]
     assert readers == ["pipeline/runtime.py"]
 
 
@@ -39,13 +43,29 @@ def test_weights_are_never_unpickled() -> None:
         text = path.read_text("utf-8")
         assert "allow_pickle=True" not in text and "yaml.load(" not in text, path
         assert text.count("torch.load(") == text.count("weights_only=True"), path
-    assert [path.name for path in SOURCES if "import pickle" in path.read_text("utf-8")] == ["voc2012.py"]
+    importing = [path.relative_to(PROJECT).as_posix() for path in SOURCES if "import pickle" in path.read_text("utf-8")]
+    assert importing == ["pipeline/datasets/voc2012/dataset.py"]  # NumPy arrays alone
 
 
-def test_no_file_knows_a_method_or_data_set_by_name() -> None:
+def test_no_file_asks_which_method_data_set_or_other_plug_in_it_runs() -> None:
     for path in SOURCES:
-        text = path.read_text("utf-8")
-        assert "if method ==" not in text and "if dataset ==" not in text, path
+        for comparison in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Compare)):
+            sides = [comparison.left, *comparison.comparators]
+            names = {ast.unparse(side).split(".")[-1] for side in sides if isinstance(side, (ast.Name, ast.Attribute))}
+            values = [value for side in sides for value in getattr(side, "elts", [side])]
+            texts = [value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+            assert not (names & PLUG_INS and texts), (path, ast.unparse(comparison))
+
+
+def test_every_package_of_the_library_has_a_layer_and_does_not_know_where_it_runs() -> None:
+    contracts = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    by_type = {contract["type"]: contract for contract in contracts}
+    layered = {name for layer in by_type["layers"]["layers"] for name in layer.split(" | ")}
+    members = {f"pipeline.{path.stem}" for path in (PROJECT / "pipeline").iterdir() if path.suffix == ".py" or path.is_dir()}
+    below = members - {"pipeline.runtime", "pipeline.__init__", "pipeline.__pycache__"}
+    assert layered == below | {"stages"}
+    assert set(by_type["forbidden"]["source_modules"]) == below
+    assert set(by_type["independence"]["modules"]) == {f"pipeline.{kind}.*" for kind in OPEN_SETS}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PROJECT).as_posix())

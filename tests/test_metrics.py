@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline import metrics
-from pipeline.metrics import level_histogram, threshold_curve
+from pipeline.metrics import score_histogram, threshold_curve
 from tests.shared_data import golden
 
 LABELS = st.sampled_from([0, 1, 2, 255])
@@ -74,7 +74,7 @@ def test_one_pass_gives_the_same_curve_as_one_confusion_per_level(seed: int, bin
     rng = np.random.default_rng(seed)
     truth = rng.choice(np.array([0, 1, 2, 255], np.uint8), (6, 7))
     winner, best = rng.integers(1, 3, (6, 7)).astype(np.uint8), rng.random((6, 7), np.float32)
-    curve = threshold_curve(level_histogram(truth, winner, best, 3, bins))
+    curve = threshold_curve(score_histogram(truth, winner, best, 3, bins))
     for k in range(bins):
         label = np.where(np.floor(best * bins) >= k, winner, 0).astype(np.uint8)
         expected = metrics.miou(metrics.confusion(truth, label, 3), protocol="background")

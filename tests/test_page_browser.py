@@ -137,16 +137,16 @@ def test_images_are_ordered_and_filtered_by_the_agreement_of_the_methods_at_any_
     def values() -> list[float]:
         return [float(text) for text in tab.page.locator(".card .value").all_text_contents()]
 
-    tab.page.select_option("[name=figure]", "others")
+    tab.page.select_option("[name=figure]", "method_agreement")
     found = values()
     assert found == sorted(found) and 0 < found[0] < found[-1] <= 1
-    assert "agreement" in tab.page.locator(".card").first.get_attribute("aria-label")
+    assert "method agreement" in tab.page.locator(".card").first.get_attribute("aria-label")
     tab.page.select_option("[name=stage]", "refined")  # it is of the image's last mask
     assert values() == found
     tab.page.locator("[name=low]").fill(str(found[-1]))
     assert 0 < len(values()) < len(found) and min(values()) == found[-1]
     tab.page.locator(".card").first.click()
-    told = tab.page.locator("#viewer-side tr", has_text="agreement").locator("td").all_text_contents()
+    told = tab.page.locator("#viewer-side tr", has_text="method agreement").locator("td").all_text_contents()
     assert len(told) == 2 and told[0] == told[1] == f"{found[-1]:.3f}"  # of two methods, each agrees with the other alike
 
 

@@ -28,7 +28,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def refiner_of(name: str):
     module = plugins.load("refiners", name)
     return module.Refiner(
-        config.parse(module.Params, case.OPTIONS[name], "options"), {"background": np.array([0.4], np.float32)}
+        config.parse(module.Params, case.OPTIONS[name], "options"), {"threshold": np.array([0.4], np.float32)}
     )
 
 
@@ -57,7 +57,7 @@ def test_no_class_in_any_image_is_an_error_that_says_what_to_set() -> None:
 
 
 def test_the_state_has_the_same_bytes_twice_and_belongs_to_its_refiner(tmp_path: Path) -> None:
-    state = {"z": np.ones(3, np.float32), "background": np.array([0.4], np.float32)}
+    state = {"z": np.ones(3, np.float32), "threshold": np.array([0.4], np.float32)}
     refine.write_state(tmp_path / "a", "crf", state)
     refine.write_state(tmp_path / "b", "crf", dict(reversed(state.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -19,6 +19,7 @@ from pipeline.core.contracts import Batch, Clock, Phase
 from pipeline.core.labels import LabelSpace
 from pipeline.jobs import train
 from pipeline.methods.semples import method as semples
+from pipeline.methods.semples.masking import soft_masks
 from pipeline.nn.vit import backbone as vit
 from pipeline.training import checkpoint, loop, resume, scoring
 from pipeline.training.data import Draw
@@ -32,15 +33,16 @@ EPOCHS = 4
 
 
 class Scored(Toy):
-    """Its score is that the head's first bias is near a goal; each step moves the bias up, and in the last epoch `worse` times as far."""
+    """Its score is how near the head's first bias is to a goal; each step moves the bias up, in the last epoch `worse` times as
+    far."""
 
     goal, worse = 1.5, 1000.0
 
     def phases(self) -> list[Phase]:
         return [
             Phase(
-                "only", epochs=EPOCHS, batch_size=4, shards=4, lr=0.1, weight_decay=0.0, optimiser="sgd", schedule="poly", warmup=0,
-                lr_floor=1.0, keep_best=("head.",),
+                "only", epochs=EPOCHS, batch_size=4, shards=4, lr=0.1, weight_decay=0.0, optimiser="sgd", schedule="poly",
+                warmup=0, lr_floor=1.0, keep_best=("head.",),
             )
         ]  # fmt: skip
 
@@ -156,17 +158,17 @@ def params_of(select: str) -> tuple[Training, semples.Params]:
     section = toy_recipe("semples")["train"]
     section["model"]["select"] = select
     section["schedule"] |= {"epochs": 3, "lr": 0.05}
-    training = config.parse(Training, section, "train.semples")
-    return training, config.parse(semples.Params, training.model, "train.semples.model")
+    training = config.parse(Training, section, "train")
+    return training, config.parse(semples.Params, training.model, "train.model")
 
 
 def small(select: str) -> semples.Method:
     training, params = params_of(select)
     labels = LabelSpace(("disc", "square", "star"))
     torch.manual_seed(0)
-    made = semples.Method(labels, params, training.schedule, vit)
-    made.load_initial(vit, SCRATCH)
-    return made
+    method = semples.Method(labels, params, training.schedule, vit)
+    method.load_initial(vit, SCRATCH)
+    return method
 
 
 def test_semples_keeps_an_epoch_of_refine_or_the_last_step() -> None:
@@ -176,19 +178,21 @@ def test_semples_keeps_an_epoch_of_refine_or_the_last_step() -> None:
         }  # fmt: skip
     section: dict[str, Any] = toy_recipe("semples")["train"]["model"]
     with pytest.raises(config.ParamsError, match=r"select.*last.*critic"):
-        config.parse(semples.Params, section | {"select": "best"}, "train.semples.model")
+        config.parse(semples.Params, section | {"select": "best"}, "train.model")
 
 
 @torch.no_grad()
-def test_the_score_is_what_the_masks_take_of_the_class() -> None:
+def test_the_score_of_semples_is_how_much_better_masked_in_images_match_their_class_than_masked_out_ones() -> None:
     method, tagged = small("critic").eval(), batch(((1, 0, 0), (0, 1, 1)))
-    critic, texts, total = method._critic(), method._class_vectors(), 0.0
+    critic, masks, total = method.critic(), method.params.masks, 0.0
+    texts = method.texts.of_classes(critic)
     maps = method.score_maps(tagged.images, semples.Options()).scores
-    for image, label in ((0, 0), (1, 1), (1, 2)):
-        mask = method._masks(maps, torch.tensor([[image, label]]), critic.side, method.params.masks.eps)
-        shown = critic.prepared(tagged.images)[image][None]
-        inside, outside = critic.images(shown * mask)[0] @ texts[label], critic.images(shown * (1 - mask))[0] @ texts[label]
-        total += float(inside - outside)
+    for index, label in ((0, 0), (1, 1), (1, 2)):
+        size = (critic.side, critic.side)
+        mask = soft_masks(maps[index, label][None], size, eps=masks.eps, contrast=masks.contrast)
+        image = critic.prepare(tagged.images)[index][None]
+        inside, outside = critic.embed_images(image * mask)[0], critic.embed_images(image * (1 - mask))[0]
+        total += float((inside - outside) @ texts[label])
     torch.testing.assert_close(method.score(tagged), torch.tensor([total, 3.0]), atol=1e-5, rtol=1e-4)
     assert not method.score(batch(((0, 0, 0), (0, 0, 0)))).any()
 
@@ -199,10 +203,10 @@ def test_semples_ends_with_its_epoch_of_the_highest_score(tmp_path: Path, root: 
     job = job_in(tmp_path / "a", root, build=build)
     job = dataclasses.replace(job, images=dataclasses.replace(job.images, augment=training.augment))
     trained(job)
-    made = build()
-    made.load_state_dict(weights(job))
+    method = build()
+    method.load_state_dict(weights(job))
     images = scoring.scored_images(job.images)
-    total, count = made.eval().score(images.batch(3, [Draw(index, 0) for index in range(len(images))])).tolist()
+    total, count = method.eval().score(images.batch(3, [Draw(index, 0) for index in range(len(images))])).tolist()
     logged = scores_of(job)
     assert len(logged) == 3 and total / count == pytest.approx(max(logged), rel=1e-3, abs=1e-5)
     assert max(logged) - min(logged) > 1e-4  # or any epoch would do

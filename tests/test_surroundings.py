@@ -1,4 +1,4 @@
-"""What a method suppresses beside each class: means and best images by brute force, whatever the parts, and as the page shows it."""
+"""What a method suppresses beside each class: means and best images by brute force, for any parts, and on the page."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def _size(path: Path) -> tuple[int, int]:
 
 def job_of(tmp_path: Path) -> score_maps.Job:
     return score_maps.Job(
-        method="fake", backbone="vit", model=tmp_path / "model", settings=SETTINGS, options=None, root=tmp_path / "raw", labels=LABELS,
-        parts=1, params_digest="", out=tmp_path / "out", device="cpu",
+        method="fake", backbone="vit", model=tmp_path / "model", settings=SETTINGS, options=None, root=tmp_path / "raw",
+        labels=LABELS, parts=1, params_digest="", out=tmp_path / "out", device="cpu",
     )  # fmt: skip
 
 
@@ -229,23 +229,25 @@ def small(**changes: Any) -> semples.Method:
     model = toy_recipe("semples")["train"]["model"]
     model["prompt"] |= changes.pop("prompt", {})
     torch.manual_seed(0)
-    params = config.parse(semples.Params, model | changes, "train.semples.model")
-    made = semples.Method(
+    params = config.parse(semples.Params, model | changes, "train.model")
+    method = semples.Method(
         LabelSpace(("disc", "square", "star")), params, Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0), vit
     )
-    made.load_initial(vit, SCRATCH)
-    return made.eval()
+    method.load_initial(vit, SCRATCH)
+    return method.eval()
 
 
-def test_semples_looks_at_what_is_left_without_the_class_and_compares_it_with_every_prompt() -> None:
-    method, some = small(), batch().images
+def test_semples_compares_each_masked_out_image_with_the_prompts_of_all_classes() -> None:
+    method, images = small(), batch().images
     pairs = torch.tensor([[0, 0], [1, 1], [1, 2]])
-    found, inner = method.surroundings(some, pairs), method.inspect(some)
-    assert found.match.shape == (3, 3) and found.outside.min() >= 0 and found.outside.max() <= 1
-    torch.testing.assert_close(found.match[[0, 1, 2], pairs[:, 1]], inner["match_prompt"][pairs[:, 0], pairs[:, 1]])
-    critic = method._critic()
-    left = critic.images(critic.prepared(some)[[0]] * found.outside[:1])
-    torch.testing.assert_close(found.match[0], (left @ method._prompt_vectors(method.prompts).t())[0])
+    described, inner = method.surroundings(images, pairs), method.inspect(images)
+    assert described.match.shape == (3, 3) and described.outside.min() >= 0 and described.outside.max() <= 1
+    own_class = described.match[[0, 1, 2], pairs[:, 1]]
+    torch.testing.assert_close(own_class, inner["match_prompt"][pairs[:, 0], pairs[:, 1]])
+    critic = method.critic()
+    masked_out = critic.embed_images(critic.prepare(images)[[0]] * described.outside[:1])
+    prompts = method.texts.of_prompts(critic, method.prompts)
+    torch.testing.assert_close(described.match[0], (masked_out @ prompts.t())[0])
 
 
 def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
@@ -253,16 +255,16 @@ def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
 ) -> None:
     method, job = small(), job_of(tmp_path)
     monkeypatch.setattr(score_maps, "load", lambda *_: method)
-    some = images[:1]
-    score_maps.score([np.zeros((*some[0].size, 3), np.uint8)], some, method, semples.Options(), SETTINGS, "cpu")
-    found = inspect.look_around(some, job)
-    items = inspect.inspections(some, method, 3, job.root, None, "cpu")
-    rows = dict(inspect.with_surroundings(items, found))
-    assert rows[some[0].id]["jpeg"].size and rows[some[0].id]["beside"].tolist() == [0]
+    records = images[:1]
+    score_maps.score([np.zeros((*records[0].size, 3), np.uint8)], records, method, semples.Options(), SETTINGS, "cpu")
+    around = inspect.look_around(records, job)
+    items = inspect.inspections(records, method, 3, job.root, None, "cpu")
+    rows = dict(inspect.with_surroundings(items, around))
+    assert rows[records[0].id]["jpeg"].size and rows[records[0].id]["beside"].tolist() == [0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "description"),
     [
         ({}, "a learned prompt of each class"),
         ({"prompt": {"source": "random"}}, "nothing was learned"),
@@ -270,6 +272,7 @@ def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
         ({"suppression_weight": 0.0}, "nothing, since suppression_weight is 0"),
     ],
 )
-def test_semples_says_what_it_suppresses(changes: dict[str, Any], told: str) -> None:
-    found = small(**changes).surroundings(batch().images, torch.tensor([[0, 0]]))
-    assert told in found.told and found.match.shape == (1, 0 if "suppression_weight" in changes else 3)
+def test_semples_describes_what_it_suppresses(changes: dict[str, Any], description: str) -> None:
+    surroundings_of_pair = small(**changes).surroundings(batch().images, torch.tensor([[0, 0]]))
+    assert description in surroundings_of_pair.told
+    assert surroundings_of_pair.match.shape == (1, 0 if "suppression_weight" in changes else 3)

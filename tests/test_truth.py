@@ -1,4 +1,4 @@
-"""Figures with truth: bands, calibration, resamples and what a stage mends, each against counting by hand."""
+"""Figures with truth: bands, calibration, resamples and what a stage corrects, each against counting by hand."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_boundary_iou_is_that_of_masks_less_their_erosions(
     maps: list[np.ndarray], distance: int, protocol: metrics.Protocol
 ) -> None:
     mask, label = maps
-    contour, frame = metrics.near_change(mask, distance), metrics.near_frame(mask.shape, distance)
+    contour, frame = metrics.near_label_change(mask, distance), metrics.near_frame(mask.shape, distance)
     counts = truth.count(truth.Truth(mask, distance, contour, contour | frame, frame), label, None, CLASSES, protocol)
-    found = metrics.iou_of(counts.boundary)
+    found = metrics.iou_of_totals(counts.boundary)
     kept, shown = under(mask, label, protocol)
     for value in range(CLASSES):
         first = (mask == value) & ~eroded(mask == value, distance) & kept
@@ -67,36 +67,46 @@ def test_trimap_iou_counts_only_pixels_near_another_true_label(maps: list[np.nda
     for y in range(h):
         for x in range(w):
             near[y, x] = (mask[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] != mask[y, x]).any()
-    assert metrics.reach(mask.shape) == 1
-    found = metrics.iou(truth.count(truth.read(mask), label, None, CLASSES, protocol).trimap, protocol=protocol)
+    assert metrics.boundary_distance(mask.shape) == 1
+    found = metrics.iou(truth.count(truth.with_bands(mask), label, None, CLASSES, protocol).trimap, protocol=protocol)
     expected = metrics.iou(metrics.confusion(mask[near], label[near], CLASSES), protocol=protocol)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_the_reach_is_two_percent_of_the_diagonal_and_at_least_a_pixel() -> None:
-    assert (metrics.reach((300, 400)), metrics.reach((1, 1)), metrics.reach((3000, 4000))) == (10, 1, 100)
+def test_the_boundary_distance_is_two_percent_of_the_diagonal_and_at_least_a_pixel() -> None:
+    assert (
+        metrics.boundary_distance((300, 400)),
+        metrics.boundary_distance((1, 1)),
+        metrics.boundary_distance((3000, 4000)),
+    ) == (10, 1, 100)
 
 
 @settings(max_examples=60, deadline=None)
 @given(maps=pairs(3), protocol=st.sampled_from(metrics.PROTOCOLS))
-def test_mended_less_spoilt_is_the_gain_in_right_pixels(maps: list[np.ndarray], protocol: metrics.Protocol) -> None:
+def test_corrected_less_broken_is_the_gain_in_right_pixels(maps: list[np.ndarray], protocol: metrics.Protocol) -> None:
     mask, before, after = maps
-    mended, spoilt, total = truth.moved(mask, before, after, CLASSES, protocol)
+    corrected, broken, total = truth.changed_pixels(mask, before, after, CLASSES, protocol)
     for value in range(CLASSES):
         of_class = mask == value
         if protocol == "excluded":
             of_class &= (before != 255) & (after != 255)
         first, second = (under(mask, one, protocol)[1] == value for one in (before, after))
         assert total[value] == of_class.sum()
-        assert mended[value] == (of_class & ~first & second).sum() and spoilt[value] == (of_class & first & ~second).sum()
+        assert corrected[value] == (of_class & ~first & second).sum() and broken[value] == (of_class & first & ~second).sum()
 
 
-def test_a_stage_that_changes_nothing_mends_and_spoils_nothing() -> None:
+def test_a_stage_that_changes_nothing_corrects_and_breaks_nothing() -> None:
     flow = truth.Flow.empty(2)
     mask = np.eye(4, dtype=np.uint8)
-    flow.count(truth.moved(mask, mask * 0, mask * 0, 2, "background"), 0.5, 0.505)
-    told = flow.as_values(["background", "x"])
-    assert (told["mended"], told["spoilt"], told["images_mended"], told["images_spoilt"], told["images"]) == (0, 0, 0, 0, 1)
+    flow.count(truth.changed_pixels(mask, mask * 0, mask * 0, 2, "background"), 0.5, 0.505)
+    values = flow.as_values(["background", "x"])
+    assert (
+        values["corrected"],
+        values["broken"],
+        values["images_corrected"],
+        values["images_broken"],
+        values["images"],
+    ) == (0, 0, 0, 0, 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,18 +114,18 @@ def test_a_stage_that_changes_nothing_mends_and_spoils_nothing() -> None:
 def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy(maps: list[np.ndarray], seed: int) -> None:
     mask, label = maps
     sure = np.random.default_rng(seed).integers(0, 256, mask.shape).astype(np.uint8)
-    counts = truth.count(truth.read(mask), label, sure, CLASSES, "background").calibration
+    counts = truth.count(truth.with_bands(mask), label, sure, CLASSES, "background").calibration
     assert counts is not None
     kept = (mask != 255) & (label != 255)
-    told = metrics.reliability(counts)
+    diagram = metrics.reliability(counts)
     if not kept.any():
-        assert told == {"bins": [], "ece": None}
+        assert diagram == {"bins": [], "ece": None}
         return
     level, right = sure[kept] / 255, (mask == label)[kept]
     at = np.minimum((level * metrics.CALIBRATION_BINS).astype(int), metrics.CALIBRATION_BINS - 1)
     gaps = [abs(level[at == one].mean() - right[at == one].mean()) * (at == one).mean() for one in np.unique(at)]
-    assert told["ece"] == pytest.approx(sum(gaps)) and len(told["bins"]) == len(gaps)  # type: ignore[arg-type]
-    assert sum(share for _, _, share in told["bins"]) == pytest.approx(1)  # type: ignore[attr-defined]
+    assert diagram["ece"] == pytest.approx(sum(gaps)) and len(diagram["bins"]) == len(gaps)  # type: ignore[arg-type]
+    assert sum(share for _, _, share in diagram["bins"]) == pytest.approx(1)  # type: ignore[attr-defined]
 
 
 def images(count: int, seed: int) -> list[np.ndarray]:
@@ -130,9 +140,11 @@ def images(count: int, seed: int) -> list[np.ndarray]:
 
 
 def interval_of(counts: list[np.ndarray], names: list[str]) -> list[float] | None:
-    sums = truth.Sums.empty(2)
+    sums = truth.StageCounts.empty(2)
     for one, name in zip(counts, names, strict=True):
-        sums.count(truth.Counts(one, one, np.zeros((3, 2), np.int64), None), metrics.poisson_weights(name), "background")
+        sums.count(
+            truth.ImageCounts(one, one, np.zeros((3, 2), np.int64), None), metrics.poisson_weights(name), "background"
+        )
     return truth.figures(sums, ["background", "x"], "background")["interval"]["miou"]
 
 

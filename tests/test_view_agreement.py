@@ -1,4 +1,4 @@
-"""How well the views of one image agree: what holds for any maps, what extract stores of it and what the audit makes of it."""
+"""View agreement: what holds for any score maps, what extract stores of it, and the quality indicator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.audit import signs
+from pipeline.audit import indicators
 from pipeline.core import plugins
 from pipeline.core.records import ImageRecord
 from pipeline.imaging.scoremaps import agreement_of_views, merge_views, upright
@@ -142,17 +142,21 @@ def test_two_views_by_mirror_or_by_scale_are_enough(changes: dict[str, Any]) -> 
     assert 0 < extracted((61, 83), (1,), **changes).item() < 1
 
 
-def test_the_sign_is_the_mean_over_classes_and_missing_where_there_is_no_pair() -> None:
+def test_the_indicator_is_the_mean_over_classes_and_missing_where_there_is_no_pair() -> None:
     maps, classes, logits = np.ones((2, 3, 3), np.float32), np.array([0, 1]), np.zeros(2)
-    found = signs.of_maps(maps, classes, logits, np.array([0.2, 0.6], np.float32), 0.5)
-    assert found["views"] == pytest.approx(0.4)
-    assert np.isnan(signs.of_maps(maps, classes, logits, np.full(2, np.nan, np.float32), 0.5)["views"])
-    assert "views" not in signs.of_maps(maps[:0], classes[:0], logits, np.zeros(0, np.float32), 0.5)
+    found = indicators.score_map_indicators(maps, classes, logits, np.array([0.2, 0.6], np.float32), 0.5)
+    assert found["view_agreement"] == pytest.approx(0.4)
+    assert np.isnan(
+        indicators.score_map_indicators(maps, classes, logits, np.full(2, np.nan, np.float32), 0.5)["view_agreement"]
+    )
+    assert "view_agreement" not in indicators.score_map_indicators(
+        maps[:0], classes[:0], logits, np.zeros(0, np.float32), 0.5
+    )
 
 
-def test_the_sign_stands_at_every_stage_that_comes_from_score_maps(tmp_path: Any) -> None:
+def test_the_indicator_stands_at_every_stage_that_comes_from_score_maps(tmp_path: Any) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    at = list(signs.SIGNS).index("views")
-    told = {(row.stage, float(row.signs[at])) for row in tallied(inputs, read).rows if row.stage != "predictions"}
+    at = list(indicators.INDICATORS).index("view_agreement")
+    told = {(row.stage, float(row.indicators[at])) for row in tallied(inputs, read).rows if row.stage != "predictions"}
     assert told == {(stage, 0.5) for stage in STAGES if stage != "predictions"}
-    assert all(np.isnan(row.signs[at]) for row in tallied(inputs, read).rows if row.stage == "predictions")
+    assert all(np.isnan(row.indicators[at]) for row in tallied(inputs, read).rows if row.stage == "predictions")

@@ -1,9 +1,9 @@
-"""WeakTr's step 1 meets the authors' numbers, learns as they say, and keeps its maps in three ways that agree."""
+"""WeakTr's step 1 gives the authors' maps, losses and gradients; the three recorders of attention maps agree."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def official(variant: str) -> tuple[Method, dict[str, np.ndarray]]:
     return Method.from_official(state), file
 
 
-def pictures(method: Method, normalised: np.ndarray) -> torch.Tensor:
+def images_of(method: Method, normalised: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(normalised) * method.backbone.normalise.std + method.backbone.normalise.mean
 
 
@@ -46,28 +46,28 @@ def pictures(method: Method, normalised: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("shape", ["rect", "square"])
 def test_every_inner_map_is_that_of_the_authors(variant: str, shape: str) -> None:
     method, file = official(variant)
-    found = method.inspect(pictures(method, file[f"input_{shape}"]))
-    weights = found["fusion_weights"].transpose(1, 2).flatten(1)
+    inner = method.inspect(images_of(method, file[f"input_{shape}"]))
+    weights = inner["fusion_weights"].transpose(1, 2).flatten(1)
     assert method.stride == 16
-    pairs = {
-        "cls_logits": (found["cls_logits"], 1e-4),
-        "coarse_logits": (found["coarse_logits"], 5e-4),
-        "fine_logits": (found["fine_logits"], 2e-6),
-        "coarse_cam": (found["coarse"], 5e-4),
-        "cross_attn": (found["cross"], 1e-6),
-        "fused_cam": (found["fused"], 2e-6),
-        "patch_attn": (found["patch_attention"], 1e-6),
-        "fine_cam": (found["fine"], 2e-6),
+    maps = {
+        "cls_logits": (inner["cls_logits"], 1e-4),
+        "coarse_logits": (inner["coarse_logits"], 5e-4),
+        "fine_logits": (inner["fine_logits"], 2e-6),
+        "coarse_cam": (inner["coarse"], 5e-4),
+        "cross_attn": (inner["cross"], 1e-6),
+        "fused_cam": (inner["fused"], 2e-6),
+        "patch_attn": (inner["patch_attention"], 1e-6),
+        "fine_cam": (inner["fine"], 2e-6),
         "aaf_weights": (weights, 2e-5),
     }
-    for name, (value, tolerance) in pairs.items():
+    for name, (value, tolerance) in maps.items():
         np.testing.assert_allclose(value.numpy(), file[f"{variant}_{shape}_{name}"], atol=tolerance, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", ["base", "ovr"])
 def test_losses_and_gradients_are_those_of_the_authors(variant: str) -> None:
     method, file = official(variant)
-    images = pictures(method, file["input_rect"])
+    images = images_of(method, file["input_rect"])
     valid = torch.ones(1, *images.shape[-2:], dtype=torch.bool)
     losses = method.losses(Batch(images, torch.from_numpy(file["labels"]), valid, None), Clock(0, 0, 1))
     for ours, theirs in {"class_tokens": "cls", "coarse": "coarse", "fine": "fine"}.items():
@@ -90,13 +90,13 @@ SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 def small(**changes: Any) -> Method:
     model = toy_recipe("weaktr")["train"]["model"]
     torch.manual_seed(0)
-    made = Method(LABELS, config.parse(Params, model | changes, "train.weaktr.model"), SCHEDULE, vit)
+    method = Method(LABELS, config.parse(Params, model | changes, "train.weaktr.model"), SCHEDULE, vit)
     with torch.no_grad():  # alike tokens would hide mistakes of order
-        made.backbone.net.cls_token.normal_()
-    return made
+        method.backbone.net.cls_token.normal_()
+    return method
 
 
-def some_batch(size: int = 64, padding: int = 0) -> Batch:
+def tagged_batch(size: int = 64, padding: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(1)
     valid = torch.ones(2, size, size, dtype=torch.bool)
     if padding:
@@ -107,40 +107,40 @@ def some_batch(size: int = 64, padding: int = 0) -> Batch:
 @pytest.mark.parametrize("attention", ["fused", "cross", "patch"])
 @pytest.mark.parametrize("patch_refine", [True, False])
 @pytest.mark.parametrize("token_weight", ["each", "one"])
-def test_the_sketch_that_trains_gives_the_logits_of_whole_maps(
+def test_training_on_attention_rows_gives_the_logits_of_whole_maps(
     attention: str, patch_refine: bool, token_weight: str
 ) -> None:
     method = small(attention=attention, patch_refine=patch_refine, token_weight=token_weight).eval()
-    batch = some_batch()
-    losses, found = method.losses(batch, Clock(0, 0, 1)), method.inspect(batch.images)
+    batch = tagged_batch()
+    losses, inner = method.losses(batch, Clock(0, 0, 1)), method.inspect(batch.images)
     for name, logits in {"fine": "fine_logits", "coarse": "coarse_logits", "class_tokens": "cls_logits"}.items():
-        wanted = torch.nn.functional.multilabel_soft_margin_loss(found[logits], batch.tags)
-        torch.testing.assert_close(losses[name], wanted, atol=1e-6, rtol=0)
+        expected = torch.nn.functional.multilabel_soft_margin_loss(inner[logits], batch.tags)
+        torch.testing.assert_close(losses[name], expected, atol=1e-6, rtol=0)
 
 
 @settings(max_examples=15, deadline=None)
 @given(height=st.integers(1, 6), width=st.integers(1, 6), images=st.integers(1, 3))
-def test_maps_that_are_recomputed_are_those_that_are_kept(height: int, width: int, images: int) -> None:
+def test_recomputed_attention_gives_the_maps_of_stored_attention(height: int, width: int, images: int) -> None:
     method = small().eval()
-    pictures = torch.rand(images, 3, 8 * height, 8 * width)
-    kept = method.inspect(pictures)
+    photographs = torch.rand(images, 3, 8 * height, 8 * width)
+    stored = method.inspect(photographs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fusion, "KEPT_BYTES", 0)
-        patch.setattr(fusion, "ROWS", 5)
-        recomputed = method.inspect(pictures)
-    for name, value in kept.items():
+        patch.setattr(fusion, "STORED_BYTES", 0)
+        patch.setattr(fusion, "RECOMPUTED_ROWS", 5)
+        recomputed = method.inspect(photographs)
+    for name, value in stored.items():
         torch.testing.assert_close(recomputed[name], value, atol=1e-5, rtol=1e-4, msg=name)
-    rows = kept["patch_attention"].sum(dim=2)
+    rows = stored["patch_attention"].sum(dim=2)
     assert (rows > 0).all() and (rows < 1).all()  # weights and probabilities are below 1
 
 
 def test_the_fine_loss_trains_the_fusion_alone_and_the_others_leave_it_alone() -> None:
-    for names, inside in ((("fine",), True), (("class_tokens", "coarse"), False)):
+    for names, in_fusion in ((("fine",), True), (("class_tokens", "coarse"), False)):
         method = small(reduction=1)  # of few hidden units, all might be silent
-        losses = method.losses(some_batch(), Clock(0, 0, 1))
+        losses = method.losses(tagged_batch(), Clock(0, 0, 1))
         torch.stack([losses[name] for name in names]).sum().backward()
         moved = {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-        assert moved and all(name.startswith("adaptive_attention_fusion.") == inside for name in moved)
+        assert moved and all(name.startswith("adaptive_attention_fusion.") == in_fusion for name in moved)
 
 
 def test_padding_takes_no_part_in_the_pooled_maps() -> None:
@@ -148,17 +148,17 @@ def test_padding_takes_no_part_in_the_pooled_maps() -> None:
     with torch.no_grad():
         method.head.weight.zero_()
         method.head.bias.fill_(2.0)
-    losses = method.losses(some_batch(padding=32), Clock(0, 0, 1))
+    losses = method.losses(tagged_batch(padding=32), Clock(0, 0, 1))
     torch.testing.assert_close(losses["fine"], losses["coarse"])  # both means are 2 over what is no padding
 
 
-def test_the_affinity_is_the_symmetric_patch_attention_and_only_made_where_it_is_kept() -> None:
+def test_the_affinity_is_the_symmetric_patch_attention_and_only_computed_where_it_is_asked_for() -> None:
     method, pictures = small().eval(), torch.rand(2, 3, 24, 32)
     assert method.score_maps(pictures, Options()).affinity is None
-    found = method.score_maps(pictures, Options(), keep_affinity=True).affinity
+    affinity = method.score_maps(pictures, Options(), keep_affinity=True).affinity
     attention = method.inspect(pictures)["patch_attention"]
-    assert found is not None and found.shape == (2, 12, 12)
-    torch.testing.assert_close(found, (attention + attention.transpose(1, 2)) / 2)
+    assert affinity is not None and affinity.shape == (2, 12, 12)
+    torch.testing.assert_close(affinity, (attention + attention.transpose(1, 2)) / 2)
 
 
 def test_an_image_keeps_the_affinity_of_its_last_scale_with_its_grid() -> None:
@@ -170,7 +170,7 @@ def test_an_image_keeps_the_affinity_of_its_last_scale_with_its_grid() -> None:
 
 
 def test_half_precision_changes_maps_and_losses_but_little() -> None:
-    method, batch = small().eval(), some_batch()
+    method, batch = small().eval(), tagged_batch()
     exact, losses = method.score_maps(batch.images, Options()).scores, method.losses(batch, Clock(0, 0, 1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half, rough = method.score_maps(batch.images, Options()).scores, method.losses(batch, Clock(0, 0, 1))
@@ -179,24 +179,27 @@ def test_half_precision_changes_maps_and_losses_but_little() -> None:
         torch.testing.assert_close(rough[name].float(), value, atol=0.02, rtol=0)
 
 
-def test_score_maps_of_many_images_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, pictures = small().eval(), torch.rand(5, 3, 48, 64)
-    alone = torch.cat([method.score_maps(pictures[at : at + 1], Options()).scores for at in range(5)])
-    monkeypatch.setattr(fusion, "TOGETHER_BYTES", 2 * fusion.bytes_of_maps(method.adaptive_attention_fusion, 51))
-    torch.testing.assert_close(method.score_maps(pictures, Options()).scores, alone, atol=1e-7, rtol=1e-4)
+def test_score_maps_of_many_images_are_those_of_single_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, photographs = small().eval(), torch.rand(5, 3, 48, 64)
+    alone = torch.cat([method.score_maps(photographs[at : at + 1], Options()).scores for at in range(5)])
+    monkeypatch.setattr(fusion, "BATCH_BYTES", 2 * fusion.bytes_of_maps(method.adaptive_attention_fusion, 51))
+    torch.testing.assert_close(method.score_maps(photographs, Options()).scores, alone, atol=1e-7, rtol=1e-4)
 
 
-def test_class_tokens_that_weigh_as_one_leave_the_pretrained_vit_as_it_was() -> None:
-    plain = vit.create("deit_tiny_patch16_224", 64, drop_path=0.0).eval()
-    pictures = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        wanted = plain(pictures)
-        for weight, same in (("one", True), ("each", False)):
-            tokens = ClassTokenVit(vit.create("deit_tiny_patch16_224", 64, drop_path=0.0), 5, "normed", weight).eval()
-            tokens.net.load_state_dict(tokens._repeated(plain.net.state_dict()))
-            fused = small(architecture="deit_tiny_patch16_224").adaptive_attention_fusion
-            _, patches = tokens(pictures, fusion.Kept(fused, 5, 16, fusion.Room()))
-            assert torch.allclose(patches, wanted, atol=1e-4) == same
+@torch.no_grad()
+@pytest.mark.parametrize(("token_weight", "same"), [("one", True), ("each", False)])
+def test_class_tokens_that_weigh_as_one_leave_the_pretrained_features_as_they_were(
+    token_weight: Literal["each", "one"], same: bool, tmp_path: Path
+) -> None:
+    architecture = "deit_tiny_patch16_224"
+    plain = vit.create(architecture, 64, drop_path=0.0).eval()
+    save_tensors(tmp_path / "vit.safetensors", plain.net.state_dict(), {})
+    network = ClassTokenVit(vit.create(architecture, 64, drop_path=0.0), 5, "normed", token_weight).eval()
+    network.load_initial(tmp_path / "vit.safetensors")
+    attention_fusion = small(architecture=architecture).adaptive_attention_fusion
+    photographs = torch.rand(2, 3, 64, 64)
+    _, patches = network(photographs, fusion.StoredAttention(attention_fusion, 5, 16, fusion.MapBuffer()))
+    assert torch.allclose(patches, plain(photographs), atol=1e-4) == same
 
 
 def test_class_tokens_start_from_the_vits_own_and_learn_as_fast_as_the_heads(tmp_path: Path) -> None:
@@ -214,19 +217,19 @@ def test_class_tokens_start_from_the_vits_own_and_learn_as_fast_as_the_heads(tmp
 
 
 @pytest.mark.parametrize("architecture", ["deit_tiny_patch16_224", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
-def test_any_vit_of_that_form_serves(architecture: str) -> None:
+def test_any_vit_with_plain_attention_and_a_class_token_can_be_used(architecture: str) -> None:
     method = small(architecture=architecture, image_size=56).eval()
     side = 4 * method.stride
     assert method.score_maps(torch.rand(1, 3, side, side + method.stride), Options()).scores.shape == (1, 3, 4, 5)
-    assert torch.isfinite(method.losses(some_batch(side), Clock(0, 0, 1))["fine"])
+    assert torch.isfinite(method.losses(tagged_batch(side), Clock(0, 0, 1))["fine"])
 
 
-def test_attention_that_cannot_be_watched_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"attention of this architecture.*params\.yaml"):
+def test_an_architecture_whose_attention_maps_cannot_be_fused_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention of this architecture.*the recipe"):
         small(architecture="eva02_tiny_patch14_224")
 
 
-def test_the_authors_file_serves_with_and_without_wrapper_and_through_the_stage(tmp_path: Path) -> None:
+def test_the_authors_checkpoint_loads_with_and_without_wrapper_and_as_initial_weights(tmp_path: Path) -> None:
     file = golden("weaktr_model")
     state = golden_weights(file["keys"], file["shapes"], int(file["seed"]))
     first = Method.from_official(state)

@@ -1,4 +1,4 @@
-"""Signs of all images → robust limits, reasons, a quality score per image, and audit/<m>.csv."""
+"""Quality indicators of all images → robust limits, reasons, a quality score per image, and audit/<run>.csv."""
 
 from __future__ import annotations
 
@@ -12,172 +12,208 @@ from typing import Any
 import numpy as np
 
 from pipeline import metrics
-from pipeline.audit.signs import SIGNS
+from pipeline.audit.indicators import INDICATORS
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 
 DIGITS = 5
-MADS = 3.0  # robust standard deviations (1.4826 * MAD) from the median to a limit
-FEWEST = 10  # images that a limit needs
-STEP = 0.02  # a limit is at least this far from the median: where all images are alike, none is odd
-COUNTS = {"components": 2.0}  # the same for signs that count things
-LEAK = 0.01  # share of the foreground: a leak is told whatever the other images have
-# The score is the plain mean of these signs, all in 0..1. Chosen on voc6, with no weight fitted: docs/audit.md. A refiner follows the
-# photograph's edges, so only there do edges tell one image from another; predictions have no score maps of their own
-MAPS, REFINED, PREDICTED = ("separation", "expected_iou"), ("separation", "expected_iou", "edges"), ("expected_iou",)
+DEVIATIONS = 3.0  # robust standard deviations (1.4826 * MAD) from the median to a limit
+MIN_IMAGES = 10  # that a limit needs
+MIN_DISTANCE = 0.02  # of a limit from the median: where all images are alike, none is an outlier
+COUNT_DISTANCES = {"components": 2.0}  # the same for indicators that count things
+MAX_LEAK = 0.01  # fraction of the foreground: a larger leak is a reason whatever the other images have
+# The score is the plain mean of these indicators, all in 0..1. Chosen on voc6, with no weight fitted: docs/audit.md. A
+# refiner follows the photograph's edges, so only after it do edges order the images; predictions have no score maps
+MAP_TERMS = ("separation", "expected_iou")
+REFINED_TERMS = ("separation", "expected_iou", "edges")
+PREDICTION_TERMS = ("expected_iou",)
 TERMS = {
-    "score_maps": MAPS, "refined": REFINED, "pseudo_masks": REFINED, "score_maps_val": MAPS, "predictions": PREDICTED,
+    "score_maps": MAP_TERMS, "refined": REFINED_TERMS, "pseudo_masks": REFINED_TERMS, "score_maps_val": MAP_TERMS,
+    "predictions": PREDICTION_TERMS,
 }  # fmt: skip
 COLUMNS = ("id", "split", "stage", "tags", "truth", "miou", "score", "reasons")
-PAIRS = 20  # of classes that co-occurrence names
-PAIR_IMAGES = 5  # with and without the other class, that a pair needs
+MAX_PAIRS = 20  # of classes that co-occurrence names
+MIN_PAIR_IMAGES = 5  # with and without the other class, that a pair needs
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image at one stage. signs f32 in the order of SIGNS; shares (mask value, share of the image) of tagged or shown classes;
-    miou, mended and spoilt (shares of the pixels) are NaN without truth."""
+    """One image at one stage.
+
+    truth       whether the image has a true mask
+    miou        the image's own, 0..1; NaN without truth
+    corrected   fraction of the pixels that were wrong at the stage before and are right; NaN without truth or such a stage
+    broken      the same of those that were right and are wrong
+    indicators  f32[len(INDICATORS)], in their order
+    shares      (mask value, share of the image's pixels) of the tagged and the present classes
+    """
 
     id: str
     stage: str
     truth: bool
     miou: float
-    mended: float
-    spoilt: float
-    signs: np.ndarray
+    corrected: float
+    broken: float
+    indicators: np.ndarray
     shares: tuple[tuple[int, float], ...]
 
+    def by_name(self) -> dict[str, float]:
+        """Indicator → its value; NaN where it does not apply."""
+        return dict(zip(INDICATORS, map(float, self.indicators), strict=True))
 
-def score(stage: str, signs: Mapping[str, float]) -> float:
-    """Mean of the stage's TERMS that the image has, in 0..1; NaN without `expected_iou`, and for a stage that has no terms."""
-    if stage not in TERMS or math.isnan(signs["expected_iou"]):
+
+def score(stage: str, indicators: Mapping[str, float]) -> float:
+    """Mean of the stage's TERMS that the image has, 0..1; NaN without `expected_iou`, and for a stage that has no terms."""
+    if stage not in TERMS or math.isnan(indicators["expected_iou"]):
         return float("nan")
-    values = [signs[term] for term in TERMS[stage] if not math.isnan(signs[term])]
+    values = [indicators[term] for term in TERMS[stage] if not math.isnan(indicators[term])]
     return sum(values) / len(values)
 
 
-def limits(values: Iterable[float], step: float = STEP) -> tuple[float, float] | None:
-    """(low, high): the median ∓ MADS robust standard deviations of the values on that side, since most signs are skewed; None for
-    fewer than FEWEST finite values."""
+def limits(values: Iterable[float], min_distance: float = MIN_DISTANCE) -> tuple[float, float] | None:
+    """(low, high): the median ∓ DEVIATIONS robust standard deviations, each of the values on that side of the median.
+
+    Two-sided, since most indicators are skewed. NaN does not count; None for fewer than MIN_IMAGES other values.
+    """
     known = np.array([value for value in values if not math.isnan(value)], np.float64)
-    if len(known) < FEWEST:
+    if len(known) < MIN_IMAGES:
         return None
-    middle = float(np.median(known))
-    below, above = (float(np.median(np.abs(side - middle))) for side in (known[known <= middle], known[known >= middle]))
-    return middle - max(step, MADS * 1.4826 * below), middle + max(step, MADS * 1.4826 * above)
+    median = float(np.median(known))
+    sides = (known[known <= median], known[known >= median])
+    below, above = (DEVIATIONS * 1.4826 * float(np.median(np.abs(side - median))) for side in sides)
+    return median - max(min_distance, below), median + max(min_distance, above)
 
 
-def _odds(share: float) -> float:
-    """Coverages lie evenly around their median on this scale; the ends are those of a share that can be told from 0 and 1."""
+def _log_odds(share: float) -> float:
+    """On this scale coverages are spread evenly around their median. Clips shares to 0.001..0.999, to be finite."""
     inner = min(max(share, 0.001), 0.999)
     return math.log(inner / (1 - inner))
 
 
 class Limits:
-    """What is usual at each stage, learned from all rows."""
+    """What is usual at each stage, estimated from the rows of all images.
+
+    indicators  stage → indicator → (low, high), or None where too few images have it
+    medians     stage → indicator → median over the images that have it
+    coverage    stage → mask value → (low, high) of the log odds of the class's share of the image, where it has pixels
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         stages = sorted({row.stage for row in rows})
         of_stage = {stage: [row for row in rows if row.stage == stage] for stage in stages}
-        table = {stage: np.stack([row.signs for row in some]).astype(np.float64) for stage, some in of_stage.items()}
-        self.signs = {
+        tables = {stage: np.stack([row.indicators for row in of_stage[stage]]).astype(np.float64) for stage in stages}
+        self.indicators = {
             stage: {
-                name: limits(table[stage][:, at], COUNTS.get(name, STEP))
-                for at, (name, bad) in enumerate(SIGNS.items())
-                if bad != "neither"
+                name: limits(table[:, at], COUNT_DISTANCES.get(name, MIN_DISTANCE))
+                for at, (name, bad_side) in enumerate(INDICATORS.items())
+                if bad_side != "neither"
             }
-            for stage in stages
+            for stage, table in tables.items()
         }
         self.medians = {
             stage: {
-                name: float(np.nanmedian(table[stage][:, at]))
-                for at, name in enumerate(SIGNS)
-                if not np.isnan(table[stage][:, at]).all()
+                name: float(np.nanmedian(table[:, at]))
+                for at, name in enumerate(INDICATORS)
+                if not np.isnan(table[:, at]).all()
             }
-            for stage in stages
+            for stage, table in tables.items()
         }
-        self.coverage: dict[str, dict[int, tuple[float, float] | None]] = {}
-        for stage, some in of_stage.items():
-            spread: dict[int, list[float]] = {}
-            for row in some:
-                for value, share in row.shares:
-                    if share > 0:
-                        spread.setdefault(value, []).append(_odds(share))
-            self.coverage[stage] = {value: limits(found) for value, found in spread.items()}
+        self.coverage = {stage: _coverage_limits(stage_rows) for stage, stage_rows in of_stage.items()}
 
     def reasons(self, row: Row, record: ImageRecord, names: Sequence[str]) -> list[str]:
-        """Short words for what is out of its limits: a sign's name, or empty:<class>, coverage:<class>."""
-        signs = dict(zip(SIGNS, map(float, row.signs), strict=True))
+        """What of a row is out of its limits: an indicator's name, or empty:<class>, coverage:<class>.
+
+        names: of mask values, background first.
+        """
+        indicators = row.by_name()
         tags = {tag + 1 for tag in record.tags or ()}
-        found = [f"empty:{names[value]}" for value, share in row.shares if value in tags and not share]
-        if signs["leak"] > LEAK:
-            found.append("leak")
+        reasons = [f"empty:{names[value]}" for value, share in row.shares if value in tags and not share]
+        if indicators["leak"] > MAX_LEAK:
+            reasons.append("leak")
         for value, share in row.shares:
             usual = self.coverage[row.stage].get(value)
-            if usual is not None and share and not usual[0] <= _odds(share) <= usual[1]:
-                found.append(f"coverage:{names[value]}")
-        for name, bad in SIGNS.items():
-            usual = self.signs[row.stage].get(name)
-            if usual is None or name in ("empty", "leak") or math.isnan(signs[name]):
+            if usual is not None and share and not usual[0] <= _log_odds(share) <= usual[1]:
+                reasons.append(f"coverage:{names[value]}")
+        for name, bad_side in INDICATORS.items():
+            usual = self.indicators[row.stage].get(name)
+            if usual is None or name in ("empty", "leak") or math.isnan(indicators[name]):
                 continue
-            low, high = bad in ("low", "both") and signs[name] < usual[0], bad in ("high", "both") and signs[name] > usual[1]
-            if low or high:
-                found.append(name)
-        return found
+            too_low = bad_side in ("low", "both") and indicators[name] < usual[0]
+            too_high = bad_side in ("high", "both") and indicators[name] > usual[1]
+            if too_low or too_high:
+                reasons.append(name)
+        return reasons
 
     def as_values(self) -> dict[str, Any]:
-        """stage → sign → [low, high], null on the side that is not bad."""
+        """stage → indicator → [low, high], null on the side that is not bad."""
         return {
             stage: {
-                name: [usual[0] if SIGNS[name] != "high" else None, usual[1] if SIGNS[name] != "low" else None]
-                for name, usual in found.items()
+                name: [usual[0] if INDICATORS[name] != "high" else None, usual[1] if INDICATORS[name] != "low" else None]
+                for name, usual in of_stage.items()
                 if usual is not None
             }
-            for stage, found in self.signs.items()
+            for stage, of_stage in self.indicators.items()
         }
+
+
+def _coverage_limits(rows: Sequence[Row]) -> dict[int, tuple[float, float] | None]:
+    """Rows of one stage → mask value → `limits` of the log odds of its share, over the images where it has pixels."""
+    log_odds: dict[int, list[float]] = {}
+    for row in rows:
+        for value, share in row.shares:
+            if share > 0:
+                log_odds.setdefault(value, []).append(_log_odds(share))
+    return {value: limits(of_class) for value, of_class in log_odds.items()}
 
 
 def scores(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """(id, stage) → score; NaN where there is none."""
-    return {(row.id, row.stage): score(row.stage, dict(zip(SIGNS, map(float, row.signs), strict=True))) for row in rows}
+    """(id, stage) → score, 0..1; NaN where there is none."""
+    return {(row.id, row.stage): score(row.stage, row.by_name()) for row in rows}
 
 
-def agreement_with_truth(rows: Sequence[Row], found: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """stage → Spearman between the score and the image's own mIoU, over the images that have both."""
-    told: dict[str, Any] = {}
+def score_correlation(rows: Sequence[Row], quality: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """stage → Spearman's rank correlation of the score with the image's own mIoU, and the number of images that have both.
+
+    quality: (id, stage) → score, from `scores`.
+    """
+    correlation: dict[str, Any] = {}
     for stage in dict.fromkeys(row.stage for row in rows):
-        pairs = [(found[row.id, stage], row.miou) for row in rows if row.stage == stage]
+        pairs = [(quality[row.id, stage], row.miou) for row in rows if row.stage == stage]
         pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
         if pairs:
-            told[stage] = {"spearman": metrics.spearman(*zip(*pairs, strict=True)), "images": len(pairs)}
-    return told
+            correlation[stage] = {"spearman": metrics.spearman(*zip(*pairs, strict=True)), "images": len(pairs)}
+    return correlation
 
 
 def co_occurrence(rows: Sequence[Row], records: Mapping[str, ImageRecord], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of one stage: the class pairs whose mean share of the image differs most by whether the other class is tagged too, the
-    PAIRS with the largest ratio first. A class that grows beside another may have taken its pixels."""
-    sums: dict[tuple[int, int], list[float]] = {}
-    alone: dict[int, list[float]] = {}
+    """Rows of one stage → the class pairs for which a class's mean share of the image depends most on the other's tag.
+
+    share_with is the mean over the class's images in which the other class is tagged too, share_without that over the rest.
+    At most MAX_PAIRS, by the ratio of the two, the largest first; names: of mask values, background first. A class that is
+    larger beside another may have taken its pixels.
+    """
+    pair_sums: dict[tuple[int, int], list[float]] = {}
+    class_sums: dict[int, list[float]] = {}
     for row in rows:
         tags = [tag + 1 for tag in records[row.id].tags or ()]
         share = dict(row.shares)
         for value in tags:
-            total = alone.setdefault(value, [0, 0.0])
+            total = class_sums.setdefault(value, [0, 0.0])
             total[0], total[1] = total[0] + 1, total[1] + share[value]
             for other in tags:
                 if other != value:
-                    pair = sums.setdefault((value, other), [0, 0.0])
+                    pair = pair_sums.setdefault((value, other), [0, 0.0])
                     pair[0], pair[1] = pair[0] + 1, pair[1] + share[value]
-    found = []
-    for (value, other), (count, total) in sorted(sums.items()):
-        rest, without = alone[value][0] - count, alone[value][1] - total
-        if count >= PAIR_IMAGES and rest >= PAIR_IMAGES:
-            pair = total / count, without / rest
-            strength = abs(math.log(max(pair[0], 1e-3) / max(pair[1], 1e-3)))
-            found.append((strength, names[value], names[other], count, *pair))
-    found.sort(key=lambda one: (-one[0], one[1], one[2]))
+    pairs = []
+    for (value, other), (count, total) in sorted(pair_sums.items()):
+        rest, without = class_sums[value][0] - count, class_sums[value][1] - total
+        if count >= MIN_PAIR_IMAGES and rest >= MIN_PAIR_IMAGES:
+            means = total / count, without / rest
+            strength = abs(math.log(max(means[0], 1e-3) / max(means[1], 1e-3)))
+            pairs.append((strength, names[value], names[other], count, *means))
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
     keys = ("class", "with", "images", "share_with", "share_without")
-    return [dict(zip(keys, one[1:], strict=True)) for one in found[:PAIRS]]
+    return [dict(zip(keys, pair[1:], strict=True)) for pair in pairs[:MAX_PAIRS]]
 
 
 def _tags(record: ImageRecord, labels: LabelSpace) -> str:
@@ -186,20 +222,23 @@ def _tags(record: ImageRecord, labels: LabelSpace) -> str:
 
 
 def write(
-    path: Path, rows: Sequence[Row], records: Mapping[str, ImageRecord], labels: LabelSpace, learned: Limits,
-    found: Mapping[tuple[str, str], float],
+    path: Path, rows: Sequence[Row], records: Mapping[str, ImageRecord], labels: LabelSpace, usual: Limits,
+    quality: Mapping[tuple[str, str], float],
 ) -> None:  # fmt: skip
-    """audit/<m>.csv: COLUMNS, then mended, spoilt and the signs; one line per row, in their order."""
+    """audit/<run>.csv: COLUMNS, then corrected, broken and the indicators; a line per row, in their order.
+
+    quality: (id, stage) → score, from `scores`.
+    """
     names = ["background", *(name.replace("|", "%7C") for name in labels.names)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*COLUMNS, "mended", "spoilt", *SIGNS])
+        writer.writerow([*COLUMNS, "corrected", "broken", *INDICATORS])
         for row in rows:
             record = records[row.id]
-            reasons = "|".join(learned.reasons(row, record, names))
-            plain = (row.miou, found[row.id, row.stage])
-            numbers = (row.mended, row.spoilt, *map(float, row.signs))
+            reasons = "|".join(usual.reasons(row, record, names))
+            plain = (row.miou, quality[row.id, row.stage])
+            numbers = (row.corrected, row.broken, *map(float, row.indicators))
             writer.writerow(
                 [row.id, record.split, row.stage, _tags(record, labels), int(row.truth), *map(_number, plain), reasons,
                  *map(_number, numbers)]

@@ -13,18 +13,21 @@ DIGITS = 5
 
 
 def write_thresholds(curve: Sequence[float] | np.ndarray, path: Path) -> None:
-    """threshold.csv: mIoU f64[bins] of the score maps over the background level. Without truth, the header alone."""
+    """threshold.csv: mIoU f64[bins] of the score maps at threshold k / bins. Without truth, the header alone."""
     _table(path, ["threshold", "miou"], ((k / len(curve), round(value, DIGITS)) for k, value in enumerate(curve)))
 
 
-def write_per_class(found: dict[str, Any], path: Path) -> None:
-    """per_class.csv: IoU of the pseudo-masks, from metrics/<m>.json as plain values."""
-    classes = found["stages"].get("pseudo_masks", {}).get("classes", {})
+def write_per_class(figures: dict[str, Any], path: Path) -> None:
+    """per_class.csv: IoU of the pseudo-masks. figures: metrics/<run>.json as plain values."""
+    classes = figures["stages"].get("pseudo_masks", {}).get("classes", {})
     _table(path, ["class", "iou"], ((name, rates["iou"]) for name, rates in classes.items() if rates["iou"] is not None))
 
 
 def write_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """confusion.csv, whose template counts rows: one row per percent of each true class. names: background and the classes."""
+    """confusion.csv, whose template counts rows: a row per percent of each true class.
+
+    counts i64[c, c + 1] of (truth, prediction), the last column those of a predicted 255; names: background and the classes.
+    """
     percent = np.round(100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(int)
     cells = (
         (actual, predicted)

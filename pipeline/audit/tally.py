@@ -1,4 +1,4 @@
-"""Every stage's result + truth → counts, and a row per image and stage. The only place that opens truth after prepare."""
+"""Results of all stages + truth → counts, and a row per image and stage. Nothing else opens truth after prepare."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from safetensors import safe_open
 
 from pipeline import metrics
-from pipeline.audit import score, signs, truth
+from pipeline.audit import indicators, score, truth
+from pipeline.audit.indicators import INDICATORS, UNDEFINED
 from pipeline.audit.score import Row
-from pipeline.audit.truth import Flow, Sums
+from pipeline.audit.truth import Flow, StageCounts
 from pipeline.core import store
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, read_image
@@ -21,13 +22,17 @@ from pipeline.core.sections import Evaluate
 from pipeline.imaging import planes
 from pipeline.stage_order import FLOWS, LAST, STAGES
 
-PER_ITEM = 32  # images that one process scores at a time
-SMALL = 64  # px of the long side of the masks that columns are compared by; docs/audit.md says what that loses
+BATCH = 32  # images that a process scores at a time
+SMALL_SIDE = 64  # px of the long side of SMALL_MASKS; docs/audit.md has what that costs in method agreement
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the results lie, picklable."""
+    """Where the results of a run lie, and how to score them; picklable.
+
+    threshold  0..1 of the score maps, fitted by fit_refiner: below it a score is background
+    root       folder that paths of records start from
+    """
 
     truth: Path
     scoremaps: Path
@@ -35,7 +40,7 @@ class Inputs:
     pseudo_masks: Path
     predictions: Path
     held_out: Path
-    level: float
+    threshold: float
     settings: Evaluate
     labels: LabelSpace
     root: Path
@@ -43,20 +48,29 @@ class Inputs:
 
 @dataclass
 class Tally:
-    """Sums over images, all integers, so that their order does not matter; and one small row per image and stage."""
+    """Sums over images, all integers, so that their order does not matter; and a row per image and stage.
 
-    truth: dict[str, Sums]
+    truth      stage → counts against the truth
+    flow       (stage before, stage) → what the stage changed
+    histogram  i64[bins, c, c] of the score maps of split train: `metrics.score_histogram`
+    pixels     stage → i64[4] all, foreground, ignored, sum of confidences (of 255)
+    tags       stage → i64[2] tagged classes, those without a pixel
+    images     stage → images that have it
+    """
+
+    truth: dict[str, StageCounts]
     flow: dict[tuple[str, str], Flow]
-    histogram: np.ndarray  # i64[bins, truth, winner]
-    pixels: dict[str, np.ndarray]  # stage → i64[4]: all, foreground, ignored, summed confidence (of 255)
-    tags: dict[str, np.ndarray]  # stage → i64[2]: tagged classes, those without a pixel
+    histogram: np.ndarray
+    pixels: dict[str, np.ndarray]
+    tags: dict[str, np.ndarray]
     images: dict[str, int]
     rows: list[Row] = field(default_factory=list)
 
     @staticmethod
     def empty(classes: int, bins: int) -> Tally:
+        """classes includes background; bins: thresholds in 0..1 that the score maps are scored at."""
         return Tally(
-            truth={stage: Sums.empty(classes) for stage in STAGES},
+            truth={stage: StageCounts.empty(classes) for stage in STAGES},
             flow={pair: Flow.empty(classes) for pair in FLOWS},
             histogram=np.zeros((bins, classes, classes), np.int64),
             pixels={stage: np.zeros(4, np.int64) for stage in STAGES},
@@ -97,131 +111,144 @@ def open_stores(inputs: Inputs) -> Stores:
     )
 
 
-def chosen_level(refiner: Path) -> float:
-    """The background level that fit_refiner found."""
+def fitted_threshold(refiner: Path) -> float:
+    """refiner.safetensors → the threshold of the score maps that fit_refiner chose, 0..1."""
     with safe_open(refiner, "np") as file:  # a learned refiner's network stays where it is
         return float(file.get_tensor("threshold")[0])
 
 
-_OPENED: dict[str, Stores] = {}  # one per process
+_STORES: dict[str, Stores] = {}  # by the paths of inputs
 
 
-def opened(inputs: Inputs) -> Stores:
+def cached_stores(inputs: Inputs) -> Stores:
     """The stores, opened once per process."""
     key = json.dumps([str(path.resolve()) for path in (inputs.truth, inputs.scoremaps, inputs.pseudo_masks)])
-    if key not in _OPENED:
-        _OPENED[key] = open_stores(inputs)
-    return _OPENED[key]
+    if key not in _STORES:
+        _STORES[key] = open_stores(inputs)
+    return _STORES[key]
 
 
-Counted = tuple[Tally, list[store.Item]]
+BatchTally = tuple[Tally, list[store.Item]]
 
 
-def tally_some(records: Sequence[ImageRecord], inputs: Inputs) -> Counted:
-    """Scores some images at every stage of their split, each read once; and SMALL_MASKS items of them."""
-    stores = opened(inputs)
+def tally_batch(records: Sequence[ImageRecord], inputs: Inputs) -> BatchTally:
+    """Scores a batch of images at every stage of their split, each result read once; and their SMALL_MASKS items."""
+    stores = cached_stores(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
-    small = []
+    small_masks = []
     for record in records:
-        image = _Image(record, inputs, stores, tally)
+        image = _ImageTally(record, inputs, stores, tally)
         image.count()
-        last = image.labels[LAST[record.split]]
-        small.append((record.id, {"mask": planes.nearest(last, planes.fitted(record.size, SMALL))}))
-    return tally, small
+        mask = image.labels[LAST[record.split]]
+        small_masks.append((record.id, {"mask": planes.nearest(mask, planes.fitted(record.size, SMALL_SIDE))}))
+    return tally, small_masks
 
 
-def gathered(counted: Iterable[Counted], tally: Tally) -> Iterator[store.Item]:
-    """Passes on the SMALL_MASKS items of all images in their order, and adds the counts to `tally` on the way."""
-    for some, small in counted:
-        tally.add(some)
-        yield from small
+def add_batches(batches: Iterable[BatchTally], total: Tally) -> Iterator[store.Item]:
+    """Adds the tallies of all batches to `total` as it yields their SMALL_MASKS items, in order."""
+    for tally, small_masks in batches:
+        total.add(tally)
+        yield from small_masks
 
 
-class _Image:
-    """One image on its way through the stages; its counts go to `tally`."""
+class _ImageTally:
+    """Scores one image stage by stage; its counts and rows go to `tally`."""
 
     def __init__(self, record: ImageRecord, inputs: Inputs, stores: Stores, tally: Tally) -> None:
         self.record, self.inputs, self.stores, self.tally = record, inputs, stores, tally
         self.truth: truth.Truth | None = None
         if record.id in stores.truth:
-            self.truth = truth.read(stores.truth.read(record.id, "mask"))
+            self.truth = truth.with_bands(stores.truth.read(record.id, "mask"))
             self.weights = metrics.poisson_weights(record.id)
         tags = None if record.tags is None else tuple(tag + 1 for tag in record.tags)
-        self.seen = signs.Seen(tags, signs.edge_ranks(read_image(record, inputs.root)))
-        self.labels: dict[str, np.ndarray] = {}  # of the stages so far
+        self.context = indicators.ImageContext(tags, indicators.edge_ranks(read_image(record, inputs.root)))
+        self.labels: dict[str, np.ndarray] = {}  # mask values u8[h,w] of the stages so far
         self.miou: dict[str, float] = {}
 
     def count(self) -> None:
         """The stages of the image's split, in the order of the pipeline."""
         record, stores = self.record, self.stores
-        self._maps("_val" if record.split == "val" else "")
+        self._count_score_maps("_val" if record.split == "val" else "")
         if record.split == "val":
-            predicted = stores.predictions[record.id]
-            self._stage("predictions", predicted["label"], predicted["confidence"])
+            prediction = stores.predictions[record.id]
+            self._count_stage("predictions", prediction["label"], prediction["confidence"])
             return
         refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
-        self._stage("refined", refined["label"], refined["confidence"])
-        self._stage("pseudo_masks", mask, refined["confidence"])
+        self._count_stage("refined", refined["label"], refined["confidence"])
+        self._count_stage("pseudo_masks", mask, refined["confidence"])
 
-    def _maps(self, ending: str) -> None:
-        """The winners of the score maps above the level, the winners by score (split train), and the method's own mask where it has
-        a decoder."""
-        record, level = self.record, self.inputs.level
-        found = self.stores.scoremaps[record.id]
-        winner, best, total = winner_of(found, record)
-        label = np.where(best > level, winner, 0).astype(np.uint8)
-        sure = np.maximum(best, level) / np.maximum(total + level, 1e-6)
-        self.maps = signs.of_maps(
-            found["scores"].astype(np.float32), found["classes"], found["tag_logits"], found["agreement"], level
+    def _count_score_maps(self, ending: str) -> None:
+        """Stages score_maps and, where the method has a decoder, decoder; `ending` is _val on split val.
+
+        The confidence of a score map's pixel is the larger of threshold and best score over the sum of threshold and all
+        scores; metrics/<run>.json has the mean of the best score instead.
+        """
+        record, threshold = self.record, self.inputs.threshold
+        fields = self.stores.scoremaps[record.id]
+        winner, best, total = winning_class(fields, record)
+        label = np.where(best > threshold, winner, 0).astype(np.uint8)
+        confidence = np.maximum(best, threshold) / np.maximum(total + threshold, 1e-6)
+        self.map_indicators = indicators.score_map_indicators(
+            fields["scores"].astype(np.float32), fields["classes"], fields["tag_logits"], fields["agreement"], threshold
         )
-        summed = int(np.round(best.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))
-        self._stage("score_maps" + ending, label, np.round(sure * store.CONFIDENCE_STEPS).astype(np.uint8), summed)
-        if found["decoded"].size:
-            self._stage("decoder" + ending, found["decoded"], None, 0)
+        best_sum = int(np.round(best.sum(dtype=np.float64) * store.CONFIDENCE_STEPS))
+        steps = np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)
+        self._count_stage("score_maps" + ending, label, steps, best_sum)
+        if fields["decoded"].size:
+            self._count_stage("decoder" + ending, fields["decoded"], None, 0)
         if self.truth is not None and record.split != "val":
             bins, classes, _ = self.tally.histogram.shape
-            self.tally.histogram += metrics.level_histogram(self.truth.mask, winner, best, classes, bins)
+            self.tally.histogram += metrics.score_histogram(self.truth.mask, winner, best, classes, bins)
 
-    def _stage(self, stage: str, label: np.ndarray, confidence: np.ndarray | None, summed: int | None = None) -> None:
-        """Mask values u8[h,w] and how sure they are, u8[h,w] of 255. summed: of the confidence that is told, where it is another."""
+    def _count_stage(
+        self, stage: str, label: np.ndarray, confidence: np.ndarray | None, confidence_sum: int | None = None
+    ) -> None:
+        """Mask values u8[h,w] and their confidence u8[h,w] (of 255).
+
+        confidence_sum: over the image, where the mean confidence of the stage is not that of `confidence`.
+        """
         tally, record = self.tally, self.record
         present = np.bincount(label.ravel(), minlength=256)
         foreground = int(label.size - present[0] - present[IGNORE])
-        if summed is None:
-            summed = 0 if confidence is None else int(confidence.sum(dtype=np.int64))
-        tally.pixels[stage] += (label.size, foreground, int(present[IGNORE]), summed)
+        if confidence_sum is None:
+            confidence_sum = 0 if confidence is None else int(confidence.sum(dtype=np.int64))
+        tally.pixels[stage] += (label.size, foreground, int(present[IGNORE]), confidence_sum)
         tally.images[stage] += 1
         tags = record.tags or ()
         tally.tags[stage] += (len(tags), sum(1 for tag in tags if not present[tag + 1]))
         before = next((earlier for earlier, later in FLOWS if later == stage and earlier in self.labels), None)
         same = before is not None and stage == "pseudo_masks" and np.array_equal(label, self.labels[before])
         if not same:  # export mostly changes nothing
-            self.signs = signs.of_mask(label, confidence, self.seen)
-            self.signs |= self.maps if stage != "predictions" else {}
-        self.signs["agreement"] = signs.NONE if before is None else signs.agreement(self.labels[before], label)
-        self.signs |= self._held_out(stage)
-        self.labels[stage] = label
-        mended, spoilt = (
-            (signs.NONE, signs.NONE) if self.truth is None else self._truth(stage, before, same, label, confidence)
+            self.indicators = indicators.mask_indicators(label, confidence, self.context)
+            self.indicators |= self.map_indicators if stage != "predictions" else {}
+        self.indicators["stage_agreement"] = (
+            UNDEFINED if before is None else indicators.mask_miou(self.labels[before], label)
         )
-        tally.rows.append(
-            Row(
-                record.id, stage, self.truth is not None, self.miou.get(stage, signs.NONE), mended, spoilt,
-                np.array([self.signs[name] for name in signs.SIGNS], np.float32), signs.shares(label, self.seen.tags),
-            )
-        )  # fmt: skip
+        self.indicators |= self._held_out(stage)
+        self.labels[stage] = label
+        corrected, broken = UNDEFINED, UNDEFINED
+        if self.truth is not None:
+            corrected, broken = self._count_truth(stage, before, same, label, confidence)
+        values = np.array([self.indicators[name] for name in INDICATORS], np.float32)
+        shares = indicators.class_shares(label, self.context.tags)
+        miou = self.miou.get(stage, UNDEFINED)
+        tally.rows.append(Row(record.id, stage, self.truth is not None, miou, corrected, broken, values, shares))
 
     def _held_out(self, stage: str) -> dict[str, float]:
-        """The signs of cross_validate, which are of the pseudo-mask; none where it is off."""
+        """Indicators from cross_validate, which are of the pseudo-mask; none where it is off."""
         if stage != "pseudo_masks" or self.record.id not in self.stores.held_out:
             return {}
-        found = self.stores.held_out[self.record.id]
-        return {"held_out": float(found["soft_min"][0]), "held_out_agreement": float(found["agreement"][0])}
+        fields = self.stores.held_out[self.record.id]
+        return {
+            "held_out": float(fields["soft_min"][0]),
+            "held_out_agreement": float(fields["held_out_agreement"][0]),
+        }
 
-    def _truth(
+    def _count_truth(
         self, stage: str, before: str | None, same: bool, label: np.ndarray, confidence: np.ndarray | None
     ) -> tuple[float, float]:
-        """Counts one stage against the truth; the shares of the image's pixels that it mended and spoilt."""
+        """Counts one stage against the truth; the fractions of the image's pixels that it corrected and broke, NaN without a
+        stage before. same: the mask is that of `before`."""
         assert self.truth is not None
         protocol, classes = self.inputs.settings.ignored_prediction, len(self.inputs.labels) + 1
         if not same:
@@ -229,31 +256,34 @@ class _Image:
         self.tally.truth[stage].count(self.counts, self.weights, protocol)
         self.miou[stage] = self.counts.miou(protocol)
         if before is None:
-            return signs.NONE, signs.NONE
-        pixels = truth.moved(self.truth.mask, self.labels[before], label, classes, protocol)
+            return UNDEFINED, UNDEFINED
+        pixels = truth.changed_pixels(self.truth.mask, self.labels[before], label, classes, protocol)
         self.tally.flow[before, stage].count(pixels, self.miou[before], self.miou[stage])
         total = int(pixels[2].sum())
-        return (int(pixels[0].sum()) / total, int(pixels[1].sum()) / total) if total else (signs.NONE, signs.NONE)
+        return (int(pixels[0].sum()) / total, int(pixels[1].sum()) / total) if total else (UNDEFINED, UNDEFINED)
 
 
-def winner_of(found: Mapping[str, np.ndarray], record: ImageRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """SCORE_MAPS fields → mask value u8[h,w] and score f32[h,w] of the best class at full size, and the sum of all scores; zeros
-    where no class is kept."""
-    if not len(found["classes"]):
-        nothing = np.zeros(record.size, np.float32)
-        return np.zeros(record.size, np.uint8), nothing, nothing
-    full = planes.upsample(found["scores"], record.size)
+def winning_class(fields: Mapping[str, np.ndarray], record: ImageRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SCORE_MAPS fields → mask value u8[h,w] and score f32[h,w] of the best class, and the sum of all scores f32[h,w].
+
+    At the image's size; zeros where no class is kept.
+    """
+    if not len(fields["classes"]):
+        zeros = np.zeros(record.size, np.float32)
+        return np.zeros(record.size, np.uint8), zeros, zeros
+    full = planes.upsample(fields["scores"], record.size)
     at = full.argmax(axis=0)
-    return (found["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0], full.sum(axis=0)
+    return (fields["classes"] + 1).astype(np.uint8)[at], np.take_along_axis(full, at[None], 0)[0], full.sum(axis=0)
 
 
 @dataclass(frozen=True)
-class Audited:
-    """A column's whole tally, and what only all of its images together say; `audited` makes it once.
+class RunAudit:
+    """The tally of all images of a run, and what follows from all of them together.
 
-    rows   by id, then by stage in the order of STAGES
-    scores (id, stage) → label-free quality
-    curve  f64[bins] mIoU of the score maps over the background level; empty without truth
+    rows    by id, then by stage in the order of STAGES
+    limits  of the indicators, by stage
+    scores  (id, stage) → label-free quality score, 0..1 or NaN
+    curve   f64[bins] mIoU of the score maps over the threshold; empty without truth
     """
 
     tally: Tally
@@ -264,14 +294,14 @@ class Audited:
 
     @property
     def quality(self) -> dict[str, float]:
-        """id → own mIoU of the image's last mask; without truth, that mask's score."""
+        """id → own mIoU of the image's mask at the LAST stage; without truth, the score of that mask."""
         last = (row for row in self.rows if row.stage in LAST.values())
         return {row.id: row.miou if row.truth else self.scores[row.id, row.stage] for row in last}
 
 
-def audited(tally: Tally) -> Audited:
-    """Of all images; neither their order nor that of `tally.rows` matters."""
-    place = {stage: at for at, stage in enumerate(STAGES)}
-    rows = sorted(tally.rows, key=lambda row: (row.id, place[row.stage]))
+def audit_of(tally: Tally) -> RunAudit:
+    """tally: of all images of a run, added in any order."""
+    position = {stage: at for at, stage in enumerate(STAGES)}
+    rows = sorted(tally.rows, key=lambda row: (row.id, position[row.stage]))
     curve = metrics.threshold_curve(tally.histogram) if tally.truth["score_maps"].images else np.zeros(0)
-    return Audited(tally, rows, score.Limits(rows), score.scores(rows), curve)
+    return RunAudit(tally, rows, score.Limits(rows), score.scores(rows), curve)

@@ -50,13 +50,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def section(values: Mapping[str, Any], *keys: str, file: Path = PARAMS_FILE) -> Any:
     """values[k1][k2]…; ParamsError names the first key that is missing and what stands there instead."""
-    found: Any = values
+    inner: Any = values
     for depth, key in enumerate(keys):
-        if not isinstance(found, Mapping) or key not in found:
-            there = ", ".join(map(str, found)) if isinstance(found, Mapping) else repr(found)
+        if not isinstance(inner, Mapping) or key not in inner:
+            there = ", ".join(map(str, inner)) if isinstance(inner, Mapping) else repr(inner)
             raise ParamsError(f"{file}: {'.'.join(keys[: depth + 1])} is missing (there: {there}; edit {file})")
-        found = found[key]
-    return found
+        inner = inner[key]
+    return inner
 
 
 def parse(kind: type[T], value: Any, where: str, file: Path = PARAMS_FILE) -> T:

@@ -77,16 +77,16 @@ REFINED = Schema(
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, where there are corrected masks
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
-# of a segmenter that never saw the image's pseudo-mask: the soft-min of its probabilities of the mask's labels, and the mean IoU of its
-# winners with the mask; both are NaN where the mask is 255 throughout
-HELD_OUT = Schema("held_out", 1, {"soft_min": Field("<f4", ("1",)), "agreement": Field("<f4", ("1",))})
-# the mask that is used in the end (split train: pseudo-mask, val: prediction) at the nearest pixels, small enough that the report can hold
-# all columns' masks of all images against one another
+# of a segmenter that was not trained on the image: soft-min over pixels of its probabilities of the pseudo-mask's labels, and the
+# mean IoU of its mask with the pseudo-mask, both 0..1; NaN where the pseudo-mask is 255 throughout
+HELD_OUT = Schema("held_out", 2, {"soft_min": Field("<f4", ("1",)), "held_out_agreement": Field("<f4", ("1",))})
+# the mask of the last stage (split train: pseudo-mask, val: prediction), sampled at the nearest pixels, so small that the report
+# can compare the masks of all runs on all images
 SMALL_MASKS = Schema("small_masks", 1, {"mask": Field("|u1", ("h", "w"))})
-# small pictures of some images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows, columns) of the
-# thumbnail; photograph is WebP, scores (the winner's, 0..255) a grey JPEG; maps is zlib of the mask values u8[m,rows,columns] of the
-# stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN where
-# there is no truth
+# thumbnails of a selection of images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows,
+# columns) of the thumbnail; photograph is WebP, scores (the best class's, 0..255) a grey JPEG; maps is zlib of the mask values
+# u8[m,rows,columns] of the stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is
+# of full-size masks, NaN where there is no truth
 GALLERY = Schema(
     "gallery",
     1,

@@ -37,7 +37,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Job:
-    """All that one process needs, picklable: how to segment with the fold's weights, and what to hold the result against."""
+    """All that one process needs, picklable: how to segment with the fold's weights, and the masks to compare with."""
 
     segment: segment.Job
     masks: Path
@@ -56,10 +56,10 @@ def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, he
     if not chosen.folds:
         write(held_out, (), labels, chosen)
         return
-    whole, metadata = train.job(settings, "segmenters", records=records, init=init, masks=pseudo_masks, engine=engine)
-    folds = plan(whole, chosen.folds, settings.file)
+    all_images, metadata = train.job(settings, "segmenters", records=records, init=init, masks=pseudo_masks, engine=engine)
+    folds = plan(all_images, chosen.folds, settings.file)
     digest = store.digest([dataclasses.asdict(chosen), dataclasses.asdict(segmentation)])
-    with store.Workspace(held_out, store.digest([whole.work.name, digest])) as work:
+    with store.Workspace(held_out, store.digest([all_images.work.name, digest])) as work:
         folders = []
         for fold in folds:
             weights = work.folder / f"fold-{fold.number}.safetensors"
@@ -96,16 +96,16 @@ def folds_of(ids: Iterable[str], folds: int) -> list[list[str]]:
     return [sorted(ordered[first::folds]) for first in range(folds)]
 
 
-def plan(whole: loop.Job, folds: int, file: Path) -> list[Fold]:
-    """One training per fold, each as `whole`, retrain's own, but without the fold's images. ParamsError for too many folds."""
-    by_id = {record.id: record for record in whole.images.records}
+def plan(all_images: loop.Job, folds: int, file: Path) -> list[Fold]:
+    """One training per fold, each as `all_images`, retrain's own, but without the fold's images. ParamsError for too many folds."""
+    by_id = {record.id: record for record in all_images.images.records}
     if folds > len(by_id):
         raise config.ParamsError(
             f"{file}: cross_validate.folds: got {folds}, allowed is 0 (off) or 2 up to the number of images with a pseudo-mask, "
             f"{len(by_id)} (edit {file})"
         )
     return [
-        Fold(number, train.without(whole, held_out), tuple(by_id[image_id] for image_id in held_out))
+        Fold(number, train.without(all_images, held_out), tuple(by_id[image_id] for image_id in held_out))
         for number, held_out in enumerate(folds_of(by_id, folds))
     ]
 
@@ -117,24 +117,24 @@ def soft_min(probabilities: np.ndarray, temperature: float) -> float:
     """
     if not probabilities.size:
         return float("nan")
-    given = probabilities.astype(np.float64)
-    weights = np.exp((given.min() - given) / temperature)  # the greatest exponent is 0
-    return float((given * weights).sum() / weights.sum())
+    values = probabilities.astype(np.float64)
+    weights = np.exp((values.min() - values) / temperature)  # the greatest exponent is 0
+    return float((values * weights).sum() / weights.sum())
 
 
-def compare(found: np.ndarray, mask: np.ndarray, temperature: float) -> dict[str, np.ndarray]:
+def compare(probabilities: np.ndarray, mask: np.ndarray, temperature: float) -> dict[str, np.ndarray]:
     """Probabilities f32[p,h',w'] and mask u8[h,w] → HELD_OUT fields. Pixels of 255 do not count; NaN where all are 255.
 
-    Both are held against each other on the probabilities' canvas, which is the image's size unless that is huge: a mask is
+    Both are compared on the probabilities' canvas, which is the image's size unless that is huge: a mask is
     brought there by its nearest pixels, which costs p times less than enlarging the probabilities.
     """
-    given = nearest(mask, (found.shape[1], found.shape[2]))
-    known = given != IGNORE
-    counts = metrics.confusion(given, found.argmax(axis=0).astype(np.uint8), len(found))
-    told = np.take_along_axis(found, np.where(known, given, 0)[None].astype(np.intp), 0)[0][known]
+    labels = nearest(mask, (probabilities.shape[1], probabilities.shape[2]))
+    known = labels != IGNORE
+    counts = metrics.confusion(labels, probabilities.argmax(axis=0).astype(np.uint8), len(probabilities))
+    of_labels = np.take_along_axis(probabilities, np.where(known, labels, 0)[None].astype(np.intp), 0)[0][known]
     return {
-        "soft_min": np.array([soft_min(told, temperature)], np.float32),
-        "agreement": np.array([metrics.miou(counts, protocol="background")], np.float32),
+        "soft_min": np.array([soft_min(of_labels, temperature)], np.float32),
+        "held_out_agreement": np.array([metrics.miou(counts, protocol="background")], np.float32),
     }
 
 
@@ -154,8 +154,8 @@ def score_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
 
     def compared(record: ImageRecord) -> dict[str, np.ndarray]:
         image = read_image(record, inner.root)
-        found = segment.probabilities(image, model, inner, planes_count=len(inner.labels) + 1)
-        return compare(found, masks.read(record.id, "mask"), job.temperature)
+        probabilities = segment.probabilities(image, model, inner, planes_count=len(inner.labels) + 1)
+        return compare(probabilities, masks.read(record.id, "mask"), job.temperature)
 
     items = ((record.id, compared(record)) for record in records)
     store.write_part(
@@ -167,8 +167,8 @@ def score_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
 
 def gathered(folders: Iterable[Path]) -> Iterator[store.Item]:
     """What the folds found, in id order: two numbers an image."""
-    found = {image_id: values for folder in folders for image_id, values in store.Store(folder, store.HELD_OUT)}
-    return iter(sorted(found.items()))
+    items = {image_id: values for folder in folders for image_id, values in store.Store(folder, store.HELD_OUT)}
+    return iter(sorted(items.items()))
 
 
 def write(path: Path, items: Iterable[store.Item], labels: LabelSpace, chosen: CrossValidate) -> None:

@@ -67,11 +67,11 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, re
 
 def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     """One image's score maps as refiners read them."""
-    found = scores[record.id]
-    affinity = found["affinity"].astype(np.float32) if found["affinity"].size else None
-    rows, columns = (int(side) for side in found["grid"])
+    item = scores[record.id]
+    affinity = item["affinity"].astype(np.float32) if item["affinity"].size else None
+    rows, columns = (int(side) for side in item["grid"])
     return ImageMaps(
-        found["classes"].astype(np.int64), found["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
+        item["classes"].astype(np.int64), item["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
     )  # fmt: skip
 
 
@@ -107,9 +107,9 @@ def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: 
 def read_state(path: Path, name: str) -> dict[str, np.ndarray]:
     """ValueError if the state belongs to another refiner."""
     with safe_open(path, "np") as file:
-        found = json.loads((file.metadata() or {}).get(METADATA_KEY, "[null]"))[0]
-        if found != name:
-            raise ValueError(f"{path} was fitted for refiner {found!r}, not {name!r}; run fit_refiner again")
+        fitted_for = json.loads((file.metadata() or {}).get(METADATA_KEY, "[null]"))[0]
+        if fitted_for != name:
+            raise ValueError(f"{path} was fitted for refiner {fitted_for!r}, not {name!r}; run fit_refiner again")
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 

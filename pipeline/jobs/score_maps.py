@@ -49,14 +49,14 @@ def load(method: str, backbone: str, model: Path, device: str, run: str) -> Any:
     ValueError if the file is another method's.
     """
     del run
-    told = checkpoint.read_metadata(model)
-    if told["plugin"] != method:
-        raise ValueError(f"{model} was trained as method {told['plugin']!r}, not {method!r}")
+    metadata = checkpoint.read_metadata(model)
+    if metadata["plugin"] != method:
+        raise ValueError(f"{model} was trained as method {metadata['plugin']!r}, not {method!r}")
     module = plugins.load("methods", method)
-    training = config.parse(Training, json.loads(told["section"]), "train", model)
+    training = config.parse(Training, json.loads(metadata["section"]), "train", model)
     params = config.parse(module.Params, training.model, "train.model", model)
     built = module.Method(
-        LabelSpace(tuple(json.loads(told["labels"]))), params, training.schedule, plugins.load("nn", backbone)
+        LabelSpace(tuple(json.loads(metadata["labels"]))), params, training.schedule, plugins.load("nn", backbone)
     )
     checkpoint.load_into(built, model)
     return built.to(device).eval()
@@ -128,9 +128,9 @@ def score(
         with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
             last = len(maps) + 1 == len(settings.scales)
             maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
-    logits = torch.stack([_views(found.tag_logits, len(images)) for found in maps]).mean(dim=(0, 2))  # [b,c]
+    logits = torch.stack([_views(scale.tag_logits, len(images)) for scale in maps]).mean(dim=(0, 2))  # [b,c]
     cells = size[0] // method.stride, size[1] // method.stride  # of the last scale, whose affinity is kept
-    return [_one(row, record, maps, logits[row], grid, cells, settings, len(images)) for row, record in enumerate(records)]
+    return [_item(row, record, maps, logits[row], grid, cells, settings, len(images)) for row, record in enumerate(records)]
 
 
 def _views(values: Tensor, images: int) -> Tensor:
@@ -138,7 +138,7 @@ def _views(values: Tensor, images: int) -> Tensor:
     return values.reshape(-1, images, *values.shape[1:]).transpose(0, 1)
 
 
-def _one(
+def _item(
     row: int,
     record: ImageRecord,
     maps: Sequence[ScoreMaps],
@@ -152,7 +152,7 @@ def _one(
         classes = torch.tensor(record.tags, dtype=torch.long)
     else:
         classes = torch.nonzero(logits.float().sigmoid() >= settings.tag_threshold).flatten().cpu()
-    views = [_views(found.scores, images)[row][:, classes.to(found.scores.device)].float() for found in maps]
+    views = [_views(scale.scores, images)[row][:, classes.to(scale.scores.device)].float() for scale in maps]
     merged = scoremaps.merge_views(views, rule=settings.merge, size=grid).cpu()
     affinity = maps[-1].affinity if settings.keep_affinity else None
     if settings.keep_affinity and affinity is None:
@@ -177,11 +177,14 @@ def _decoded(
 
     Probabilities of all views are averaged on the grid of the score maps.
     """
-    decoded = [found.decoded for found in maps if found.decoded is not None]
+    decoded = [scale.decoded for scale in maps if scale.decoded is not None]
     if not decoded:
         return np.zeros((0, 0), np.uint8)
     tagged = record.split == "train" and record.tags is not None
-    kept = F.pad(classes + 1, (1, 0)) if tagged else torch.arange(decoded[0].shape[1])
-    views = [_views(found, images)[row][:, kept.to(found.device)].float() for found in decoded]
-    shares = scoremaps.merge_views(views, rule="mean", size=grid).cpu().numpy()
-    return kept.numpy().astype(np.uint8)[planes.winners(shares, record.size)[0]]
+    planes_kept = F.pad(classes + 1, (1, 0)) if tagged else torch.arange(decoded[0].shape[1])
+    views = [
+        _views(planes_of_scale, images)[row][:, planes_kept.to(planes_of_scale.device)].float()
+        for planes_of_scale in decoded
+    ]
+    probabilities = scoremaps.merge_views(views, rule="mean", size=grid).cpu().numpy()
+    return planes_kept.numpy().astype(np.uint8)[planes.winners(probabilities, record.size)[0]]

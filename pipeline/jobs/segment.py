@@ -94,16 +94,16 @@ def training_of(name: str, weights: Path, labels: LabelSpace) -> tuple[Training,
 
     ValueError if the file belongs to another segmenter or to other classes than `labels`.
     """
-    told = checkpoint.read_metadata(weights)
-    if told["plugin"] != name:
-        raise ValueError(f"{weights} was trained as segmenter {told['plugin']!r}, not {name!r}; run retrain again")
-    classes = tuple(json.loads(told["labels"]))
+    metadata = checkpoint.read_metadata(weights)
+    if metadata["plugin"] != name:
+        raise ValueError(f"{weights} was trained as segmenter {metadata['plugin']!r}, not {name!r}; run retrain again")
+    classes = tuple(json.loads(metadata["labels"]))
     if classes != labels.names:
         raise ValueError(
             f"{weights} knows {', '.join(classes)}, records.h5 has {', '.join(labels.names)}; run retrain again"
         )
     plugins.load("nn", name)  # imported here, so that the stage's digest of code has the family in it
-    training = config.parse(Training, json.loads(told["section"]), "retrain", weights)
+    training = config.parse(Training, json.loads(metadata["section"]), "retrain", weights)
     return training, config.parse(plugins.load("segmenters", name).Params, training.model, "retrain.model", weights)
 
 
@@ -131,18 +131,18 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
 
 def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray]:
     """PREDICTIONS fields of one image u8[h,w,3]: label u8[h,w] of mask values, confidence u8[h,w]."""
-    found = probabilities(image, model, job, planes_count=len(job.labels) + 1)
+    planes_of_image = probabilities(image, model, job, planes_count=len(job.labels) + 1)
     if job.crf is not None:
-        found = _refined(resize(image, found.shape[1:]), found, job.crf)
-    label, confidence = planes.winners(found, image.shape[:2])
+        planes_of_image = _refined(resize(image, planes_of_image.shape[1:]), planes_of_image, job.crf)
+    label, confidence = planes.winners(planes_of_image, image.shape[:2])
     return {"label": label, "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)}
 
 
-def _refined(image: np.ndarray, found: np.ndarray, settings: CrfSettings) -> np.ndarray:
+def _refined(image: np.ndarray, probabilities: np.ndarray, settings: CrfSettings) -> np.ndarray:
     """u8[h,w,3], f32[p,h,w] → f32[p,h,w]: CRF over the planes that win somewhere (WeakTr section 2.4), 0 for the others."""
-    some = np.unique(found.argmax(axis=0))
-    out = np.zeros_like(found)
-    out[some] = dense_crf(image, unary_from_probabilities(found[some]), settings)
+    present = np.unique(probabilities.argmax(axis=0))
+    out = np.zeros_like(probabilities)
+    out[present] = dense_crf(image, unary_from_probabilities(probabilities[present]), settings)
     return out
 
 
@@ -204,13 +204,13 @@ def windowed(view: Tensor, model: Any, job: Job) -> Tensor:
     total, count = None, view.new_zeros(h, w)
     dtype = PRECISIONS[settings.precision]
     for at in range(0, len(corners), WINDOWS_PER_BATCH):
-        some = corners[at : at + WINDOWS_PER_BATCH]
-        batch = torch.stack([view[:, top : top + high, left : left + wide] for top, left in some])
+        batch_corners = corners[at : at + WINDOWS_PER_BATCH]
+        batch = torch.stack([view[:, top : top + high, left : left + wide] for top, left in batch_corners])
         with torch.autocast(job.device.split(":")[0], dtype=dtype, enabled=dtype is not None):
             logits = model.segment(batch, job.options).float()
         if total is None:
             total = view.new_zeros(logits.shape[1], h, w)
-        for (top, left), window in zip(some, logits, strict=True):
+        for (top, left), window in zip(batch_corners, logits, strict=True):
             total[:, top : top + high, left : left + wide] += window
             count[top : top + high, left : left + wide] += 1
     assert total is not None  # there is at least one window

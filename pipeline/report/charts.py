@@ -54,7 +54,7 @@ def sparkline(values: Sequence[float | None]) -> Markup:
 
 
 def threshold(curve: Sequence[Point], told: Mapping[str, Any]) -> Markup:
-    """mIoU over the background level; the chosen level is a full dot, the oracle a ring."""
+    """mIoU over the threshold; the chosen threshold is a full dot, the oracle a ring."""
     if not curve:
         return Markup("")
     w, h, left, top, right, bottom = 340, 190, 40, 12, 12, 30
@@ -72,7 +72,7 @@ def threshold(curve: Sequence[Point], told: Mapping[str, Any]) -> Markup:
     for x in (0, 0.25, 0.5, 0.75, 1):
         parts.append(text_of(at((x, 0))[0], h - 12, f"{x:g}"))
     parts.append(f'<polyline class="line" points="{_points([at(point) for point in curve])}"/>')
-    words = "mIoU of the score maps over the background level"
+    words = "mIoU of the score maps over the threshold"
     for name, miou, kind in (("oracle", "miou_at_oracle", "ring"), ("chosen", "miou_at_chosen", "dot")):
         if told.get(name) is not None and told.get(miou) is not None:
             x, y = at((min(1.0, told[name]), min(highest, told[miou])))
@@ -116,7 +116,7 @@ def flow(steps: Sequence[Mapping[str, Any]], right: Mapping[str, float]) -> Mark
     known = [right[name] for name in names if name in right]
     if not known:
         return Markup("")
-    least = min([*known, *(right.get(step["from"], 1) - step["all"]["spoilt"] for step in steps)])
+    least = min([*known, *(right.get(step["from"], 1) - step["all"]["broken"] for step in steps)])
     floor = max(0.0, 1 - 1.6 * (1 - least))
     w, h, top, bar, gap = 150 * len(names), 216, 34, 12, 150
 
@@ -129,18 +129,18 @@ def flow(steps: Sequence[Mapping[str, Any]], right: Mapping[str, float]) -> Mark
         y = top + height(good - floor)
         if at < len(steps):
             step = steps[at]
-            mended, spoilt = step["all"]["mended"], step["all"]["spoilt"]
+            corrected, broken = step["all"]["corrected"], step["all"]["broken"]
             after = top + height(right.get(step["to"], good) - floor)
             end, left = x + gap, x + bar
-            kept = top + height(good - spoilt - floor)
-            words = f"{step['from']} to {step['to']}: {100 * mended:.2f} % mended, {100 * spoilt:.2f} % spoilt"
+            kept = top + height(good - broken - floor)
+            words = f"{step['from']} to {step['to']}: {100 * corrected:.2f} % corrected, {100 * broken:.2f} % broken"
             parts += [
                 _band(left, end, (top, kept), (top, kept), "kept"),
-                _band(left, end, (y + height(mended), top + 140), (after + height(spoilt), top + 140), "missed"),
-                _band(left, end, (kept, y), (after, after + height(spoilt)), "spoilt", words),
-                _band(left, end, (y, y + height(mended)), (after - height(mended), after), "mended", words),
-                text_of((left + end) / 2, top + 160, f"mended {100 * mended:.1f} %", "mended-text"),
-                text_of((left + end) / 2, top + 175, f"spoilt {100 * spoilt:.1f} %", "spoilt-text"),
+                _band(left, end, (y + height(corrected), top + 140), (after + height(broken), top + 140), "missed"),
+                _band(left, end, (kept, y), (after, after + height(broken)), "broken", words),
+                _band(left, end, (y, y + height(corrected)), (after - height(corrected), after), "corrected", words),
+                text_of((left + end) / 2, top + 160, f"corrected {100 * corrected:.1f} %", "corrected-text"),
+                text_of((left + end) / 2, top + 175, f"broken {100 * broken:.1f} %", "broken-text"),
             ]
         parts.append(f'<rect class="right-bar" x="{x:.1f}" y="{top}" width="{bar}" height="{height(good - floor):.1f}"/>')
         parts.append(f'<rect class="wrong-bar" x="{x:.1f}" y="{y:.1f}" width="{bar}" height="{height(1 - good):.1f}"/>')
@@ -148,8 +148,8 @@ def flow(steps: Sequence[Mapping[str, Any]], right: Mapping[str, float]) -> Mark
         parts.append(text_of(x + bar / 2, 27, f"{100 * good:.1f} %"))
         x += gap
     words = "; ".join(
-        f"{step['from']} to {step['to']}: {100 * step['all']['mended']:.2f} % of pixels mended, "
-        f"{100 * step['all']['spoilt']:.2f} % spoilt" for step in steps
+        f"{step['from']} to {step['to']}: {100 * step['all']['corrected']:.2f} % of pixels corrected, "
+        f"{100 * step['all']['broken']:.2f} % broken" for step in steps
     )  # fmt: skip
     return _svg(w - gap + 110, h, words, *parts)
 

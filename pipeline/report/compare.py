@@ -1,4 +1,4 @@
-"""Figures of another git revision, through DVC, and those of now → a page of what methods, classes and images gained and lost."""
+"""Figures of another git revision, through DVC, and those of now → a page of gains and losses by method, class, image."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline import metrics_file
 from pipeline.report import page
 from pipeline.report import rows as audit_rows
 from pipeline.stage_order import STAGES
@@ -45,7 +46,10 @@ class Image:
 
 @dataclass(frozen=True)
 class Compared:
-    """One method: figures by stage and by (stage, class) as (before, now); its images; how many are in one of the two only."""
+    """One method: figures by stage and by (stage, class) as (before, now); its images; how many are in one of the two only.
+
+    note: how the schema of the revision's metrics differs from that of now, in a sentence; "" where it does not.
+    """
 
     stages: Mapping[str, tuple[float | None, float | None]]
     classes: Mapping[str, Mapping[str, tuple[float | None, float | None]]]
@@ -53,6 +57,7 @@ class Compared:
     lost: Sequence[Image]
     counts: tuple[int, int, int]  # images that gained, lost, stayed
     alone: tuple[int, int]  # rows before only, now only
+    note: str
 
 
 def revision(rev: str) -> Reader:
@@ -77,7 +82,10 @@ def revision(rev: str) -> Reader:
 
 
 def compare(methods: Sequence[str], metrics: Path, audit: Path, read: Reader) -> dict[str, Compared | None]:
-    """Method → what changed; None where the revision lacks it. FileNotFoundError if it lacks all of them."""
+    """Method → what changed; None where the revision lacks it. FileNotFoundError if it lacks all of them.
+
+    A revision's metrics may be of an older version: IoU of stages and classes have the same keys in all versions.
+    """
     found: dict[str, Compared | None] = {}
     for method, now in page.read_metrics(metrics, methods).items():
         try:
@@ -85,7 +93,8 @@ def compare(methods: Sequence[str], metrics: Path, audit: Path, read: Reader) ->
         except FileNotFoundError:
             found[method] = None
             continue
-        found[method] = _compared(before, now, *_rows(audit / f"{method}.csv", read))
+        note = metrics_file.version_difference(before)
+        found[method] = _compared(before, now, *_rows(audit / f"{method}.csv", read), note)
     if not any(found.values()):
         raise FileNotFoundError(f"the revision has no metrics of {', '.join(methods)} under {metrics}")
     return found
@@ -101,7 +110,11 @@ def _rows(path: Path, read: Reader) -> tuple[Iterable[audit_rows.Row], Iterable[
 
 
 def _compared(
-    before: Mapping[str, Any], now: Mapping[str, Any], rows: Iterable[audit_rows.Row], rows_now: Iterable[audit_rows.Row]
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    rows: Iterable[audit_rows.Row],
+    rows_now: Iterable[audit_rows.Row],
+    note: str,
 ) -> Compared:
     stages = [stage for stage in STAGES if stage in before["stages"] or stage in now["stages"]]
     pairs = {stage: tuple(facts["stages"].get(stage, {}) for facts in (before, now)) for stage in stages}
@@ -116,6 +129,7 @@ def _compared(
         lost=lost[:SHOWN],
         counts=(len(gained), len(lost), len(images) - len(moved)),
         alone=alone,
+        note=note,
     )
 
 

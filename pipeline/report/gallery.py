@@ -50,7 +50,7 @@ class Gallery:
         return {stage_order.without_split(stage): stage for stage in stage_order.OF_SPLIT[self.records[image_id].split]}
 
     def table(self, found: Mapping[str, Mapping[tuple[str, str], audit_rows.Row]]) -> dict[str, Any]:
-        """Small facts as columns that run over `ids`; `found` is method → (id, stage) → its row of audit/<m>.csv."""
+        """Small facts as columns that run over `ids`; `found` is method → (id, stage) → its row of audit/<run>.csv."""
         some = {i: next(method for method, one in self.stores.items() if i in one) for i in self.ids}
         return {
             "ids": self.ids,
@@ -78,7 +78,7 @@ class Gallery:
                 self._put(kept, "miou", at, None if math.isnan(miou) else round(miou, DIGITS))
                 if row is None:
                     continue
-                for what in ("score", "others", "both"):
+                for what in ("score", "method_agreement", "both"):
                     value = getattr(row, what)
                     self._put(kept, what, at, None if value is None else round(value, DIGITS))
                 self._put(kept, "reasons", at, list(row.reasons) or None)

@@ -21,6 +21,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline import metrics_file
 from pipeline.core import store
 from pipeline.core.records import Records
 from pipeline.core.sections import Report
@@ -48,11 +49,15 @@ class Inputs:
 
 
 def read_metrics(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """metrics/<m>.json of the columns of params.yaml; files of columns that are gone are left out."""
+    """metrics/<run>.json of the runs of params.yaml; files of runs that are gone are left out.
+
+    With the figures of metrics/upper_bound/<run>.json under `upper_bound`. FileNotFoundError for runs that have no metrics,
+    ValueError for a file of another version.
+    """
     missing = [method for method in methods if not (folder / f"{method}.json").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no metrics of {', '.join(missing)}; run `dvc repro`")
-    found = {method: json.loads((folder / f"{method}.json").read_text(encoding="utf-8")) for method in methods}
+    found = {method: metrics_file.read(folder / f"{method}.json") for method in methods}
     for method in methods:
         upper_bound = folder / "upper_bound" / f"{method}.json"  # benchmarks/upper_bound.py was run by hand, or was not
         if upper_bound.is_file():
@@ -108,8 +113,13 @@ def _skipped(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Audit:
-    """What the rows of audit/<m>.csv say, by method: those of the gallery's images by (id, stage), the worst of all images, and how
-    many images of a stage have a sign out of its limits. pairs: split → f64[m,m] of `between`."""
+    """Rows of audit/<run>.csv by run.
+
+    pairs    split → f64[m,m] agreement of two runs' masks
+    shown    rows of the gallery's images by (id, stage)
+    worst    of all images
+    outside  (stage, quality indicator) → images of which it is out of its limits
+    """
 
     pairs: Mapping[str, np.ndarray]
     shown: dict[str, dict[tuple[str, str], audit_rows.Row]] = field(default_factory=dict)
@@ -142,7 +152,7 @@ def _keeping(
     for row in rows:
         if row.stage in audit_rows.REVIEWED and row.id in others:
             value, compared = others[row.id]
-            row = replace(row, others=value, compared=compared)
+            row = replace(row, method_agreement=value, compared=compared)
         if row.id in shown:
             kept[row.id, row.stage] = row
         outside.update({(row.stage, reason.partition(":")[0]) for reason in row.reasons})
@@ -150,7 +160,7 @@ def _keeping(
 
 
 def curves(folder: Path, methods: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """threshold.csv of each column as (level, mIoU); empty without truth."""
+    """threshold.csv of each run as (threshold, mIoU); empty without truth."""
     found = {}
     for method in methods:
         path = folder / method / "threshold.csv"
@@ -233,10 +243,10 @@ def setbacks(facts: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
 
 
 def flows(facts: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
-    """The steps of `flow` as chains: a step follows the one that ends where it begins. Shares of all pixels are in its `all`."""
+    """The steps of `flow` as chains: a step follows the one that ends where it begins. `all`: fractions of all pixels."""
     chains: list[list[Mapping[str, Any]]] = []
     for one in facts.get("flow", ()):
-        step = {"all": {name: one.get(name, 0.0) for name in ("mended", "spoilt")}, **one}
+        step = {"all": {name: one.get(name, 0.0) for name in ("corrected", "broken")}, **one}
         follows = next((chain for chain in chains if chain[-1]["to"] == step["from"]), None)
         if follows is not None:
             follows.append(step)

@@ -1,4 +1,4 @@
-"""audit/<m>.csv, one row per image and stage → rows; the worst of them → review.csv."""
+"""audit/<run>.csv, one row per image and stage → rows; the worst of them → review.csv."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from pathlib import Path
 
 from pipeline.stage_order import LAST
 
-COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; signs and others may follow
+COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; quality indicators and others may follow
 REVIEWED = tuple(LAST.values())
-HEADER = ("id", "method", "stage", "score", "others", "reasons")
-# other methods that a mask's agreement needs to stand beside its score: of two, the better is blamed for the worse
-ENOUGH = 2
+HEADER = ("id", "method", "stage", "score", "method_agreement", "reasons")
+# runs that a mask must be compared with before its method agreement counts: with only two runs, both masks of a pair have
+# the same agreement, so a good mask beside a bad one would rank as low as the bad one
+MIN_COMPARED = 2
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image at one stage; miou is None without truth, score (label-free, 0..1) where none could be given.
+    """One image at one stage.
 
-    others: agreement of a REVIEWED mask with those of the `compared` other methods that have the image, 0..1; None where none has.
+    miou              of the image's mask, 0..1; None without truth
+    score             label-free quality, 0..1; None for a stage that has none
+    reasons           quality indicators that are out of their limits, and empty:<class>, coverage:<class>
+    method_agreement  mean IoU of a mask of a REVIEWED stage with the masks of the other runs that have the image, mean over
+                      these runs, 0..1; None where no other run has the image, and at other stages
+    compared          how many these runs are
     """
 
     id: str
@@ -31,25 +37,32 @@ class Row:
     miou: float | None
     score: float | None
     reasons: tuple[str, ...]
-    others: float | None = None
+    method_agreement: float | None = None
     compared: int = 0
 
     @property
     def both(self) -> float | None:
-        """Mean of score and agreement where that was measured to tell more than the score: docs/audit.md."""
-        if self.score is None or self.others is None or self.stage != "pseudo_masks" or self.compared < ENOUGH:
+        """Mean of score and method agreement, for pseudo-masks compared with MIN_COMPARED other runs, else None.
+
+        There it ranks images better by their mIoU than the score alone does, by the measurements in docs/audit.md.
+        """
+        if (
+            self.score is None
+            or self.method_agreement is None
+            or self.stage != "pseudo_masks"
+            or self.compared < MIN_COMPARED
+        ):
             return None
-        return (self.score + self.others) / 2
+        return (self.score + self.method_agreement) / 2
 
     @property
     def quality(self) -> float | None:
-        """What the worst are found by: score and agreement, or the score, or the mIoU where there is no other."""
-        found = (one for one in (self.both, self.score, self.miou) if one is not None)
-        return next(found, None)
+        """What rows are ranked by: the first of `both`, score and mIoU that the row has."""
+        return next((value for value in (self.both, self.score, self.miou) if value is not None), None)
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Streams the rows of one column. FileNotFoundError, or ValueError naming file and line of what is wrong."""
+    """Streams the rows of one run. FileNotFoundError, or ValueError naming file and line of what is wrong."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run `dvc repro evaluate`")
     with path.open(encoding="utf-8", newline="") as file:
@@ -77,7 +90,7 @@ def _number(text: str | None) -> float | None:
 
 
 def worst(rows: Iterable[Row], count: int) -> list[Row]:
-    """The `count` rows of the lowest quality among the masks that are used in the end; memory does not grow with the rows."""
+    """The `count` rows of the lowest quality among those of REVIEWED stages; memory does not grow with the rows."""
     ranked = (row for row in rows if row.stage in REVIEWED and row.quality is not None)
     return heapq.nsmallest(count, ranked, key=lambda row: (row.quality, row.id, row.stage))
 
@@ -92,7 +105,7 @@ def write_review(path: Path, found: Mapping[str, Sequence[Row]]) -> None:
                 texts = (row.id, method, row.stage)
                 score = row.score if row.score is not None else row.miou
                 writer.writerow(
-                    [*map(safe_cell, texts), _shown(score), _shown(row.others), safe_cell("|".join(row.reasons))]
+                    [*map(safe_cell, texts), _shown(score), _shown(row.method_agreement), safe_cell("|".join(row.reasons))]
                 )
 
 

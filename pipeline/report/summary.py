@@ -1,4 +1,4 @@
-"""metrics/*.json → a table in the terminal. `python -m pipeline.audit.summary metrics`."""
+"""metrics/*.json → a table in the terminal. `python -m pipeline.report.summary metrics`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.report.page import figure, read_metrics, setbacks, shown_stages, s
 @click.command()
 @click.argument("metrics", type=click.Path(path_type=Path, exists=True))
 def main(metrics: Path) -> None:
-    """Prints mIoU per stage of every column of params.yaml, and says where the results lie."""
+    """Prints mIoU per stage of every run of params.yaml, and says where the results lie."""
     methods = list(sections.read()["methods"])
     found = read_metrics(metrics, methods)
     stages = shown_stages(found)
@@ -25,16 +25,17 @@ def main(metrics: Path) -> None:
         table.add_column(stage.replace("_", " "), justify="right")
     for method, facts in found.items():
         table.add_row(method, *(figure(facts["stages"].get(stage, {}).get("miou")) for stage in stages))
-    nothing = found[methods[0]].get("everything_background", {})
+    nothing = found[methods[0]].get("background_only", {})
     splits = splits_of(found)
-    table.add_row("everything background", *(figure(nothing.get(splits[stage])) for stage in stages), style="dim")
+    table.add_row("background only", *(figure(nothing.get(splits[stage])) for stage in stages), style="dim")
     console = Console(width=110)
     console.print(table)
     for method, facts in found.items():
-        told = facts["threshold"]
-        if "regret" in told:
+        threshold = facts["threshold"]
+        if "regret" in threshold:
             console.print(
-                f"{method}: background level {told['chosen']}, chosen without masks, costs the score maps {told['regret']} mIoU (regret)"
+                f"{method}: threshold {threshold['chosen']}, chosen without masks, "
+                f"costs the score maps {threshold['regret']} mIoU (regret)"
             )
         for before, after, had, has in setbacks(facts):
             console.print(

@@ -1,7 +1,8 @@
-"""Params of a prompt + a critic → vectors of what is suppressed beside each class, as SemPLeS has it.
+"""Learned prompts: their params, initial values and files, and their unit vectors in the critic's space.
 
-A prompt is a sequence of vectors that stand in a sentence where words would. Shape letters: c classes, k prompt vectors, w channels of
-a token, d channels of the critic's space.
+A prompt is a sequence of vectors that stand where a sentence has the embeddings of words. SemPLeS learns one per class,
+which describes what surrounds the class, and suppresses it in the class' masks. Shape letters: c classes, k vectors of a
+prompt, w channels of a token embedding, d channels of the critic's space.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from pipeline.methods.semples.clip import Critic, check_file
 from pipeline.nn import weights
 from pipeline.nn.vit.coco_ids import COCO_IDS, COCO_USED_IDS
 
-WHERE = "train.<m>.model.prompt"
+WHERE = "train.model.prompt"
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The authors' prompts: a file with `prompts` [c,k,w], and its sha256."""
+    """The authors' prompts.
+
+    path    of a file with `prompts` f[c,k,w]
+    sha256  of that file, 64 hexadecimal digits
+    """
 
     path: str
     sha256: str
@@ -32,16 +37,18 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class PromptParams:
-    """What is suppressed: the part of train.<m>.model.prompt that is no schedule.
+    """What is suppressed: train.model.prompt without its schedule.
 
     source    learned (published) | file: given, frozen | random: as drawn, frozen | words: the mean of some phrases, frozen
     length    vectors of a prompt (published 30)
-    start     of the vectors: uniform in 0..1 (published) | normal, as CLIP starts its words: deviation 0.02
-    around    null (published), or a phrase whose tokens, repeated, are added to the vectors: with start normal, a prompt begins as that
-              phrase. A prompt that begins below a cosine of 0 with what it is to match has no gradient, and stays there
-    words     phrases that name surroundings; source words reads them
-    file      source file reads it
-    official_tokens   the full stop after the prompt is the one of the authors' program, not of English; for their files
+    start     initial vectors: uniform in 0..1 (published), or normal with deviation 0.02, as CLIP initialises token
+              embeddings
+    around    null (published), or a phrase whose token embeddings, repeated to `length`, are added to the vectors: with
+              start normal, the prompt begins near that phrase. A prompt whose cosine with what it is to match is below 0 has
+              no gradient (cosines are clamped), and would stay there
+    words     phrases that name surroundings, for source words
+    file      for source file
+    official_tokens   whether the full stop after the prompt is the authors' token ("." within a word); for their files
     """
 
     source: Literal["learned", "file", "random", "words"]
@@ -63,43 +70,45 @@ class PromptParams:
             raise ValueError(f"source {self.source} with file {self.file}: file is for source file, which needs it")
 
 
-def drawn(params: PromptParams, classes: int, width: int) -> Tensor:
-    """f32[c,k,w] that prompts start as. Draws from torch's global generator."""
+def initial_prompts(params: PromptParams, classes: int, width: int) -> Tensor:
+    """f32[c,k,w], drawn from torch's global generator. width: w."""
     size = (classes, params.length, width)
     return torch.rand(size) if params.start == "uniform" else 0.02 * torch.randn(size)
 
 
-def read(file: PromptFile, shape: tuple[int, ...]) -> Tensor:
-    """f32[shape] of a file. FileNotFoundError, ValueError: it is missing, another one, or holds no such prompts."""
-    check_file(Path(file.path), file.sha256, f"{WHERE}.file of params.yaml")
-    return fitting(weights.read_weights(Path(file.path)), shape, file.path)
+def read_prompts(file: PromptFile, shape: tuple[int, ...]) -> Tensor:
+    """Prompts f32[c,k,w] of a file. FileNotFoundError, ValueError: the file is missing, another one, or holds no such
+    prompts."""
+    check_file(Path(file.path), file.sha256, f"{WHERE}.file of the recipe")
+    return published_prompts(weights.read_weights(Path(file.path)), shape, file.path)
 
 
-def fitting(tensors: Mapping[str, Tensor], shape: tuple[int, ...], source: str) -> Tensor:
-    """`prompts` of a file of the authors, COCO's 90 ids made 80 classes. ValueError where they are not of that shape (c, k, w).
+def published_prompts(tensors: Mapping[str, Tensor], shape: tuple[int, ...], source: str) -> Tensor:
+    """`prompts` of a file of the authors, those of COCO's 90 ids reduced to its 80 classes. ValueError where they are not of
+    `shape`, which is (c, k, w).
 
     source: the file, for the error.
     """
-    given = tensors.get("prompts")
-    if given is not None and len(given) == COCO_IDS:
-        given = given[[number - 1 for number in COCO_USED_IDS]]
-    if given is None or given.shape != shape:
-        found = "none" if given is None else f"some of shape {tuple(given.shape)}"
+    prompts = tensors.get("prompts")
+    if prompts is not None and len(prompts) == COCO_IDS:
+        prompts = prompts[[number - 1 for number in COCO_USED_IDS]]
+    if prompts is None or prompts.shape != shape:
+        actual = "none" if prompts is None else f"some of shape {tuple(prompts.shape)}"
         raise ValueError(
-            f"{source} should hold `prompts` of shape {tuple(shape)} (classes, prompt.length, channels of a token), but holds {found}: "
-            f"edit {WHERE} in params.yaml"
+            f"{source} should hold `prompts` of shape {tuple(shape)} (classes, prompt.length, channels of a token), but "
+            f"holds {actual}: edit {WHERE} in the recipe"
         )
-    return given
+    return prompts
 
 
-def vectors(critic: Critic, params: PromptParams, template: str, prompts: Tensor) -> Tensor:
+def prompt_embeddings(critic: Critic, params: PromptParams, template: str, prompts: Tensor) -> Tensor:
     """Prompts f32[c,k,w] in the template's place → unit vectors f32[c,d], with gradient to the prompts."""
     if params.around is not None:
-        prompts = prompts + critic.words(params.around, params.length)
-    return critic.prompts(prompts, template, official=params.official_tokens)
+        prompts = prompts + critic.phrase_vectors(params.around, params.length)
+    return critic.embed_prompts(prompts, template, official=params.official_tokens)
 
 
-def told(params: PromptParams) -> str:
+def description(params: PromptParams) -> str:
     """What is suppressed, in words for the report."""
     if params.source == "words":
         return f"the mean of the phrases {', '.join(params.words)}, the same for every class"

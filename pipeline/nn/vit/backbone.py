@@ -19,10 +19,8 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 from pipeline.nn.vit import bilinear_vit, scenes_vit  # noqa: E402
 
-OWN = {"scenes_vit": scenes_vit.scenes_vit} | bilinear_vit.named()
-
-
-PAIRS = 2  # last blocks whose queries and keys `stages` gives
+OWN_ARCHITECTURES = {"scenes_vit": scenes_vit.scenes_vit} | bilinear_vit.named()
+QUERY_KEY_BLOCKS = 2  # the last ones, whose queries and keys `stages` gives
 
 
 class Backbone(nn.Module):
@@ -47,12 +45,12 @@ class Backbone(nn.Module):
         self.dims = (self.dim,) * len(self.depths)
         self.strides = (self.stride,) * len(self.depths)
         self.splits = depth - 1 if isinstance(self.net, VisionTransformer) else 0
-        self.blocks = min(PAIRS, depth)
+        self.blocks = min(QUERY_KEY_BLOCKS, depth)
         self.heads = int(getattr(net.blocks[-1].attn, "num_heads", 0))
 
     def forward(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of stride → f32[b,dim,h/stride,w/stride]."""
-        return self._laid(self.net.forward_features(self.normalise(images)), self._grid(images))
+        return self._as_map(self.net.forward_features(self.normalise(images)), self._grid(images))
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Maps after each quarter of the blocks, all at the same stride and through the final norm."""
@@ -71,27 +69,27 @@ class Backbone(nn.Module):
             tokens = block(tokens)
             if number in positions:
                 states[number] = tokens
-        found = [*(states[position] for position in positions), net.norm(tokens)]
-        return [(self._laid(tokens, grid), tokens[:, : self.prefix]) for tokens in found]
+        in_order = [*(states[position] for position in positions), net.norm(tokens)]
+        return [(self._as_map(state, grid), state[:, : self.prefix]) for state in in_order]
 
     def rest(self, state: tuple[Tensor, Tensor], position: int) -> Tensor:
-        """The blocks after `position` and the final norm → f32[b,dim,·,·], on a state of that place or on a cut-out of its map,
-        whose patches then attend to each other and to the tokens before them alone."""
-        maps, before = state
-        tokens = torch.cat([before, maps.flatten(2).transpose(1, 2)], dim=1)
+        """The blocks after `position` and the final norm, on a state after that block → f32[b,dim,gh,gw]. The state's map
+        may be a cut-out, whose patches then attend to each other and to the tokens before them alone."""
+        maps, prefix = state
+        tokens = torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
         for block in self.net.blocks[position:]:
             tokens = block(tokens)
-        return self._laid(self.net.norm(tokens), (maps.shape[-2], maps.shape[-1]))
+        return self._as_map(self.net.norm(tokens), (maps.shape[-2], maps.shape[-1]))
 
     def leading(self, groups: int) -> list[nn.Parameter]:
-        """Parameters of the embedding and the first so many blocks; none of 0."""
+        """Parameters of the embedding and of the first `groups` blocks; of 0, none, not even the embedding's."""
         late = {id(p) for module in (*self.net.blocks[groups:], self.net.norm) for p in module.parameters()}
         return [p for p in self.net.parameters() if id(p) not in late] if groups else []
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.stride, images.shape[-1] // self.stride
 
-    def _laid(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """f32[b,prefix+n,dim] → the patches as a map."""
         return tokens[:, self.prefix :].transpose(1, 2).reshape(len(tokens), self.dim, *grid)
 
@@ -99,20 +97,21 @@ class Backbone(nn.Module):
         """Maps after each quarter of the blocks, all at the same stride and through the final norm; and queries and keys
         [b,heads,n,width] of the last blocks, patches only. ValueError for attention that has none.
 
-        They are caught where timm normalises them (an identity in most ViTs), so that timm's own attention runs.
+        Queries and keys are recorded where timm normalises them (an identity in most ViTs), so that timm's own attention
+        runs.
         """
-        caught: dict[str, list[Tensor]] = {"q_norm": [], "k_norm": []}
+        recorded: dict[str, list[Tensor]] = {"q_norm": [], "k_norm": []}
 
-        def catch(name: str) -> Callable[..., None]:
-            return lambda module, given, out: caught[name].append(out[:, :, self.prefix :])
+        def record(name: str) -> Callable[..., None]:
+            return lambda module, inputs, output: recorded[name].append(output[:, :, self.prefix :])
 
-        watched = self.net.blocks[-self.blocks :]
-        if not all(hasattr(block.attn, name) for block in watched for name in caught):
+        last_blocks = self.net.blocks[-self.blocks :]
+        if not all(hasattr(block.attn, name) for block in last_blocks for name in recorded):
             raise ValueError(
-                f"the attention of this architecture ({type(watched[-1].attn).__name__}) shows no queries and keys; choose a "
-                "DeiT, ViT or DINOv2 in train.<m>.model.architecture of params.yaml"
+                f"the attention of this architecture ({type(last_blocks[-1].attn).__name__}) shows no queries and keys; "
+                "choose a DeiT, ViT or DINOv2 in train.model.architecture of the recipe"
             )
-        hooks = [getattr(block.attn, name).register_forward_hook(catch(name)) for block in watched for name in caught]
+        hooks = [getattr(block.attn, name).register_forward_hook(record(name)) for block in last_blocks for name in recorded]
         try:
             maps = self.net.forward_intermediates(
                 self.normalise(images), indices=self.depths, norm=True, intermediates_only=True
@@ -120,7 +119,7 @@ class Backbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return maps, list(zip(caught["q_norm"], caught["k_norm"], strict=True))
+        return maps, list(zip(recorded["q_norm"], recorded["k_norm"], strict=True))
 
 
 def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
@@ -128,12 +127,13 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
 
     image_size: px; the grid of the position embeddings, resampled at run time to any other input size.
     """
-    if architecture in OWN:
-        net = OWN[architecture](image_size, drop_path)
+    if architecture in OWN_ARCHITECTURES:
+        net = OWN_ARCHITECTURES[architecture](image_size, drop_path)
         return Backbone(net, weights.IMAGENET_MEAN, weights.IMAGENET_STD)
     if not timm.is_model(architecture):
-        near = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:8]) or "see timm.list_models('*vit*')"
-        raise ValueError(f"timm has no model {architecture!r}; near it: {near} (edit architecture in params.yaml)")
+        similar = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:8]) or "see timm.list_models('*vit*')"
+        raise ValueError(f"timm has no model {architecture!r}; near it: {similar} (edit architecture in the recipe)")
+    message = f"{architecture} is no plain ViT; for a ResNet set methods.<run>.backbone to resnet in params.yaml"
     try:
         net = timm.create_model(
             architecture,
@@ -144,15 +144,16 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
             drop_path_rate=drop_path,
         )
     except TypeError as error:  # only ViTs take these sizes
-        raise ValueError(f"{architecture} is no plain ViT; for a ResNet set methods.<m>.backbone to resnet") from error
+        raise ValueError(message) from error
     if not hasattr(net, "num_prefix_tokens"):
-        raise ValueError(f"{architecture} is no plain ViT; for a ResNet set methods.<m>.backbone to resnet")
+        raise ValueError(message)
     settings: Any = net.pretrained_cfg
     return Backbone(net, tuple(settings["mean"]), tuple(settings["std"]))
 
 
 def load_initial(backbone: Backbone, init: Path) -> None:
-    """Initial weights from a local file in timm's key names, from timm's hub (.hub file), or none (.txt file).
+    """Initial weights from a local file in timm's key names, from timm's hub (.hub file), or none (.txt file). ValueError:
+    no fit.
 
     Position embeddings of another grid are resampled (bicubic).
     """
@@ -172,7 +173,7 @@ def initial_tensors(net: Any, prefix: int, init: Path) -> dict[str, Tensor] | No
         tensors = timm.create_model(weights.hub_name(init), pretrained=True, num_classes=0).state_dict()
     else:
         tensors = weights.read_weights(init)
-    given, grid, before = tensors.get("pos_embed"), list(net.patch_embed.grid_size), 0 if net.no_embed_class else prefix
-    if given is not None and given.ndim == 3 and given.shape[1] != before + grid[0] * grid[1]:
-        tensors["pos_embed"] = resample_abs_pos_embed(given, grid, num_prefix_tokens=before)
+    positions, grid, before = tensors.get("pos_embed"), list(net.patch_embed.grid_size), 0 if net.no_embed_class else prefix
+    if positions is not None and positions.ndim == 3 and positions.shape[1] != before + grid[0] * grid[1]:
+        tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=before)
     return tensors

@@ -34,8 +34,12 @@ Power = Annotated[float, Field(gt=0, le=128)]
 
 @dataclass(frozen=True)
 class Labels:
-    """powers: of the background 1 - best score, a low and a high one (PSA: 4 and 32; SEAM: 4 and 24). Where even the low one's
-    refined labels show a class, that class is sure; where even the high one's show none, background is. crf: refines both."""
+    """Labels that the network learns from (PSA, section 3.2): a class where one wins against the background of the low power, background
+    where none wins against that of the high power, 255 elsewhere.
+
+    powers  low and high power of the background's score 1 - best class (PSA: 4 and 32; SEAM: 4 and 24)
+    crf     refines the labels of both
+    """
 
     powers: tuple[Power, Power]
     crf: CrfSettings
@@ -47,7 +51,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """architecture of the column's backbone family; image_size px, grid of a ViT's position embeddings
+    """architecture of the run's backbone family; image_size px, grid of a ViT's position embeddings
 
     stride   px per cell of the affinities' grid
     widths   channels into which each of the last len(widths) feature maps is turned (PSA: 64, 128, 256)
@@ -172,8 +176,8 @@ class Network(nn.Module):
         grid = images.shape[-2] // self.params.stride, images.shape[-1] // self.params.stride
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.params.backbone_lr_factor > 0):
             maps = self.backbone.feature_maps(images)[-len(self.taken) :]
-        taken = [F.elu(layer(one)) for layer, one in zip(self.taken, maps, strict=True)]
-        return F.elu(self.joined(torch.cat([_at(one, grid) for one in taken], dim=1)))
+        branches = [F.elu(layer(feature_map)) for layer, feature_map in zip(self.taken, maps, strict=True)]
+        return F.elu(self.joined(torch.cat([_at(branch, grid) for branch in branches], dim=1)))
 
 
 def _at(maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -201,21 +205,21 @@ class Refiner:
         scores = torch.from_numpy(maps.scores).to(self.device)
         rest = (1 - scores.amax(dim=0, keepdim=True)).clamp(0, 1)
         background = torch.full_like(rest, threshold) if self.params.power is None else rest**self.params.power
-        given = _pooled(torch.cat([background, scores]), (features.shape[-2], features.shape[-1]))
-        walked = pair_walk(given, affinities, near, beta=self.params.beta, steps=self.params.steps)
+        pooled = _pooled(torch.cat([background, scores]), (features.shape[-2], features.shape[-1]))
+        walked = pair_walk(pooled, affinities, near, beta=self.params.beta, steps=self.params.steps)
         full = F.interpolate(walked[None], maps.size, mode="bilinear", align_corners=False)[0]
-        return _shares(full).cpu().numpy()
+        return _probabilities(full).cpu().numpy()
 
 
-def _pooled(given: Tensor, grid: Sequence[int]) -> Tensor:
+def _pooled(planes: Tensor, grid: Sequence[int]) -> Tensor:
     """Planes f32[k,·,·] on the affinities' grid: means where it is coarser (PSA), else bilinear."""
-    if given.shape[-2] >= grid[0] and given.shape[-1] >= grid[1]:
-        return F.adaptive_avg_pool2d(given, (grid[0], grid[1]))
-    return F.interpolate(given[None], tuple(grid), mode="bilinear", align_corners=False)[0]
+    if planes.shape[-2] >= grid[0] and planes.shape[-1] >= grid[1]:
+        return F.adaptive_avg_pool2d(planes, (grid[0], grid[1]))
+    return F.interpolate(planes[None], tuple(grid), mode="bilinear", align_corners=False)[0]
 
 
-def _shares(full: Tensor) -> Tensor:
-    """Planes ≥ 0, background in front, that sum to 1; background where all are 0."""
+def _probabilities(full: Tensor) -> Tensor:
+    """Planes ≥ 0, background in front → probabilities that sum to 1; background where all are 0."""
     total = full.sum(dim=0)
     full[0][total <= 0] = 1
     return full / full.sum(dim=0)

@@ -55,7 +55,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """architecture of the column's backbone family, which stays as it is; image_size px, grid of a ViT's position embeddings
+    """architecture of the run's backbone family, which stays as it is; image_size px, grid of a ViT's position embeddings
 
     stride  px per cell of the edge map (IRN: 4)
     radius  cells; pairs nearer than it are learned (IRN: 10)
@@ -137,10 +137,10 @@ def branch(channels: int, width: int, groups: int) -> nn.Sequential:
 
 def at(layers: nn.Module, maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """A branch's maps, enlarged to `grid` before the ReLU, as published."""
-    found = layers(maps)
-    if found.shape[-2:] != grid:
-        found = F.interpolate(found, grid, mode="bilinear", align_corners=False)
-    return found.relu()
+    features = layers(maps)
+    if features.shape[-2:] != grid:
+        features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
+    return features.relu()
 
 
 class Displacement(nn.Module):
@@ -161,8 +161,10 @@ class Displacement(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         half = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-        fine = [at(layers, one, grid) for layers, one in zip(self.fine, maps[: self.fine_taps], strict=True)]
-        coarse = [at(layers, one, half) for layers, one in zip(self.coarse, maps[self.fine_taps :], strict=True)]
+        fine = [at(layers, feature_map, grid) for layers, feature_map in zip(self.fine, maps[: self.fine_taps], strict=True)]
+        coarse = [
+            at(layers, feature_map, half) for layers, feature_map in zip(self.coarse, maps[self.fine_taps :], strict=True)
+        ]
         fine.append(at(self.middle, torch.cat(coarse, dim=1), grid))
         return self.out(at(self.last, torch.cat(fine, dim=1), grid))
 
@@ -215,11 +217,11 @@ class Network(nn.Module):
         labels = batch.masks[:, step // 2 :: step, step // 2 :: step][:, : grid[0], : grid[1]]
         near = pairs.offsets(self.params.radius)
         kinds = [pairs.kinds(labels, offset) for offset in near]
-        found = {"edges": pairs.pair_loss(pairs.edge_affinities(edge, near), kinds) / 2}
+        losses = {"edges": pairs.pair_loss(pairs.edge_affinities(edge, near), kinds) / 2}
         if self.displacement is not None:
             moved = pairs.displacement_loss(self.displacement(maps, grid).float(), kinds, near)
-            found["displacement"] = self.params.displacement_weight * moved / 2
-        return found
+            losses["displacement"] = self.params.displacement_weight * moved / 2
+        return losses
 
     def edge_logits(self, images: Tensor) -> Tensor:
         """f32[b,3,h,w] RGB in 0..1, sides multiples of the backbone's stride → f32[b,h/stride,w/stride]."""
@@ -232,9 +234,9 @@ class Network(nn.Module):
         return maps, (images.shape[-2] // self.params.stride, images.shape[-1] // self.params.stride)
 
     def _edge(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        return self.edge(torch.cat([at(layers, one, grid) for layers, one in zip(self.edges, maps, strict=True)], dim=1))[
-            :, 0
-        ]
+        return self.edge(
+            torch.cat([at(layers, feature_map, grid) for layers, feature_map in zip(self.edges, maps, strict=True)], dim=1)
+        )[:, 0]
 
 
 class Refiner:
@@ -255,8 +257,8 @@ class Refiner:
         mean = (logits[0] + logits[1].flip(-1)) / 2 if self.params.flip else logits[0]
         edge = torch.sigmoid(mean.float())
         scores = torch.from_numpy(maps.scores).to(self.device)
-        given = F.interpolate(scores[None], edge.shape, mode="bilinear", align_corners=False)[0]
-        walked = edge_walk(given, edge, radius=self.params.radius, beta=self.params.beta, steps=self.params.steps)
+        enlarged = F.interpolate(scores[None], edge.shape, mode="bilinear", align_corners=False)[0]
+        walked = edge_walk(enlarged, edge, radius=self.params.radius, beta=self.params.beta, steps=self.params.steps)
         full = F.interpolate(walked[None], maps.size, mode="bilinear", align_corners=False)[0]
         most = full.amax() if self.params.normalise == "image" else full.amax(dim=(1, 2), keepdim=True)
         background = torch.full_like(full[:1], threshold if self.params.threshold is None else self.params.threshold)
@@ -267,7 +269,7 @@ class Refiner:
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' key names → ours. Their stages hold torchvision's layers: stage1 the stem (0 conv1, 1 bn1), stage2 to stage5
     layer1 to layer4; resnet50.* and backbone.* repeat them."""
-    found: dict[str, Tensor] = {}
+    tensors_of_ours: dict[str, Tensor] = {}
     branches = {f"fc_edge{tap}": f"edges.{tap - 1}" for tap in range(1, 6)}
     branches |= {f"fc_dp{tap}": f"displacement.fine.{tap - 1}" for tap in (1, 2)}
     branches |= {f"fc_dp{tap}": f"displacement.coarse.{tap - 3}" for tap in (3, 4, 5)}
@@ -275,11 +277,11 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         first, _, rest = name.partition(".")
         if first == "resnet50" and not rest.startswith("fc."):
-            found[f"backbone.net.{rest}"] = value
+            tensors_of_ours[f"backbone.net.{rest}"] = value
         elif name == "fc_dp7.3.weight":
-            found["displacement.out.weight"] = value
+            tensors_of_ours["displacement.out.weight"] = value
         elif first in branches and rest.split(".")[0] in ("0", "1"):
-            found[f"{branches[first]}.{rest}"] = value
+            tensors_of_ours[f"{branches[first]}.{rest}"] = value
         elif first == "fc_edge6":
-            found[f"edge.{rest}"] = value
-    return found
+            tensors_of_ours[f"edge.{rest}"] = value
+    return tensors_of_ours

@@ -57,11 +57,11 @@ function truthOf(pictures) {
 // Score and score_maps_val have one name in the gallery: an image is of one split.
 const nameOf = (stage) => stage.replace(/_val$/, "");
 const inGallery = (method, at) => images.methods[method].kinds[at] >= 0;
-const FIGURES = { miou: "IoU", score: "score", others: "agreement", both: "score and agreement" };
+const FIGURES = { miou: "IoU", score: "score", method_agreement: "method agreement", both: "score and method agreement" };
 
-// Agreement is of the image's last mask, whatever stage is shown; where score and agreement do not go together, the score stands alone.
+// Method agreement is of the image's last mask, whatever stage is shown. Where there is no mean of it and the score, the score counts.
 function valueOf(method, stage, what, at) {
-  const from = what === "others" ? facts.last[images.splits[at]] : stage;
+  const from = what === "method_agreement" ? facts.last[images.splits[at]] : stage;
   const found = images.methods[method].stages[from]?.[what]?.[at] ?? null;
   return found === null && what === "both" ? valueOf(method, stage, "score", at) : found;
 }

@@ -36,14 +36,14 @@ function step(by) {
 
 function figuresTable(at) {
   const stages = facts.stages.filter((stage) => facts.splits[stage] === images.splits[at]);
-  const what = state.figure === "others" ? fields.figure.options[0].value : state.figure; // agreement has a row of its own
+  const what = state.figure === "method_agreement" ? fields.figure.options[0].value : state.figure; // it has a row of its own
   const head = element("tr", {}, element("th", { scope: "col" }, FIGURES[what]), ...facts.methods.map((method) => element("th", { scope: "col" }, method)));
   const row = (name, of, now) => element(
     "tr", { class: now ? "now" : "" }, element("th", { scope: "row" }, name), ...facts.methods.map((method) => element("td", {}, figure(of(method)))),
   );
   const rows = stages.map((stage) => row(spoken(nameOf(stage)), (method) => valueOf(method, stage, what, at), stage === state.stage));
-  const agreement = (method) => valueOf(method, state.stage, "others", at);
-  if (facts.methods.some((method) => agreement(method) !== null)) rows.push(row("agreement", agreement, false));
+  const agreement = (method) => valueOf(method, state.stage, "method_agreement", at);
+  if (facts.methods.some((method) => agreement(method) !== null)) rows.push(row("method agreement", agreement, false));
   return element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
 }
 

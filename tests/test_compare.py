@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from pipeline import metrics_file
 from pipeline.core import sections
 from stages.report import main
 from tests.toys import PROJECT
@@ -20,15 +21,15 @@ NAME = "<b>cat</b>"
 
 
 def figures(miou: float, iou: float) -> dict[str, Any]:
-    return {
+    return metrics_file.HEADER | {
         "stages": {"pseudo_masks": {"split": "train", "miou": miou, "classes": {NAME: {"iou": iou}, "dog": {"iou": 0.5}}}}
     }
 
 
-def put(root: Path, miou: float, iou: float, images: dict[str, tuple[object, object]]) -> None:
+def put(root: Path, values: dict[str, Any], images: dict[str, tuple[object, object]]) -> None:
     for name in ("metrics", "audit"):
         (root / name).mkdir(exist_ok=True)
-    (root / "metrics" / "cam.json").write_text(json.dumps(figures(miou, iou)), encoding="utf-8")
+    (root / "metrics" / "cam.json").write_text(json.dumps(values), encoding="utf-8")
     with (root / "audit" / "cam.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["id", "split", "stage", "tags", "truth", "miou", "score", "reasons"])
@@ -53,8 +54,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     subprocess.run([*git, "init", "-q"], check=True)
     put(
         tmp_path,
-        0.5,
-        0.4,
+        figures(0.5, 0.4),
         {"<i>x</i>": (0.9, ""), "/y ?": (0.2, ""), "same": (0.3, ""), "gone": (0.1, ""), "scored": ("", 0.2)},
     )
     with Repo.init() as repo:
@@ -64,8 +64,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
     put(
         tmp_path,
-        0.6,
-        0.3,
+        figures(0.6, 0.3),
         {"<i>x</i>": (0.4, ""), "/y ?": (0.8, ""), "same": (0.3, ""), "new": (0.1, ""), "scored": ("", 0.9)},
     )
     return tmp_path
@@ -81,6 +80,25 @@ def test_stages_classes_and_images_that_gained_and_lost_are_told(project: Path) 
     assert lost < text.index("&lt;i&gt;x&lt;/i&gt;") < gained < text.index("/y ?") and gained < text.index("scored")
     assert 'href="report/index.html#cam/pseudo_masks/%2Fy%20%3F"' in text
     assert "<b>cat" not in text and "&lt;b&gt;cat" in text and "<i>x" not in text
+
+
+def test_metrics_of_a_revision_without_a_version_are_compared_and_said_to_be_such(project: Path) -> None:
+    assert run("--against", "HEAD").exit_code == 0
+    assert "version" not in (project / "against.html").read_text(encoding="utf-8")
+    now = (project / "metrics" / "cam.json").read_text(encoding="utf-8")
+    (project / "metrics" / "cam.json").write_text(json.dumps({"stages": figures(0.5, 0.4)["stages"]}), encoding="utf-8")
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "old"], check=True)
+    (project / "metrics" / "cam.json").write_text(now, encoding="utf-8")
+    assert run("--against", "HEAD").exit_code == 0
+    text = (project / "against.html").read_text(encoding="utf-8")
+    assert "metrics/cam.json of the revision has no version, expected is schema metrics version 2" in text
+    assert '0.600 <span class="better">▲ 0.100' in text
+
+
+def test_metrics_of_now_without_a_version_are_refused(project: Path) -> None:
+    (project / "metrics" / "cam.json").write_text(json.dumps({"stages": {}}), encoding="utf-8")
+    done = run("--against", "HEAD")
+    assert done.exit_code == 1 and "expected is schema metrics version 2; run `dvc repro evaluate`" in done.output
 
 
 def test_a_revision_that_is_none_or_knows_no_method_is_refused(project: Path) -> None:

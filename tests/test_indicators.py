@@ -1,4 +1,4 @@
-"""Signs without truth, the limits they are held against, and the table of all images."""
+"""Quality indicators, which need no truth, their limits, and the table of all images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.audit import score, signs
+from pipeline.audit import indicators, score
 from pipeline.audit.score import Limits, Row
 from pipeline.audit.summary import summary
-from pipeline.audit.tally import audited
+from pipeline.audit.tally import audit_of
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.jobs.evaluate import write_tables
@@ -27,7 +27,9 @@ LABELS = LabelSpace(("cat", "<b>|x", "dog"))
 
 
 def of(label: np.ndarray, tags: tuple[int, ...] | None, sure: int = 255) -> dict[str, float]:
-    return signs.of_mask(label.astype(np.uint8), np.full(label.shape, sure, np.uint8), signs.Seen(tags, PLAIN))
+    return indicators.mask_indicators(
+        label.astype(np.uint8), np.full(label.shape, sure, np.uint8), indicators.ImageContext(tags, PLAIN)
+    )
 
 
 def test_a_tagged_class_without_pixels_and_a_class_nobody_tagged_are_seen() -> None:
@@ -61,15 +63,15 @@ def test_a_notch_at_the_frame_is_no_hole() -> None:
     arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.sampled_from([0, 1, 2, 255])),
     st.integers(0, 255),
 )
-def test_every_sign_of_every_mask_is_a_number_in_its_range_or_missing(label: np.ndarray, sure: int) -> None:
+def test_every_indicator_of_every_mask_is_a_number_in_its_range_or_missing(label: np.ndarray, sure: int) -> None:
     image = np.repeat(label[..., None], 3, axis=2)
-    seen = signs.Seen((1,), signs.edge_ranks(image))
-    found = signs.of_mask(label, np.full(label.shape, sure, np.uint8), seen)
-    assert list(found) == list(signs.SIGNS)
+    context = indicators.ImageContext((1,), indicators.edge_ranks(image))
+    found = indicators.mask_indicators(label, np.full(label.shape, sure, np.uint8), context)
+    assert list(found) == list(indicators.INDICATORS)
     for name, value in found.items():
         assert np.isnan(value) or value >= 0, name
         assert np.isnan(value) or name in ("components", "holes") or value <= 1, name
-    assert signs.agreement(label, label) == 1.0
+    assert indicators.mask_miou(label, label) == 1.0
 
 
 def test_the_expected_iou_is_the_iou_that_confidences_promise() -> None:
@@ -83,63 +85,79 @@ def test_the_expected_iou_is_the_iou_that_confidences_promise() -> None:
 
 def test_borders_on_edges_rank_above_borders_beside_them() -> None:
     image, mask, _ = toy_image(2)
-    ranks = signs.edge_ranks(image)
-    assert signs.on_edges(mask, ranks) > 0.9 > 0.6 > signs.on_edges(np.roll(mask, 9, axis=0), ranks)
-    assert np.isnan(signs.on_edges(mask * 0, ranks))
+    ranks = indicators.edge_ranks(image)
+    assert indicators.edge_alignment(mask, ranks) > 0.9 > 0.6 > indicators.edge_alignment(np.roll(mask, 9, axis=0), ranks)
+    assert np.isnan(indicators.edge_alignment(mask * 0, ranks))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (3, 2), (600, 300)])
 def test_edges_of_any_size_have_ranks_of_a_bounded_size(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    ranks = signs.edge_ranks(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    assert max(ranks.shape) <= signs.EDGE_SIDE and ranks.min() >= 0 and ranks.max() < 1
+    ranks = indicators.edge_ranks(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    assert max(ranks.shape) <= indicators.EDGE_SIDE and ranks.min() >= 0 and ranks.max() < 1
     label = rng.integers(0, 2, size).astype(np.uint8)
-    assert np.isnan(value := signs.on_edges(label, ranks)) or 0 <= value <= 1
+    assert np.isnan(value := indicators.edge_alignment(label, ranks)) or 0 <= value <= 1
 
 
 def test_score_maps_that_part_clearly_are_separate_stable_and_certain() -> None:
     clear = np.zeros((1, 8, 8), np.float32)
     clear[0, :4] = 1.0
     vague = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8)
-    one, other = (signs.of_maps(maps, np.array([1]), np.array([0.0, 9.0]), ONE, 0.5) for maps in (clear, vague))
+    one, other = (
+        indicators.score_map_indicators(maps, np.array([1]), np.array([0.0, 9.0]), ONE, 0.5) for maps in (clear, vague)
+    )
     assert one["separation"] == pytest.approx(1) and one["stability"] == 1.0 and one["certainty"] > 0.99
     assert other["separation"] < 0.8 and other["stability"] < 0.9 and other["entropy"] > one["entropy"]
-    assert signs.of_maps(np.zeros((0, 2, 2), np.float32), np.zeros(0), np.zeros(2), ONE[:0], 0.5) == {}
-    assert signs.of_maps(np.zeros((1, 1, 1), np.float32), np.array([0]), np.zeros(2), ONE, 0.5)["separation"] == 0.0
-
-
-def row(name: str, edges: float, share: float = 0.2, stage: str = "refined") -> Row:
-    values = dict.fromkeys(signs.SIGNS, 0.0) | {"edges": edges, "expected_iou": 0.9, "separation": signs.NONE}
-    return Row(
-        name, stage, False, signs.NONE, signs.NONE, signs.NONE, np.array([*values.values()], np.float32), ((1, share),)
+    assert indicators.score_map_indicators(np.zeros((0, 2, 2), np.float32), np.zeros(0), np.zeros(2), ONE[:0], 0.5) == {}
+    assert (
+        indicators.score_map_indicators(np.zeros((1, 1, 1), np.float32), np.array([0]), np.zeros(2), ONE, 0.5)["separation"]
+        == 0.0
     )
 
 
-def test_an_odd_image_is_told_with_its_reasons_and_the_others_with_none() -> None:
+def row(name: str, edges: float, share: float = 0.2, stage: str = "refined") -> Row:
+    values = dict.fromkeys(indicators.INDICATORS, 0.0) | {
+        "edges": edges,
+        "expected_iou": 0.9,
+        "separation": indicators.UNDEFINED,
+    }
+    return Row(
+        name,
+        stage,
+        False,
+        indicators.UNDEFINED,
+        indicators.UNDEFINED,
+        indicators.UNDEFINED,
+        np.array([*values.values()], np.float32),
+        ((1, share),),
+    )
+
+
+def test_an_odd_image_has_reasons_and_the_others_have_none() -> None:
     rows = [row(f"i{at:02d}", 0.8 + at / 1000, 0.2 + at / 200) for at in range(20)]
     rows += [row("odd", 0.1, 0.97), row("bare", 0.8, 0.0)]
-    learned = Limits(rows)
+    usual = Limits(rows)
     names = ["background", *LABELS.names]
-    told = {one.id: learned.reasons(one, ImageRecord(one.id, "", (1, 1), "train", (0,), b""), names) for one in rows}
-    assert told.pop("odd") == ["coverage:cat", "edges"] and told.pop("bare") == ["empty:cat"]
-    assert not any(told.values())
+    reasons = {one.id: usual.reasons(one, ImageRecord(one.id, "", (1, 1), "train", (0,), b""), names) for one in rows}
+    assert reasons.pop("odd") == ["coverage:cat", "edges"] and reasons.pop("bare") == ["empty:cat"]
+    assert not any(reasons.values())
 
 
 def test_too_few_images_have_no_limits() -> None:
-    assert score.limits([0.5] * (score.FEWEST - 1) + [float("nan")] * 9) is None
-    assert score.limits([0.5] * score.FEWEST) == (0.48, 0.52)
+    assert score.limits([0.5] * (score.MIN_IMAGES - 1) + [float("nan")] * 9) is None
+    assert score.limits([0.5] * score.MIN_IMAGES) == (0.48, 0.52)
 
 
 def test_the_score_is_the_mean_of_the_stages_terms_that_an_image_has() -> None:
     terms = {"separation": 0.3, "expected_iou": 0.6, "edges": 0.9}
     assert score.score("pseudo_masks", terms) == pytest.approx(0.6)
     assert score.score("score_maps", terms) == pytest.approx(0.45) and score.score("predictions", terms) == 0.6
-    assert score.score("refined", terms | {"separation": signs.NONE}) == pytest.approx(0.75)
-    assert np.isnan(score.score("refined", terms | {"expected_iou": signs.NONE}))
+    assert score.score("refined", terms | {"separation": indicators.UNDEFINED}) == pytest.approx(0.75)
+    assert np.isnan(score.score("refined", terms | {"expected_iou": indicators.UNDEFINED}))
     assert np.isnan(score.score("decoder", terms))
 
 
-def test_a_skewed_sign_has_a_limit_on_each_side_of_its_own() -> None:
+def test_a_skewed_indicator_has_a_limit_on_each_side_of_its_own() -> None:
     skewed = [0.5 - 0.001 * at for at in range(10)] + [0.5 + 0.03 * at for at in range(10)]
     low, high = score.limits(skewed) or (1, 0)
     assert low == 0.48 and high > 1
@@ -151,7 +169,7 @@ def test_a_class_that_grows_beside_another_is_named() -> None:
         tags = (0, 2) if at % 2 else (0,)
         records[f"i{at}"] = ImageRecord(f"i{at}", "", (1, 1), "train", tags, b"")
         shares = ((1, 0.4), (3, 0.1)) if at % 2 else ((1, 0.1),)
-        rows.append(Row(f"i{at}", "refined", False, 0, 0, 0, np.zeros(len(signs.SIGNS), np.float32), shares))
+        rows.append(Row(f"i{at}", "refined", False, 0, 0, 0, np.zeros(len(indicators.INDICATORS), np.float32), shares))
     found = score.co_occurrence(rows, records, ["background", *LABELS.names])
     assert [(one["class"], one["with"], one["images"]) for one in found] == [("cat", "dog", 10)]
     assert (found[0]["share_with"], found[0]["share_without"]) == (pytest.approx(0.4), pytest.approx(0.1))
@@ -159,14 +177,14 @@ def test_a_class_that_grows_beside_another_is_named() -> None:
 
 def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
-    audit = audited(tallied(inputs, read))
-    found = summary(audit, inputs, read)
+    audit = audit_of(tallied(inputs, read))
+    figures = summary(audit, inputs, read)
     outs = outs_of(tmp_path)
-    write_tables(audit, found, read, outs)
+    write_tables(audit, figures, read, outs)
     text = outs.images.read_bytes().decode("utf-8")
     assert "\r" not in text
     rows = list(csv.DictReader(text.splitlines()))
-    assert [*rows[0]][: len(score.COLUMNS)] == list(score.COLUMNS) and set(signs.SIGNS) <= set(rows[0])
+    assert [*rows[0]][: len(score.COLUMNS)] == list(score.COLUMNS) and set(indicators.INDICATORS) <= set(rows[0])
     order = list(STAGES)
     assert [(one["id"], one["stage"]) for one in rows] == sorted(
         ((one["id"], one["stage"]) for one in rows), key=lambda pair: (pair[0], order.index(pair[1]))
@@ -176,21 +194,21 @@ def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_
     decoded = [one for one in rows if one["stage"].startswith("decoder")]
     assert all(one["score"] == "" and one["miou"] == "1" for one in decoded)
     masks = [one for one in rows if one["stage"] == "pseudo_masks"]
-    assert all(0 < float(one["score"]) <= 1 and float(one["spoilt"]) > 0 for one in masks)
-    assert found["score"]["pseudo_masks"]["images"] == 5
-    flows = {(one["from"], one["to"]) for one in found["flow"]}
+    assert all(0 < float(one["score"]) <= 1 and float(one["broken"]) > 0 for one in masks)
+    assert figures["score"]["pseudo_masks"]["images"] == 5
+    flows = {(one["from"], one["to"]) for one in figures["flow"]}
     assert flows == {("score_maps", "decoder"), ("score_maps", "refined"), ("refined", "pseudo_masks"),
                      ("score_maps_val", "decoder_val"), ("decoder_val", "predictions")}  # fmt: skip
 
 
 def test_without_truth_the_table_has_scores_and_no_figures_of_truth(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
-    audit = audited(tallied(inputs, read))
-    found = summary(audit, inputs, read)
-    assert found["flow"] == [] and "score" not in found and found["signs"]["pseudo_masks"]["ignored"] > 0
+    audit = audit_of(tallied(inputs, read))
+    figures = summary(audit, inputs, read)
+    assert figures["flow"] == [] and "score" not in figures and figures["indicators"]["pseudo_masks"]["ignored"] > 0
     score.write(tmp_path / "i.csv", audit.rows, read.by_id(), read.labels, audit.limits, audit.scores)
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8", newline="")))
-    assert {(one["truth"], one["miou"], one["mended"]) for one in rows} == {("0", "", "")}
+    assert {(one["truth"], one["miou"], one["corrected"]) for one in rows} == {("0", "", "")}
     assert audit.quality == {
         one["id"]: pytest.approx(float(one["score"]), abs=1e-4)
         for one in rows

@@ -1,4 +1,4 @@
-"""Agreement between columns: what it is of two masks, of an image, of all; and the small masks that it is counted from."""
+"""Method agreement: what it is of two masks, of an image, of all; and the small masks that it is counted from."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.audit.tally import Counted, Tally, gathered, tally_some
+from pipeline.audit.tally import BatchTally, Tally, add_batches, tally_batch
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
-from pipeline.report import method_agreement as between
-from pipeline.report import rows
+from pipeline.report import method_agreement, rows
 from tests import page_case
 from tests.test_evaluate import SETTINGS, build
 
@@ -33,34 +32,36 @@ def test_two_masks_agree_by_the_mean_iou_of_what_both_decide(first: np.ndarray, 
         sum(a == b == value for a, b in pixels) / sum(value in (a, b) for a, b in pixels)
         for value in {value for pair in pixels for value in pair}
     ]
-    assert between.alike(first, second) == pytest.approx(sum(ious) / len(ious) if ious else np.nan, nan_ok=True)
+    assert method_agreement.alike(first, second) == pytest.approx(sum(ious) / len(ious) if ious else np.nan, nan_ok=True)
 
 
 @given(st.lists(MASKS, min_size=2, max_size=4), st.randoms())
 def test_the_table_is_symmetric_and_follows_the_order_of_the_methods(masks: list[np.ndarray], random: object) -> None:
-    found = between.table(masks)
+    found = method_agreement.table(masks)
     np.testing.assert_array_equal(found, found.T)
     assert (np.diag(found) == 1).all() and np.nanmin(found) >= 0 and np.nanmax(found) <= 1
     order = list(range(len(masks)))
     random.shuffle(order)  # pyright: ignore[reportAttributeAccessIssue]
-    np.testing.assert_array_equal(between.table([masks[at] for at in order]), found[np.ix_(order, order)])
-    np.testing.assert_allclose(between.others(found[np.ix_(order, order)])[0], between.others(found)[0][order])
+    np.testing.assert_array_equal(method_agreement.table([masks[at] for at in order]), found[np.ix_(order, order)])
+    np.testing.assert_allclose(
+        method_agreement.others(found[np.ix_(order, order)])[0], method_agreement.others(found)[0][order]
+    )
 
 
 @given(MASKS, st.integers(2, 4))
 def test_the_same_mask_everywhere_agrees_wholly_and_disjoint_ones_not_at_all(mask: np.ndarray, count: int) -> None:
     mask[0, 0] = 0
-    assert between.table([mask] * count).min() == 1
+    assert method_agreement.table([mask] * count).min() == 1
     apart = [np.full((3, 3), value, np.uint8) for value in range(count)]
-    values, compared = between.others(between.table(apart))
+    values, compared = method_agreement.others(method_agreement.table(apart))
     assert (values == 0).all() and (compared == count - 1).all()
 
 
-def test_a_column_that_lacks_the_image_is_left_out() -> None:
+def test_a_run_that_lacks_the_image_is_left_out() -> None:
     first, second = np.array([[0, 1]], np.uint8), np.array([[1, 1]], np.uint8)
-    values, compared = between.others(between.table([first, None, second]))
+    values, compared = method_agreement.others(method_agreement.table([first, None, second]))
     assert values.tolist() == [0.25, pytest.approx(np.nan, nan_ok=True), 0.25] and compared.tolist() == [1, 0, 1]
-    assert np.isnan(between.others(between.table([first, None]))[0]).all()
+    assert np.isnan(method_agreement.others(method_agreement.table([first, None]))[0]).all()
 
 
 def write(folder: Path, method: str, masks: Mapping[str, np.ndarray] | Iterator[tuple[str, np.ndarray]]) -> None:
@@ -80,30 +81,30 @@ def records_of(*ids: str) -> Records:
 ONE, TWO = np.array([[1, 1]], np.uint8), np.array([[0, 1]], np.uint8)
 
 
-def test_images_are_compared_among_the_columns_that_have_them_and_splits_apart(tmp_path: Path) -> None:
+def test_images_are_compared_among_the_runs_that_have_them_and_splits_apart(tmp_path: Path) -> None:
     write(tmp_path, "a", {"i <b>'ü": ONE, "j": ONE, "v": ONE})
     write(tmp_path, "b", {"i <b>'ü": ONE, "v": TWO})
     write(tmp_path, "c", {"i <b>'ü": TWO, "k": ONE, "v": TWO})
     read = records_of("i <b>'ü", "j", "k", "v")
-    found = between.read(tmp_path, ["a", "b", "c"], read)
+    found = method_agreement.read(tmp_path, ["a", "b", "c"], read)
     assert found is not None
     assert found.images["a"] == {"i <b>'ü": (0.625, 2), "v": (0.25, 2)}  # nobody else has j
     np.testing.assert_array_equal(found.pairs["train"], [[1, 1, 0.25], [1, 1, 0.25], [0.25, 0.25, 1]])
     np.testing.assert_array_equal(found.pairs["val"], [[1, 0.25, 0.25], [0.25, 1, 1], [0.25, 1, 1]])
-    other = between.read(tmp_path, ["c", "a", "b"], read)
+    other = method_agreement.read(tmp_path, ["c", "a", "b"], read)
     assert other is not None and other.images == found.images
-    assert between.read(tmp_path, ["a"], read) is None
+    assert method_agreement.read(tmp_path, ["a"], read) is None
 
 
-def test_columns_of_other_photographs_are_refused_with_their_names(tmp_path: Path) -> None:
+def test_runs_of_other_photographs_are_refused_with_their_names(tmp_path: Path) -> None:
     write(tmp_path, "a", {"i": ONE})
     write(tmp_path, "b", {"i": ONE.T})
     with pytest.raises(ValueError, match=r"'i' is 1×2 in a\.h5, 2×1 in b\.h5.*dvc repro"):
-        between.read(tmp_path, ["a", "b"], records_of("i"))
+        method_agreement.read(tmp_path, ["a", "b"], records_of("i"))
     with pytest.raises(ValueError, match="a mask of 'i', which the records lack"):
-        between.read(tmp_path, ["a", "b"], records_of("j"))
+        method_agreement.read(tmp_path, ["a", "b"], records_of("j"))
     with pytest.raises(store.StoreError, match=r"c\.h5"):
-        between.read(tmp_path, ["a", "c"], records_of("i"))
+        method_agreement.read(tmp_path, ["a", "c"], records_of("i"))
 
 
 def test_memory_does_not_grow_with_the_masks(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_memory_does_not_grow_with_the_masks(tmp_path: Path) -> None:
             write(tmp_path, method, ((i, rng.integers(0, 3, (64, 64), np.uint8)) for i in ids))
         read = records_of(*ids)
         tracemalloc.start()
-        between.read(tmp_path, ["a", "b"], read)
+        method_agreement.read(tmp_path, ["a", "b"], read)
         try:
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -127,10 +128,10 @@ def test_memory_does_not_grow_with_the_masks(tmp_path: Path) -> None:
 def test_small_masks_are_the_last_ones_and_the_same_bytes_however_the_work_is_cut(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
 
-    def written(name: str, chunk: int) -> bytes:
+    def written(name: str, size: int) -> bytes:
         tally = Tally.empty(3, SETTINGS.threshold_bins)
-        chunks = (read.images[at : at + chunk] for at in range(0, len(read), chunk))
-        items = gathered((tally_some(some, inputs) for some in chunks), tally)
+        chunks = (read.images[at : at + size] for at in range(0, len(read), size))
+        items = add_batches((tally_batch(chunk, inputs) for chunk in chunks), tally)
         path = tmp_path / name
         store.write_part(
             path, store.SMALL_MASKS, items, labels=LABELS, part=0, parts=1, params_digest="", compression="gzip"
@@ -152,12 +153,12 @@ def test_small_masks_are_the_last_ones_and_the_same_bytes_however_the_work_is_cu
 def test_one_chunk_of_small_masks_is_in_memory_at_a_time() -> None:
     taken = []
 
-    def counted() -> Iterator[Counted]:
+    def batches() -> Iterator[BatchTally]:
         for at in range(3):
             taken.append(at)
             yield Tally.empty(2, 2), [(str(at), {"mask": ONE})]
 
-    items = gathered(counted(), Tally.empty(2, 2))
+    items = add_batches(batches(), Tally.empty(2, 2))
     assert next(items)[0] == "0" and taken == [0]
     assert [i for i, _ in items] == ["1", "2"]
 
@@ -172,15 +173,16 @@ def test_agreement_stands_beside_the_score_of_pseudo_masks_that_have_two_others(
 
 
 @pytest.mark.parametrize(
-    ("methods", "told"), [(["a"], set()), (["a", "b"], {"others"}), (["a", "b", "c"], {"others", "both"})]
+    ("methods", "told"),
+    [(["a"], set()), (["a", "b"], {"method_agreement"}), (["a", "b", "c"], {"method_agreement", "both"})],
 )
 def test_the_page_tells_agreement_where_there_is_some(tmp_path: Path, methods: list[str], told: set[str]) -> None:
     text = page_case.write(tmp_path, ["=i", "<b>j", "k"], methods=methods, labels=LABELS).read_text(encoding="utf-8")
-    assert {name for name in ("others", "both") if f'<option value="{name}">' in text} == told
+    assert {name for name in ("method_agreement", "both") if f'<option value="{name}">' in text} == told
     assert ("How alike" in text) == (len(methods) > 1)
     with (tmp_path / "report" / "review.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    assert all((row["others"] != "") == bool(told) for row in found) and len(found) == 3 * len(methods)
+    assert all((row["method_agreement"] != "") == bool(told) for row in found) and len(found) == 3 * len(methods)
 
 
 def test_the_page_shows_limits_counts_and_classes_that_change_beside_others(tmp_path: Path) -> None:
