@@ -104,8 +104,8 @@ def test_a_segmenter_of_ours_and_a_frozen_encoder_load(tmp_path: Path) -> None:
     }
 
 
-def test_weights_that_do_not_fit_and_sizes_that_are_not_there_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there are mit_b0, mit_b1.*params\.yaml"):
+def test_weights_that_do_not_fit_and_unknown_architectures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there are mit_b0, mit_b1.*recipe"):
         backbone.create("mit_b9", 64, drop_path=0.0)
     net = backbone.create("mit_b0", 64, drop_path=0.0)
     backbone.load_initial(net, SCRATCH)

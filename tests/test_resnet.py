@@ -54,7 +54,7 @@ def resnet38d() -> resnet.Backbone:
 
 @pytest.mark.parametrize(("family", "architecture"), STRIDES)
 @pytest.mark.parametrize("size", [(32, 32), (48, 80)])
-def test_feature_maps_have_the_channels_and_strides_that_are_promised(
+def test_feature_maps_have_the_channels_and_strides_that_the_backbone_states(
     family: str, architecture: str, size: tuple[int, int]
 ) -> None:
     net = made(family, architecture)
@@ -193,13 +193,13 @@ def test_irns_published_list_of_names_is_a_whole_resnet50() -> None:
 
 
 def test_what_is_no_resnet_is_refused_with_advice(tmp_path: Path) -> None:
-    for name, told in (
-        ("resnet_of_nobody", r"resnet38d, scenes_resnet \(edit architecture in params\.yaml"),
+    for name, message in (
+        ("resnet_of_nobody", r"resnet38d, scenes_resnet \(edit architecture in the recipe"),
         ("resnet18@7", "@8 or @32"),
         ("deit_tiny_patch16_224", r"backbone to vit in params\.yaml"),
         ("efficientnet_b0", "no ResNet"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             resnet.create(name, 64, drop_path=0.0)
     with pytest.raises(ValueError, match="set drop_path to 0"):
         resnet.create("resnet38d", 64, drop_path=0.1)

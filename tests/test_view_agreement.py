@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.audit import indicators
 from pipeline.core import plugins
 from pipeline.core.records import ImageRecord
-from pipeline.imaging.scoremaps import agreement_of_views, merge_views, upright
+from pipeline.imaging.scoremaps import merge_views, upright, view_agreement
 from pipeline.jobs import score_maps
 from pipeline.stage_order import STAGES
 from tests.test_evaluate import build, tallied
@@ -34,7 +34,7 @@ def made(seed: int, classes: int, grids: list[tuple[int, int]], flip: bool = Tru
 
 
 def agreed(views: list[Tensor], rule: str, size: tuple[int, int]) -> Tensor:
-    return agreement_of_views(views, rule=rule, size=size)  # type: ignore[arg-type]
+    return view_agreement(views, rule=rule, size=size)  # type: ignore[arg-type]
 
 
 @settings(max_examples=60, deadline=None)

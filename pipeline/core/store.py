@@ -51,7 +51,7 @@ class Schema:
 
 
 # classes are class indices from 0, scores their maps in 0..1 at stride 4; agreement, 0..1, of the views that were merged,
-# NaN of a single view (imaging.scoremaps.agreement_of_views); tag_logits of all classes; affinity of all pairs of cells of
+# NaN of a single view (imaging.scoremaps.view_agreement); tag_logits of all classes; affinity of all pairs of cells of
 # `grid` (rows, columns), [0,0] and grid (0, 0) where none is kept; decoded: mask values of the method's own decoder, [0,0]
 # where it has none
 SCORE_MAPS = Schema(

@@ -194,7 +194,7 @@ def _view(photograph: np.ndarray, method: Any, long_side: int | None) -> np.ndar
 
 def _small(photograph: np.ndarray) -> np.ndarray:
     h, w = photograph.shape[:2]
-    return transforms.resize(photograph, (HEIGHT, max(1, min(sheet.WIDEST * HEIGHT, round(w * HEIGHT / h)))))
+    return transforms.resize(photograph, (HEIGHT, max(1, min(sheet.MAX_ASPECT * HEIGHT, round(w * HEIGHT / h)))))
 
 
 def _letters(text: str) -> np.ndarray:
