@@ -39,18 +39,18 @@ class Fake:
     """Cosine of an image without class k and what is suppressed beside class j: its brightness, less for other classes."""
 
     stride = 16
-    told = "a <i>sea</i> & more"
+    description = "a <i>sea</i> & more"
 
     def surroundings(self, images: Tensor, pairs: Tensor) -> Surroundings:
         bright = images.mean(dim=(1, 2, 3))[pairs[:, 0]]
         match = bright[:, None] - 0.1 * (pairs[:, 1:] - torch.arange(3)).abs()
         left = torch.ones(len(pairs), 8, 8)
         left[:, :4] = 0
-        return Surroundings(match, left, self.told)
+        return Surroundings(match, left, self.description)
 
 
 class Idle(Fake):
-    told = "nothing"
+    description = "nothing"
 
     def surroundings(self, images: Tensor, pairs: Tensor) -> Surroundings:
         return dataclasses.replace(super().surroundings(images, pairs), match=torch.zeros(len(pairs), 0))
@@ -152,8 +152,8 @@ def test_nothing_is_looked_at_where_nobody_asks_or_nothing_is_suppressed(
 ) -> None:
     assert not inspect.looks_around(object(), 2) and not inspect.looks_around(Fake(), 0) and inspect.looks_around(Fake(), 2)
     found = inspect.together(seen(monkeypatch, Idle, job_of(tmp_path), [images[:4], [], images[4:]]))
-    assert found.told == "nothing" and not found.best and not found.images.any()
-    assert inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [[]])).told == ""
+    assert found.description == "nothing" and not found.best and not found.images.any()
+    assert inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [[]])).description == ""
     untagged = [dataclasses.replace(images[0], tags=tags) for tags in (None, ())]
     assert inspect.tagged([*untagged, dataclasses.replace(images[0], split="val"), images[0]]) == [images[0]]
 
@@ -274,5 +274,5 @@ def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
 )
 def test_semples_describes_what_it_suppresses(changes: dict[str, Any], description: str) -> None:
     surroundings_of_pair = small(**changes).surroundings(batch().images, torch.tensor([[0, 0]]))
-    assert description in surroundings_of_pair.told
+    assert description in surroundings_of_pair.description
     assert surroundings_of_pair.match.shape == (1, 0 if "suppression_weight" in changes else 3)

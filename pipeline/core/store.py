@@ -101,18 +101,19 @@ GALLERY = Schema(
         "miou": Field("<f4", ("stages",)),
     },
 )
-# pictures of some images' inside for the report. jpeg and panels, the maps' names in UTF-8 with commas, are empty where no maps are shown,
-# and weights are [0,0] where a method has none. told says in UTF-8 what the method suppresses beside its classes, empty where it does not.
-# The image is one of those that match best what is suppressed beside s classes: match is the cosine; means the mean cosine over all
-# images of that class and over those of others, images how many these are; strips one JPEG each, end to end, of strip_bytes
+# Intermediate maps of some images for the report. jpeg: the panels side by side; panels: their names in UTF-8, separated by
+# commas; both empty where no maps are shown. weights: [0,0] where a method has none. description: in UTF-8 what the method
+# suppresses beside its classes, empty where it suppresses nothing. beside: s classes for which the image is among the best
+# matches of what is suppressed; match: the cosine; means: mean cosine over all images of that class, and over those of others;
+# images: how many these are; strips: a JPEG per class, end to end, of strip_bytes
 INSPECTION = Schema(
     "inspection",
-    2,
+    3,
     {
         "jpeg": Field("|u1", ("bytes",)),
         "panels": Field("|u1", ("characters",)),
         "weights": Field("<f4", ("layers", "heads")),
-        "told": Field("|u1", ("letters",)),
+        "description": Field("|u1", ("letters",)),
         "beside": Field("<u2", ("s",)),
         "match": Field("<f4", ("s",)),
         "means": Field("<f4", ("s", "2")),

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.core import config, plugins, sections
 from pipeline.core.config import PARAMS_FILE, ParamsError
+from pipeline.core.contracts import AffinityRefiner
 from pipeline.core.sections import Settings
 from pipeline.jobs import export, extract, fit_refiner, refine, segment, train
 
@@ -78,7 +79,8 @@ def problems_of(settings: Settings) -> list[str]:
 
 def _affinity_is_kept(settings: Settings, extraction: sections.Extract) -> None:
     refiner = settings.run.refiner
-    if getattr(plugins.load("refiners", refiner), "NEEDS_AFFINITY", False) and not extraction.keep_affinity:
+    module = plugins.load("refiners", refiner)
+    if isinstance(module, AffinityRefiner) and module.NEEDS_AFFINITY and not extraction.keep_affinity:
         raise ParamsError(
             f"{settings.file}: extract.keep_affinity: got false, allowed is true, since refiner {refiner} needs it "
             f"(edit {settings.file})"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.core import store
-from pipeline.core.contracts import Surroundings
+from pipeline.core.contracts import Surroundings, WithSurroundings
 from pipeline.core.records import ImageRecord, Records, read_image, sample
 from pipeline.imaging import planes, sheet, transforms
 from pipeline.jobs import score_maps
@@ -73,15 +73,16 @@ def inspections(
 
 @dataclass
 class Around:
-    """What images look like without their classes, beside what is suppressed. Arrays are [c,2]: images of a class, and all others.
+    """How well images without their classes match what is suppressed beside each class, summed over images.
 
-    told   what is suppressed, in words; "" where no image was looked at
-    sums   f64 of cosines: of an image of the class, where that is taken out; of another, the mean over all of its classes taken out
-    images i64 that were summed up
-    best   by class: minus the cosine, id and JPEG of the BEST images with the highest cosine, ties by id
+    description  what is suppressed, in words; "" where no image was looked at
+    sums         f64[c,2] of cosines: images of the class with it masked out, and images of other classes, each the mean over
+                 its classes masked out one at a time
+    images       i64[c,2] numbers of summands
+    best         by class: (minus the cosine, id, JPEG) of the BEST images of the class with the highest cosine, ties by id
     """
 
-    told: str
+    description: str
     sums: np.ndarray
     images: np.ndarray
     best: dict[int, list[tuple[float, str, bytes]]]
@@ -101,7 +102,7 @@ class Around:
 
 def looks_around(method: Any, inspect: int) -> bool:
     """Whether the method says what it suppresses beside its classes, and anybody wants to know. inspect: extract.inspect."""
-    return inspect > 0 and getattr(method, "surroundings", None) is not None
+    return inspect > 0 and isinstance(method, WithSurroundings)
 
 
 def look_around(records: Sequence[ImageRecord], job: score_maps.Job) -> Around:
@@ -116,7 +117,7 @@ def look_around(records: Sequence[ImageRecord], job: score_maps.Job) -> Around:
             seen: Surroundings = method.surroundings(
                 transforms.tensor_of(views, job.device), torch.tensor(pairs, device=job.device)
             )
-        found.told = seen.told
+        found.description = seen.description
         if not seen.match.shape[1]:  # nothing is suppressed
             break
         match, outside = seen.match.float().cpu().numpy(), seen.outside.float().cpu().numpy()
@@ -144,7 +145,7 @@ def together(parts: Iterable[Around]) -> Around:
     whole: Around | None = None
     for part in parts:
         whole = whole or Around.none(len(part.sums))
-        whole.told = whole.told or part.told
+        whole.description = whole.description or part.description
         whole.sums += part.sums
         whole.images += part.images
         for label, some in part.best.items():
@@ -167,7 +168,7 @@ def with_surroundings(items: Iterable[store.Item], found: Around) -> Iterator[st
             image_id,
             rows.get(image_id, store.empty(store.INSPECTION))
             | {
-                "told": _letters(found.told),
+                "description": _letters(found.description),
                 "beside": np.array(labels, np.uint16),
                 "match": np.array(cosines, np.float32),
                 "means": means[list(labels)].astype(np.float32).reshape(-1, 2),

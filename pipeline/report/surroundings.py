@@ -11,11 +11,11 @@ from pipeline.core.records import Records
 
 
 def read(path: Path, records: Records) -> dict[str, Any]:
-    """told: what is suppressed, in words, "" where the method suppresses nothing of the kind; classes, in their order: name, own and
+    """description: what is suppressed, in words, "" where the method suppresses nothing of the kind; classes, in their order: name, own and
     other (mean cosine over the `images` of the class, and over those of others), pictures from the best match down."""
-    told, classes = "", {}
+    description, classes = "", {}
     for image_id, item in store.Store(path, store.INSPECTION):
-        told = told or item["told"].tobytes().decode("utf-8")
+        description = description or item["description"].tobytes().decode("utf-8")
         strips, at = item["strips"].tobytes(), 0
         for row, label in enumerate(item["beside"].tolist()):
             size = int(item["strip_bytes"][row])
@@ -30,4 +30,4 @@ def read(path: Path, records: Records) -> dict[str, Any]:
             at += size
     for one in classes.values():
         one["pictures"].sort(key=lambda picture: (-picture["match"], picture["id"]))
-    return {"told": told, "classes": [classes[label] for label in sorted(classes)]}
+    return {"description": description, "classes": [classes[label] for label in sorted(classes)]}
