@@ -88,7 +88,7 @@ def test_every_rule_chooses_as_its_definition_says_and_padding_never_counts(
     seed: int, gh: int, gw: int, rule: Any, ratio: float, k_max: int
 ) -> None:
     scores, valid = drawn(seed, 2, 3, gh, gw), windowed(seed, 2, gh, gw)
-    found = adaptive_k_pooled(scores, valid, rule=rule, ratio=ratio, k_max=k_max)
+    pooled = adaptive_k_pooled(scores, valid, rule=rule, ratio=ratio, k_max=k_max)
     chosen = chosen_patches(scores, valid, rule=rule, ratio=ratio, k_max=k_max)
     assert not (chosen * ~valid[:, None]).any()
     for row in range(2):
@@ -103,7 +103,7 @@ def test_every_rule_chooses_as_its_definition_says_and_padding_never_counts(
                 "max": 1,
             }[rule]
             assert chosen[row, c].sum() == k
-            np.testing.assert_allclose(found[row, c], best[:k].mean(), rtol=1e-5)
+            np.testing.assert_allclose(pooled[row, c], best[:k].mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -118,9 +118,9 @@ def test_gradient_reaches_exactly_the_chosen_patches(rule: Any) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_an_image_that_is_all_padding_scores_nothing(rule: Any) -> None:
     scores = drawn(0, 1, 2, 3, 3).requires_grad_()
-    found = adaptive_k_pooled(scores, torch.zeros(1, 3, 3, dtype=torch.bool), rule=rule, ratio=1.0, k_max=4)
-    found.sum().backward()
-    assert found.tolist() == [[0, 0]] and scores.grad is not None and not scores.grad.any()
+    pooled = adaptive_k_pooled(scores, torch.zeros(1, 3, 3, dtype=torch.bool), rule=rule, ratio=1.0, k_max=4)
+    pooled.sum().backward()
+    assert pooled.tolist() == [[0, 0]] and scores.grad is not None and not scores.grad.any()
 
 
 def pairwise(features: Tensor, scores: Tensor, tags: Tensor, valid: Tensor, high: float, low: float) -> Tensor:
@@ -129,12 +129,12 @@ def pairwise(features: Tensor, scores: Tensor, tags: Tensor, valid: Tensor, high
     for row, column in torch.nonzero(tags).tolist():
         units = F.normalize(features[row].flatten(1), dim=0).T
         alike = (1 + units @ units.T) / 2
-        found, real = scores[row, column].flatten(), valid[row].flatten()
-        sure, unsure = (found > high) & real, (found < low) & real
-        if not sure.any() or not unsure.any():
+        class_scores, real = scores[row, column].flatten(), valid[row].flatten()
+        confident, doubtful = (class_scores > high) & real, (class_scores < low) & real
+        if not confident.any() or not doubtful.any():
             continue
-        within = (1 - alike)[sure][:, sure][~torch.eye(int(sure.sum()), dtype=torch.bool)]
-        terms.append((within.mean() if len(within) else 0) + alike[sure][:, unsure].mean())
+        within = (1 - alike)[confident][:, confident][~torch.eye(int(confident.sum()), dtype=torch.bool)]
+        terms.append((within.mean() if len(within) else 0) + alike[confident][:, doubtful].mean())
     return torch.stack(terms).mean() if terms else features.sum() * 0
 
 
@@ -166,8 +166,8 @@ def test_the_contrast_is_nought_and_has_a_gradient_path_where_no_class_counts() 
 def test_a_patch_of_zeros_is_like_no_other() -> None:
     features = torch.tensor([[[1.0, 0, 1, -1]], [[0.0, 0, 0, 0]]])[None]
     scores, tags = torch.tensor([[[[0.9, 0.9, 0.9, 0.1]]]]), torch.ones(1, 1)
-    found = patch_contrast(features, scores, tags, None, high=0.5, low=0.2)
-    torch.testing.assert_close(found, pairwise(features, scores, tags, torch.ones(1, 1, 4, dtype=torch.bool), 0.5, 0.2))
+    loss = patch_contrast(features, scores, tags, None, high=0.5, low=0.2)
+    torch.testing.assert_close(loss, pairwise(features, scores, tags, torch.ones(1, 1, 4, dtype=torch.bool), 0.5, 0.2))
 
 
 def test_classes_that_are_not_tagged_do_not_change_the_contrast() -> None:
@@ -323,12 +323,12 @@ def test_merging_keeps_the_tags_and_background_and_sums_to_one() -> None:
 @pytest.mark.parametrize(("backbone", "architecture"), BACKBONES)
 def test_score_maps_and_tag_logits_lie_in_range(backbone: str, architecture: str) -> None:
     method = made(backbone, architecture).eval()
-    found = method.score_maps(torch.rand(2, 3, 64, 96), apc.Options("patch"))
+    maps = method.score_maps(torch.rand(2, 3, 64, 96), apc.Options("patch"))
     h, w = 64 // method.stride, 96 // method.stride
-    assert found.scores.shape == (2, 3, h, w) and found.affinity is None and found.decoded is not None
-    assert (found.scores >= 0).all() and (found.scores.sum(dim=1) <= 1 + 1e-5).all()
+    assert maps.scores.shape == (2, 3, h, w) and maps.affinity is None and maps.decoded is not None
+    assert (maps.scores >= 0).all() and (maps.scores.sum(dim=1) <= 1 + 1e-5).all()
     inner = method.inspect(torch.rand(2, 3, 64, 96))
-    assert found.tag_logits.sigmoid().amax() <= 1 and torch.isfinite(found.tag_logits).all()
+    assert maps.tag_logits.sigmoid().amax() <= 1 and torch.isfinite(maps.tag_logits).all()
     assert inner["k"].amin() >= 1 and inner["k"].amax() <= method.params.pooling.k_max
     assert inner["chosen_patches"].shape == inner["patch_scores"].shape == (2, 3, h, w)
     torch.testing.assert_close(
@@ -341,17 +341,17 @@ def test_score_maps_and_tag_logits_lie_in_range(backbone: str, architecture: str
 
 
 def test_the_decoders_score_maps_at_one_half_are_its_own_masks() -> None:
-    found = made().eval().score_maps(torch.rand(2, 3, 64, 96), apc.Options("decoder"))
-    assert found.decoded is not None
-    assert torch.equal(F.pad(found.scores, (0, 0, 0, 0, 1, 0), value=0.5).argmax(1), found.decoded.argmax(1))
+    maps = made().eval().score_maps(torch.rand(2, 3, 64, 96), apc.Options("decoder"))
+    assert maps.decoded is not None
+    assert torch.equal(F.pad(maps.scores, (0, 0, 0, 0, 1, 0), value=0.5).argmax(1), maps.decoded.argmax(1))
 
 
 def test_extract_keeps_the_decoders_masks() -> None:
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     extract = Extract((1.5, 1.0), None, True, "mean", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "x.png", (61, 83), "train", (1,), b"")
-    found = score_maps.score([image], [record], made().eval(), apc.Options("decoder"), extract, "cpu")[0]
-    assert found["decoded"].shape == (61, 83) and set(np.unique(found["decoded"])) <= {0, 2}
+    fields = score_maps.score([image], [record], made().eval(), apc.Options("decoder"), extract, "cpu")[0]
+    assert fields["decoded"].shape == (61, 83) and set(np.unique(fields["decoded"])) <= {0, 2}
 
 
 def test_a_decoders_score_map_without_a_decoder_is_refused_with_advice() -> None:

@@ -37,7 +37,7 @@ REFUSED = {(name, other) for name in ("weaktr", "semples") for other in ("resnet
     ("ppl", "mit"),
 }
 SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
-BACKBONES = [(name, architecture) for name, found in ARCHITECTURES.items() for architecture in found]
+BACKBONES = [(name, architecture) for name, names in ARCHITECTURES.items() for architecture in names]
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
 
 
@@ -121,9 +121,9 @@ def test_images_of_any_size_get_maps_at_stride_4(size: tuple[int, int]) -> None:
     network = built("cam", "vit", "scenes_vit").eval()
     image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     record = ImageRecord("x", "x.png", size, "train", (0, 2), b"")
-    found = score_maps.score([image], [record], network, plugins.load("methods", "cam").Options(), SETTINGS, "cpu")[0]
-    assert found["scores"].shape == (2, -(-size[0] // 4), -(-size[1] // 4)) and found["scores"].dtype == np.float16
-    assert found["classes"].tolist() == [0, 2] and found["scores"].max() <= 1
+    fields = score_maps.score([image], [record], network, plugins.load("methods", "cam").Options(), SETTINGS, "cpu")[0]
+    assert fields["scores"].shape == (2, -(-size[0] // 4), -(-size[1] // 4)) and fields["scores"].dtype == np.float16
+    assert fields["classes"].tolist() == [0, 2] and fields["scores"].max() <= 1
 
 
 def test_maps_of_a_batch_are_those_of_single_images() -> None:
@@ -142,19 +142,19 @@ def test_val_and_untagged_images_get_the_classes_that_the_network_predicts() -> 
     network = built("cam", "vit", "scenes_vit").eval()
     image = np.zeros((64, 64, 3), np.uint8)
     records = [ImageRecord("v", "", (64, 64), "val", (0,), b""), ImageRecord("u", "", (64, 64), "train", None, b"")]
-    for found in score_maps.score(
+    for fields in score_maps.score(
         [image, image], records, network, plugins.load("methods", "cam").Options(), SETTINGS, "cpu"
     ):
-        expected = np.flatnonzero(1 / (1 + np.exp(-found["tag_logits"])) >= 0.5)
-        np.testing.assert_array_equal(found["classes"], expected)
+        expected = np.flatnonzero(1 / (1 + np.exp(-fields["tag_logits"])) >= 0.5)
+        np.testing.assert_array_equal(fields["classes"], expected)
 
 
 def test_an_image_that_is_tagged_with_nothing_has_no_map() -> None:
     network = built("cam", "vit", "scenes_vit").eval()
     record = ImageRecord("n", "", (64, 64), "train", (), b"")
     options = plugins.load("methods", "cam").Options()
-    found = score_maps.score([np.zeros((64, 64, 3), np.uint8)], [record], network, options, SETTINGS, "cpu")[0]
-    assert found["scores"].shape == (0, 16, 16)
+    fields = score_maps.score([np.zeros((64, 64, 3), np.uint8)], [record], network, options, SETTINGS, "cpu")[0]
+    assert fields["scores"].shape == (0, 16, 16)
 
 
 def test_deit_weights_load_strictly_and_at_another_size() -> None:
@@ -216,8 +216,8 @@ def test_drawn_scenes_are_fair_and_always_the_same(tmp_path: Path) -> None:
     from pipeline.datasets.scenes import dataset as scenes
 
     drawn = [scenes.draw_scene(scenes.scene_rng(0, "train", index)) for index in range(60)]
-    share = np.mean([(mask > 0).mean() for _, mask, _, _ in drawn])
-    assert 0.25 <= share <= 0.35
+    fraction = np.mean([(mask > 0).mean() for _, mask, _, _ in drawn])
+    assert 0.25 <= fraction <= 0.35
     places = [place for _, _, tags, place in drawn if tags and tags[0] in ("boat", "fish")]
     assert places.count("sea") > 0.6 * len(places)
     for _, mask, tags, _ in drawn:

@@ -75,14 +75,14 @@ def test_folding_patches_into_the_batch_equals_looping_over_them(
     backbone: str, architecture: str, position: int, grid: int
 ) -> None:
     method, images = made(backbone, architecture, positions=[position], grid=grid), torch.rand(2, 3, 64, 64)
-    found = branches(method, images)[1]
+    patched = branches(method, images)[1]
     with torch.no_grad():
         (maps, before), _ = method.backbone.trunk(images, [position])
         side, cells = maps.shape[-1] // grid, 8 // grid
         for y, x in product(range(grid), repeat=2):
             patch = maps[..., y * side : (y + 1) * side, x * side : (x + 1) * side]
             alone = method.fc8[1](method.backbone.rest((patch, before), position))
-            part = found[..., y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
+            part = patched[..., y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
             torch.testing.assert_close(part, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -246,8 +246,8 @@ def test_images_of_any_size_get_score_maps() -> None:
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     settings = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "x.png", (61, 83), "train", (0, 2), b"")
-    found = score_maps.score([image], [record], made(), ppl.Options(2, "both"), settings, "cpu")[0]
-    assert found["scores"].shape == (2, 16, 21)
+    fields = score_maps.score([image], [record], made(), ppl.Options(2, "both"), settings, "cpu")[0]
+    assert fields["scores"].shape == (2, 16, 21)
 
 
 @pytest.mark.parametrize("position", [1, 2, 3])
@@ -263,19 +263,19 @@ def test_shifted_grids_flatten_the_cross_on_an_image_of_one_colour(position: int
 def test_the_score_map_is_made_of_the_chosen_paths() -> None:
     method, images = made(**EXPLICIT), torch.rand(2, 3, 64, 64)
     whole, *patched = branches(method, images)
-    found = {paths: method.score_maps(images, ppl.Options(1, paths)) for paths in ("both", "global", "patch")}
-    torch.testing.assert_close(found["global"].scores, whole.relu())
-    torch.testing.assert_close(found["patch"].scores, torch.stack(patched).sum(dim=0).relu())
-    torch.testing.assert_close(found["both"].scores, (whole + torch.stack(patched).sum(dim=0)).relu())
-    assert torch.equal(found["both"].tag_logits, found["global"].tag_logits)  # tag logits are of all paths
+    maps = {paths: method.score_maps(images, ppl.Options(1, paths)) for paths in ("both", "global", "patch")}
+    torch.testing.assert_close(maps["global"].scores, whole.relu())
+    torch.testing.assert_close(maps["patch"].scores, torch.stack(patched).sum(dim=0).relu())
+    torch.testing.assert_close(maps["both"].scores, (whole + torch.stack(patched).sum(dim=0)).relu())
+    assert torch.equal(maps["both"].tag_logits, maps["global"].tag_logits)  # tag logits are of all paths
 
 
 def test_inspection_shows_every_branch() -> None:
-    found = made(**EXPLICIT).inspect(torch.rand(1, 3, 64, 64))
-    assert list(found) == ["class_map", "global", "after_1", "after_2", "after_3", "logits", "classifier_norms"]
-    summed = torch.stack([found[name] for name in list(found)[1:5]]).sum(dim=0)
-    torch.testing.assert_close(found["class_map"], summed)
-    assert found["classifier_norms"].shape == (1, 4)
+    tensors = made(**EXPLICIT).inspect(torch.rand(1, 3, 64, 64))
+    assert list(tensors) == ["class_map", "global", "after_1", "after_2", "after_3", "logits", "classifier_norms"]
+    summed = torch.stack([tensors[name] for name in list(tensors)[1:5]]).sum(dim=0)
+    torch.testing.assert_close(tensors["class_map"], summed)
+    assert tensors["classifier_norms"].shape == (1, 4)
 
 
 def test_channels_are_dropped_per_image_and_not_per_patch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,8 @@ def batch(masks: torch.Tensor) -> Batch:
 @pytest.mark.parametrize("architecture", ["scenes_resnet", "resnet18"])
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (64, 96)])
 def test_images_of_any_size_are_labelled(head: str, architecture: str, size: tuple[int, int]) -> None:
-    one = segmenter(head=head, architecture=architecture).eval()
-    assert one.segment(torch.rand(2, 3, *size), resnet.Options()).shape == (2, 3, *size)
+    network = segmenter(head=head, architecture=architecture).eval()
+    assert network.segment(torch.rand(2, 3, *size), resnet.Options()).shape == (2, 3, *size)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -45,8 +45,8 @@ def batch(masks: Tensor, images: Tensor | None = None) -> Batch:
     return Batch(images, torch.ones(b, 2), masks != IGNORE, masks)
 
 
-def loss_of(model: Segmenter, some: Batch) -> Tensor:
-    return model.losses(some, Clock(0, 0, 1))["segmentation"]
+def loss_of(model: Segmenter, labelled: Batch) -> Tensor:
+    return model.losses(labelled, Clock(0, 0, 1))["segmentation"]
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +199,14 @@ def test_a_batch_with_one_kind_of_pixel_has_finite_loss_and_gradients(changes: d
 def test_pixels_of_255_do_not_count(balance: str) -> None:
     model = small(balance=balance)
     masks = torch.randint(0, 3, (1, 32, 32), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
-    some = batch(masks)
+    labelled = batch(masks)
     masks[:, 16:] = IGNORE
     with torch.no_grad():
-        logits = model.segment(some.images, LAST)
+        logits = model.segment(labelled.images, LAST)
         upper = torch.nn.functional.cross_entropy(logits[:, :, :16], masks[:, :16].long())
         if balance == "background_foreground":
             upper = balanced_cross_entropy(logits[:, :, :16], masks[:, :16])
-        assert torch.allclose(loss_of(model, some), upper, atol=1e-6)
+        assert torch.allclose(loss_of(model, labelled), upper, atol=1e-6)
 
 
 def test_training_on_one_mask_learns_it() -> None:
