@@ -1,4 +1,5 @@
-"""APC pools the patches that its rule chooses, runs its decoder only while it learns, and stays finite whatever a batch holds."""
+"""APC pools the patches that its rule chooses, runs its decoder only while it learns, and stays finite whatever a batch
+holds."""
 
 from __future__ import annotations
 

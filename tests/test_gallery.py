@@ -100,7 +100,8 @@ def test_the_worst_rows_go_by_score_then_by_miou_and_of_final_masks_only(tmp_pat
     path = audit_file(
         tmp_path / "m.csv",
         [["a", "train", "pseudo_masks", "0.1", "0.9", ""], ["b", "train", "pseudo_masks", "0.9", "0.2", "leak|edges"],
-         ["c", "train", "pseudo_masks", "0.5", "", ""], ["d", "train", "refined", "0", "0", ""], ["e", "val", "predictions", "", "", ""],
+         ["c", "train", "pseudo_masks", "0.5", "", ""], ["d", "train", "refined", "0", "0", ""], ["e", "val",
+         "predictions", "", "", ""],
          ["f", "val", "predictions", "", "nan", ""]],
     )  # fmt: skip
     found = rows.worst(rows.read(path), 10)

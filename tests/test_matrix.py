@@ -121,7 +121,8 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
     run("cross_validate", key, "--records", "records.h5", "--pseudo-masks", f"{out}/pseudo_masks", "--init", str(SCRATCH),
         "--held-out", f"{out}/held_out.h5")  # fmt: skip
     run("evaluate", key, "--records", "records.h5", "--truth", "truth.h5", "--scoremaps", f"{key}/scoremaps", "--refiner",
-        f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks", "--predictions",
+        f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks",
+        "--predictions",
         f"{out}/predictions", "--held-out", f"{out}/held_out.h5", "--metrics", f"{out}/metrics.json", "--gallery",
         f"{out}/gallery.h5", "--thresholds", f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion",
         f"{out}/confusion.csv", "--images", f"{out}/images.csv",

@@ -67,7 +67,8 @@ def test_a_run_that_lacks_the_image_is_left_out() -> None:
 def write(folder: Path, method: str, masks: Mapping[str, np.ndarray] | Iterator[tuple[str, np.ndarray]]) -> None:
     pairs = masks.items() if isinstance(masks, Mapping) else masks
     store.write_part(
-        folder / f"{method}.h5", store.SMALL_MASKS, ((i, {"mask": mask}) for i, mask in pairs), labels=LABELS, part=0, parts=1,
+        folder / f"{method}.h5", store.SMALL_MASKS, ((i, {"mask": mask}) for i, mask in pairs), labels=LABELS, part=0,
+        parts=1,
         params_digest="", compression="gzip",
     )  # fmt: skip
 

@@ -141,7 +141,8 @@ def test_a_walk_without_an_affinity_is_named_before_anything_is_trained() -> Non
     toy.params["methods"]["afa"]["refiner"] = "walk"
     toy.recipes["afa"]["refine"]["options"] |= {"radius": 2, "power": 2.0, "eps": 0.1}
     assert check.problems_of(toy.settings("afa")) == [
-        "recipes/afa.yaml: extract.keep_affinity: got false, allowed is true, since refiner walk needs it (edit recipes/afa.yaml)"
+        "recipes/afa.yaml: extract.keep_affinity: got false, allowed is true, since refiner walk needs it (edit "
+        "recipes/afa.yaml)"
     ]
 
 

@@ -1,4 +1,5 @@
-"""The ResNet family: published names and shapes, maps of several depths, and passes that can be cut; the latter two for all families."""
+"""The ResNet family: published names and shapes, maps of several depths, and passes that can be cut; the latter two for all
+families."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ def in_the_order_of(given: np.ndarray) -> list[int]:
 
 
 def authors_anchors(maps: Tensor, offset: tuple[int, int]) -> Tensor:
-    """Of all anchors of an offset, those that the authors use for every offset: the last rows and both sides are left out."""
+    """Of all anchors of an offset, those that the authors use for every offset: the last rows and both sides are left
+    out."""
     rim = RADIUS - 1
     left = rim - max(0, -offset[1])
     right = maps.shape[-1] - (rim - max(0, offset[1]))

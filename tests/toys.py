@@ -71,7 +71,8 @@ def toy_recipe(method: str) -> dict[str, Any]:
 
 
 class Toy:
-    """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a folder."""
+    """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a
+    folder."""
 
     def __init__(self, root: Path, methods: Sequence[str] = ("cam",)) -> None:
         self.params = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
@@ -96,12 +97,14 @@ class Toy:
 
 
 def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """fit_refiner.<m> of the refiners that fit more than a level, cut down to toys. architecture: of the column's backbone family."""
+    """Section fit_refiner of the refiners that fit more than a threshold, cut down to toys. architecture: of the run's backbone
+    family."""
     training = {
         "seed": 0,
         "precision": "fp32",
         "augment": {
-            "size": 64, "scale_min": 0.8, "scale_max": 1.2, "area_min": None, "flip": 0.5, "jitter": 0.2, "rand_augment": None,
+            "size": 64, "scale_min": 0.8, "scale_max": 1.2, "area_min": None, "flip": 0.5, "jitter": 0.2,
+            "rand_augment": None,
             "erase": 0.0,
         },
         "schedule": {

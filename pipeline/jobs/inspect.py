@@ -1,4 +1,5 @@
-"""A trained method + images → pictures of its inner maps, its weights by layer and head, and what it suppresses, for the report."""
+"""A trained method + images → pictures of its inner maps, its weights by layer and head, and what it suppresses, for the
+report."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ BEST = 4  # images of each class that match best what the method suppresses besi
 
 
 def write(path: Path, records: Records, parts: Sequence[Part], job: score_maps.Job, *, engine: Engine, what: str) -> None:
-    """Writes INSPECTION: a few images' inner maps and, of a method with surroundings, what it suppresses beside each class."""
+    """Writes INSPECTION: a few images' inner maps and, of a method with surroundings, what it suppresses beside each
+    class."""
     count = job.settings.inspect
     method = score_maps.load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
     pictures = inspections(
@@ -53,7 +55,8 @@ def chosen(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
 def inspections(
     records: Sequence[ImageRecord], method: Any, classes: int, root: Path, long_side: int | None, device: str
 ) -> Iterator[store.Item]:
-    """INSPECTION items: the maps of each image's first class at scale 1 (long side at most LONGEST), each over its own maximum."""
+    """INSPECTION items: the maps of each image's first class at scale 1 (long side at most LONGEST), each over its own
+    maximum."""
     for record in records:
         assert record.tags  # as `chosen` gives them
         photograph = read_image(record, root)
@@ -180,7 +183,8 @@ def with_surroundings(items: Iterable[store.Item], found: Around) -> Iterator[st
 
 
 def _without(photograph: np.ndarray, outside: np.ndarray) -> bytes:
-    """JPEG of photograph u8[h,w,3] | what is left of it, where outside f32[s,s] is 0 the mean colour that stands for nothing."""
+    """JPEG of photograph u8[h,w,3] | what is left of it, where outside f32[s,s] is 0 the mean colour that stands for
+    nothing."""
     small = _small(photograph)
     left = planes.upsample(outside[None], (small.shape[0], small.shape[1]))[0][..., None]
     shown = left * small + (1 - left) * 255 * transforms.PADDING

@@ -71,7 +71,8 @@ def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     affinity = item["affinity"].astype(np.float32) if item["affinity"].size else None
     rows, columns = (int(side) for side in item["grid"])
     return ImageMaps(
-        item["classes"].astype(np.int64), item["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
+        item["classes"].astype(np.int64), item["scores"].astype(np.float32), record.size, affinity, (rows, columns),
+        record.id
     )  # fmt: skip
 
 
@@ -93,7 +94,8 @@ def network_state(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: str = "{}") -> None:
-    """safetensors with the refiner's name and FitParams (JSON); one metadata key, since several would come in random order."""
+    """safetensors with the refiner's name and FitParams (JSON); one metadata key, since several would come in random
+    order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(
