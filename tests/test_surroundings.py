@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from pipeline.imaging import sheet, transforms
 from pipeline.jobs import inspect, score_maps
 from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
-from pipeline.report import page, surroundings
+from pipeline.report import inner_maps, surroundings, templates
 from pipeline.training.settings import Schedule
 from tests.test_training import records_of
 from tests.toy_batches import batch
@@ -173,9 +173,7 @@ def test_images_of_one_pixel_have_a_picture_too(tmp_path: Path, monkeypatch: pyt
 
 
 def section(facts: dict[str, Any]) -> str:
-    environment = Environment(loader=FileSystemLoader(page.WEB), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"figure": page.figure}
-    return environment.get_template("surroundings.html.jinja").render(around=facts, method="a<b>")
+    return templates.environment().get_template("surroundings.html.jinja").render(suppressed=facts, method="a<b>")
 
 
 def test_the_page_shows_each_class_its_means_and_its_best_images(
@@ -194,11 +192,11 @@ def test_the_page_shows_each_class_its_means_and_its_best_images(
         assert [picture["id"] for picture in one["pictures"]] == [image_id for _, image_id, _ in found.best[label]]
         assert one["images"] == found.images[label].tolist() and one["own"] > one["other"]
         for picture, (_, _, jpeg) in zip(one["pictures"], found.best[label], strict=True):
-            assert surroundings.base64.b64decode(picture["source"].partition(",")[2]) == jpeg
+            assert base64.b64decode(picture["source"].partition(",")[2]) == jpeg
     text = section(facts)
     assert "a &lt;i&gt;sea&lt;/i&gt; &amp; more" in text and "größe" in text and "<i>" not in text and "a<b>" not in text
     assert text.count("data:image/jpeg;base64") == sum(map(len, found.best.values()))
-    inside = page.inspected(path, records)
+    inside = inner_maps.read(path, records)
     assert [one["id"] for one in inside["pictures"]] == [images[2].id] and inside["panels"] == ["photograph", "fine"]
 
 

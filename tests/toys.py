@@ -97,8 +97,8 @@ class Toy:
 
 
 def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Section fit_refiner of the refiners that fit more than a threshold, cut down to toys. architecture: of the run's backbone
-    family."""
+    """Section fit_refiner of the refiners that fit more than a threshold, cut down to toys. architecture: of the run's
+    backbone family."""
     training = {
         "seed": 0,
         "precision": "fp32",
