@@ -51,8 +51,10 @@ class Job:
 
 
 def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, held_out: Path, engine: Engine) -> None:
-    """Stage cross_validate: one training per fold, and how its segmenter agrees with the fold's pseudo-masks. With folds 0 a
-    store of no images."""
+    """Stage cross_validate: one training per fold, and how its segmenter agrees with the fold's pseudo-masks.
+
+    With folds 0 the store has no images.
+    """
     chosen, segmentation = settings.section(CrossValidate, "cross_validate"), segment_settings(settings)
     labels = records_file.read(records).labels
     if not chosen.folds:
@@ -85,8 +87,7 @@ def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, he
 
 
 def segment_settings(settings: Settings) -> Segment:
-    """Section segment, but one view: scale 1, not mirrored, without a CRF. Its probabilities are asked for, not its
-    edges."""
+    """Section segment with one view, not mirrored, and no CRF: probabilities are needed, not edges."""
     return dataclasses.replace(settings.section(Segment, "segment"), scales=(1.0,), flip=False, crf=None)
 
 
@@ -100,8 +101,10 @@ def folds_of(ids: Iterable[str], folds: int) -> list[list[str]]:
 
 
 def plan(all_images: loop.Job, folds: int, file: Path) -> list[Fold]:
-    """One training per fold, each as `all_images`, retrain's own, but without the fold's images. ParamsError for too many
-    folds."""
+    """One training per fold: `all_images`, which is retrain's own, without the fold's images.
+
+    ParamsError for more folds than images.
+    """
     by_id = {record.id: record for record in all_images.images.records}
     if folds > len(by_id):
         raise config.ParamsError(

@@ -81,8 +81,7 @@ def params_of(settings: Settings) -> Any:
 
 
 def check(settings: Settings, params: Any) -> None:
-    """ValueError if a learned refiner's augmentation would change pixels whose labels do not follow, or the refiner says
-    no."""
+    """ValueError if the augmentation would change pixels whose labels do not follow, or the refiner's own check fails."""
     refiner = plugins.load("refiners", settings.run.refiner)
     if isinstance(refiner, CheckedRefiner):
         refiner.check(params)
@@ -117,8 +116,7 @@ def label_part(item: tuple[int, Sequence[ImageRecord]], job: LabelJob) -> int:
 
 
 def build(name: str, params: Any, family: str, init: Path) -> Any:
-    """The network with its initial weights, the same in every process. A top-threshold function, so that ranks can call
-    it."""
+    """The network with its initial weights, the same in every process; at the top level, so that ranks can call it."""
     import torch
 
     from pipeline.training.data import seed_of

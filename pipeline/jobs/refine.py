@@ -94,8 +94,7 @@ def network_state(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: str = "{}") -> None:
-    """safetensors with the refiner's name and FitParams (JSON); one metadata key, since several would come in random
-    order."""
+    """safetensors with the refiner's name and FitParams (JSON) under one metadata key: several come in random order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(

@@ -63,8 +63,7 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_initial(backbone: Backbone, init: Path) -> None:
-    """Loads SegFormer's ImageNet weights or the encoder of an AFA checkpoint from a local file; nothing if init is a .txt
-    file."""
+    """Loads SegFormer's ImageNet weights or an AFA checkpoint's encoder from a local file; nothing for a .txt file."""
     if init.suffix == weights.SCRATCH and init.is_file():
         return
     if init.suffix == weights.HUB:
