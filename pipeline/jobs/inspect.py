@@ -157,7 +157,7 @@ def merged(parts: Iterable[SurroundingsSummary]) -> SurroundingsSummary:
 
 
 def with_surroundings(items: Iterable[store.Item], summary: SurroundingsSummary) -> Iterator[store.Item]:
-    """INSPECTION items in id order: those given, and those that `summary` shows. Bounded by the classes, not by the images."""
+    """INSPECTION items in id order: those given, and those that `summary` shows, whose number the classes bound."""
     rows = {image_id: dict(item) for image_id, item in items}
     shown: dict[str, list[tuple[int, float, bytes]]] = {}
     for label in sorted(summary.best):
