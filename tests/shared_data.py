@@ -15,7 +15,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared(*parts: str) -> Path:
-    """A file or folder of ../shared. Where it is absent the test is skipped, but fails in CI, which must not pass without it."""
+    """A file or folder of ../shared. Where it is absent the test is skipped; in CI, which must have it, the test fails."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
         absent = f"../shared/{'/'.join(parts)} is absent"
