@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -16,9 +17,10 @@ import yaml
 
 from pipeline.core import store
 from pipeline.readers import PseudoMasks
-from tests.toys import PROJECT, toy_folder, toy_params
+from tests.toys import PROJECT, Toy, toy_folder
 
-COLUMN = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate")
+STAGES = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate")
+WEIGHTS = dict.fromkeys(("init", "segmenter_init"), "data/weights/scratch.txt")
 COPIED = ("pipeline", "stages", "dvc.yaml", "pyproject.toml", ".dvcignore", ".gitignore")
 
 
@@ -28,7 +30,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Copy:
-    """A copy of the project with toy data and toy params, under git and DVC."""
+    """A copy of the project with toy data, params and recipes, under git and DVC."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,17 +45,13 @@ class Copy:
         (folder / "data" / "corrections").mkdir()
         shutil.copy(PROJECT / "data" / "weights" / "scratch.txt", folder / "data" / "weights")
         toy_folder(folder / "raw", train=9, val=3)
-        self.params = toy_params(Path("raw"))
-        for slot in ("init", "segmenter_init"):
-            self.params["methods"]["cam"][slot] = "data/weights/scratch.txt"
-        self.params["cross_validate"]["cam"]["folds"] = 2
-        self.write_params()
+        self.toy = Toy(Path("raw"))
+        self.toy.params["methods"]["cam"] |= WEIGHTS
+        self.toy.recipes["cam"]["cross_validate"]["folds"] = 2
+        self.toy.write(folder)
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
         self.dvc("init", "-q")
         self.dvc("config", "core.analytics", "false")
-
-    def write_params(self) -> None:
-        (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False), encoding="utf-8")
 
     def dvc(self, *words: str, **env: str) -> str:
         command = [sys.executable, "-m", "dvc", *words]
@@ -79,7 +77,7 @@ class Copy:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     copy = Copy(tmp_path_factory.mktemp("project") / "copy")
-    assert copy.ran() == ["prepare", *(f"{stage}@cam" for stage in COLUMN), "report"]
+    assert copy.ran() == ["prepare", *(f"{stage}@cam" for stage in STAGES), "report"]
     return copy
 
 
@@ -95,13 +93,14 @@ def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     assert not list((done.folder / ".work").glob("*"))
 
 
-def test_extract_tells_how_well_the_views_agree_and_the_audit_has_it_for_every_image(done: Copy) -> None:
+def test_extract_measures_view_agreement_and_the_audit_has_it_for_every_image(done: Copy) -> None:
     maps = store.Store(done.folder / "artifacts/cam/scoremaps", store.SCORE_MAPS).column("agreement")
     assert len(maps) == 12 and all(((values >= 0) & (values <= 1)).all() for values in maps.values())
     with (done.folder / "audit/cam.csv").open(encoding="utf-8", newline="") as file:
-        told = {row["id"]: row["views"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"}
-    assert len(told) == 9 and all(
-        float(value) == pytest.approx(maps[one].astype(np.float64).mean(), abs=1e-5) for one, value in told.items()
+        indicators = {row["id"]: row["view_agreement"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"}
+    assert len(indicators) == 9 and all(
+        float(value) == pytest.approx(maps[image_id].astype(np.float64).mean(), abs=1e-5)
+        for image_id, value in indicators.items()
     )
 
 
@@ -135,42 +134,71 @@ def test_an_edit_that_changes_no_result_reruns_the_stages_that_use_the_file_and_
     assert ran == expected
 
 
-def test_a_new_file_in_an_open_set_reruns_nothing(done: Copy) -> None:
-    (done.folder / "pipeline/refiners/mine.py").write_text('"""Not used yet."""\n', encoding="utf-8")
+def test_a_new_member_of_an_open_set_and_a_recipe_that_no_run_names_rerun_nothing(done: Copy) -> None:
+    (done.folder / "pipeline/refiners/mine").mkdir()
+    (done.folder / "pipeline/refiners/mine/refiner.py").write_text('"""Not used yet."""\n', encoding="utf-8")
+    done.toy.recipes["unused"] = copy.deepcopy(done.toy.recipes["cam"])
+    done.toy.recipes["unused"]["train"]["seed"] = 5
+    done.toy.write(done.folder)
     assert done.ran() == []
-
-
-def test_a_change_of_refine_params_reruns_refine_and_what_follows_from_it(done: Copy) -> None:
-    done.params["refine"]["cam"]["options"]["crf"]["iterations"] = 2
-    done.write_params()
-    ran = done.ran()
-    assert ran[:2] == ["refine@cam", "export@cam"] and not {"train@cam", "extract@cam", "fit_refiner@cam"} & set(ran)
 
 
 def test_moving_the_data_reruns_prepare_only(done: Copy) -> None:
     (done.folder / "raw").rename(done.folder / "raw moved")
-    done.params["dataset"]["root"] = "raw moved"
-    done.write_params()
+    done.toy.params["dataset"]["root"] = "raw moved"
+    done.toy.write(done.folder)
     assert done.ran() == ["prepare"]
 
 
-def test_a_second_method_is_one_more_column_beside_the_first(done: Copy) -> None:
-    more = toy_params(Path("raw moved"), ["weaktr"])
-    more["methods"]["weaktr"] |= dict.fromkeys(("init", "segmenter_init"), "data/weights/scratch.txt")
-    for section, values in more.items():
-        if isinstance(values, dict) and "weaktr" in values:
-            done.params[section]["weaktr"] = values["weaktr"]
-    done.write_params()
-    assert done.ran() == [*(f"{stage}@weaktr" for stage in COLUMN), "report"]
+def test_a_second_method_and_a_second_run_of_the_first_stand_beside_it(done: Copy) -> None:
+    more, toy = Toy(Path("raw moved"), ["weaktr"]), done.toy
+    toy.params["methods"]["weaktr"] = more.params["methods"]["weaktr"] | WEIGHTS
+    toy.params["methods"]["cam-again"] = toy.params["methods"]["cam"] | {"recipe": "recipes/cam-again.yaml"}
+    toy.recipes |= more.recipes | {"cam-again": copy.deepcopy(toy.recipes["cam"])}
+    toy.recipes["cam-again"]["cross_validate"]["folds"] = 0
+    toy.write(done.folder)
+    ran = done.ran()
+    assert [stage for stage in ran if stage.endswith("@weaktr")] == [f"{stage}@weaktr" for stage in STAGES]
+    assert [stage for stage in ran if stage.endswith("@cam-again")] == [f"{stage}@cam-again" for stage in STAGES]
+    assert len(ran) == 2 * len(STAGES) + 1 and ran[-1] == "report"
+    results = done.results()
+    for out in ("model.safetensors", "pseudo_masks", "segmenter.safetensors"):
+        assert results[f"artifacts/cam-again/{out}"] == results[f"artifacts/cam/{out}"]  # a run's name changes no byte
     page = (done.folder / "report" / "index.html").read_text(encoding="utf-8")
     assert "Weights of the attention maps" in page and "Inside weaktr" in page and "Inside cam" in page
+    assert "Inside cam-again" in page
+
+
+def test_a_change_of_refine_in_one_recipe_reruns_refine_and_what_follows_of_its_run_alone(done: Copy) -> None:
+    done.toy.recipes["cam-again"]["refine"]["options"]["crf"]["iterations"] = 2
+    done.toy.write(done.folder)
+    ran = done.ran()
+    following = ("export", "cross_validate", "retrain", "segment", "evaluate")
+    assert ran[:2] == ["refine@cam-again", "export@cam-again"] and ran[-1] == "report"
+    assert set(ran[2:-1]) <= {f"{stage}@cam-again" for stage in following}
+
+
+def test_the_fully_supervised_upper_bound_of_a_run_is_measured_and_shown(done: Copy) -> None:
+    command = [sys.executable, "-m", "benchmarks.upper_bound", "cam"]
+    measured = subprocess.run(
+        command,
+        cwd=done.folder,
+        env=environment() | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert measured.returncode == 0, measured.stderr
+    bound = json.loads((done.folder / "metrics/upper_bound/cam.json").read_text(encoding="utf-8"))
+    assert 0 <= bound["miou"] <= 1 and bound["images"] == 9
+    assert done.ran() == ["report"]
 
 
 def test_a_wrong_param_of_a_late_stage_stops_training_before_it_starts(done: Copy) -> None:
-    done.params["train"]["cam"]["seed"] = 1
-    done.params["segment"]["cam"]["windw"] = 3
-    done.write_params()
-    with pytest.raises(AssertionError, match=r"segment\.cam\.windw: unknown key"):
+    done.toy.recipes["cam"]["train"]["seed"] = 1
+    done.toy.recipes["cam"]["segment"]["windw"] = 3
+    done.toy.write(done.folder)
+    with pytest.raises(AssertionError, match=r"recipes/cam\.yaml: segment\.windw: unknown key"):
         done.ran("train@cam")
 
 
