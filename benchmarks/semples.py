@@ -74,8 +74,8 @@ def method(kind: type[RandomCritic]) -> RandomCritic:
         attention="fused", patch_refine=True, pool="gap", topk_share=1.0, attention_pool="max", reduction=8,
         feature_reduction=8, class_head="mean", patch_head="conv3", fusion_features="interleaved",
         critic=clip.CriticFile(CRITIC, "", "0" * 64), critic_normalisation="clip", local_critic=None,
-        templates=("a photo of {}.",), names={}, masks=Masks(0.1, 1e-4, "absolute"), prompt=PUBLISHED_PROMPT, background_weight=2.4, text_weight=0.02,
-        suppression_weight=0.05, select="last",
+        templates=("a photo of {}.",), names={}, masks=Masks(0.1, 1e-4, "absolute"), prompt=PUBLISHED_PROMPT,
+        background_weight=2.4, text_weight=0.02, suppression_weight=0.05, select="last",
     )  # fmt: skip
     torch.manual_seed(0)
     schedule = Schedule(1, BATCH, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
