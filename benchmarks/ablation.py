@@ -1,8 +1,9 @@
-"""`python -m benchmarks.ablation benchmarks/ablations/NAME.yaml --out FOLDER`: rows of changes to one run → mIoU of each, over seeds.
+"""`python -m benchmarks.ablation benchmarks/ablations/NAME.yaml --out FOLDER`: rows of changes to one run → mIoU of each,
+over seeds.
 
-A file names a preset, one of its runs, seeds and rows; each row sets some keys of the preset or of the run's recipe. Rows whose
-training is the same share it, and what is finished is kept in FOLDER, under a key of its settings alone: take a new FOLDER after a
-change of code or of `images`. Masks are only read to score, as in evaluate; no row chooses by them.
+A file names a preset, one of its runs, seeds and rows; each row sets some keys of the preset or of the run's recipe. Rows
+whose training is the same share it, and what is finished is kept in FOLDER, under a key of its settings alone: take a new
+FOLDER after a change of code or of `images`. Masks are only read to score, as in evaluate; no row chooses by them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ FIGURES = ("score maps", "best threshold", "pseudo-masks", "score maps, val", "d
 
 @dataclass(frozen=True)
 class Row:
-    """name: as the table shows it; set: dotted key → its value. A key begins with a section of params.yaml or of a recipe."""
+    """name: as the table shows it; set: dotted key → its value. A key begins with a section of params.yaml or of a
+    recipe."""
 
     name: str
     set: Any
@@ -131,7 +133,8 @@ def run(settings: sections.Settings, folder: Path, data: Path) -> dict[str, floa
     if not model.exists():
         stage(folder, "train", name, *records_words, "--init", init, "--model", model.resolve(), "--log", "train.csv")
     stage(
-        folder, "extract", name, *records_words, "--model", model.resolve(), "--scoremaps", "scoremaps", "--inspection", "inner.h5"
+        folder, "extract", name, *records_words, "--model", model.resolve(), "--scoremaps", "scoremaps", "--inspection",
+        "inner.h5"
     )  # fmt: skip
     maps = ("--scoremaps", "scoremaps", "--refiner", "refiner.safetensors")
     stage(folder, "fit_refiner", name, *records_words, "--init", init, *maps)

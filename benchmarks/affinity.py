@@ -1,6 +1,6 @@
 """PAR and affinity propagation against the direct forms. Each variant runs in a process of its own.
 
-`python -m benchmarks.affinity VARIANT` prints seconds and MiB as JSON; benchmarks/run.py sets pairs of variants side by side.
+`python -m benchmarks.affinity VARIANT` prints seconds and MiB as JSON; benchmarks/run.py compares pairs of variants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.timing import Memory, Timing, main_of, pair, photograph
 from pipeline.imaging.affinity import propagate
-from pipeline.imaging.par import AROUND, pixel_adaptive_refine
+from pipeline.imaging.par import NEIGHBOURS, pixel_adaptive_refine
 
 NAME = "benchmarks.affinity"
 DILATIONS, ITERATIONS, W1, W2 = (1, 2, 4, 8, 12, 24), 10, 0.3, 0.01
@@ -39,23 +39,25 @@ def convolved() -> Tensor:
     """The definition: neighbours by convolutions with one-hot kernels, all of them side by side."""
     image, planes = inputs()
     kernel = torch.zeros(8, 1, 3, 3)
-    for at, (dy, dx) in enumerate(AROUND):
-        kernel[at, 0, 1 + dy, 1 + dx] = 1
+    for index, (dy, dx) in enumerate(NEIGHBOURS):
+        kernel[index, 0, 1 + dy, 1 + dx] = 1
 
     def neighbours(maps: Tensor) -> Tensor:
         b, c, h, w = maps.shape
         flat = maps.reshape(b * c, 1, h, w)
-        found = [F.conv2d(F.pad(flat, (d, d, d, d), mode="replicate"), kernel, dilation=d) for d in DILATIONS]
-        return torch.cat([one.view(b, c, 8, h, w) for one in found], dim=2)
+        shifted_maps = [F.conv2d(F.pad(flat, (d, d, d, d), mode="replicate"), kernel, dilation=d) for d in DILATIONS]
+        return torch.cat([maps.view(b, c, 8, h, w) for maps in shifted_maps], dim=2)
 
-    around = neighbours(image)
-    deviation = around.std(dim=2, keepdim=True)
+    image_neighbours = neighbours(image)
+    deviation = image_neighbours.std(dim=2, keepdim=True)
     colour = (
-        (-(((around - image[:, :, None]).abs() / (deviation + 1e-8) / W1) ** 2)).mean(dim=1, keepdim=True).softmax(dim=2)
+        (-(((image_neighbours - image[:, :, None]).abs() / (deviation + 1e-8) / W1) ** 2))
+        .mean(dim=1, keepdim=True)
+        .softmax(dim=2)
     )
-    distance = torch.tensor([math.hypot(dy * d, dx * d) for d in DILATIONS for dy, dx in AROUND])
-    place = (-((distance / (distance.std() + 1e-8) / W1) ** 2)).softmax(dim=0).view(1, 1, -1, 1, 1)
-    weights = colour + W2 * place
+    distance = torch.tensor([math.hypot(dy * d, dx * d) for d in DILATIONS for dy, dx in NEIGHBOURS])
+    position = (-((distance / (distance.std() + 1e-8) / W1) ** 2)).softmax(dim=0).view(1, 1, -1, 1, 1)
+    weights = colour + W2 * position
     for _ in range(ITERATIONS):
         planes = (neighbours(planes) * weights).sum(dim=2)
     return planes

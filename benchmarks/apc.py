@@ -1,5 +1,4 @@
-"""Adaptive-K pooling against plain top-k pooling, patch contrast against the matrix of all pairs. Each variant runs in a process of
-its own.
+"""Adaptive-K pooling against top-k pooling, patch contrast against all pairs. Each variant runs in its own process.
 
 `python -m benchmarks.apc VARIANT` prints seconds and MiB as JSON; benchmarks/run.py sets pairs of variants side by side.
 """
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import Memory, Timing, main_of, pair
-from pipeline.methods.apc.patch_pooling import adaptive_k_pooled, patch_contrast
+from pipeline.methods.apc.patch_losses import patch_contrast
+from pipeline.methods.apc.patch_pooling import adaptive_k_pooled
 
 NAME = "benchmarks.apc"
 IMAGES, PLANES, SIDE, DIM, K_MAX = 16, 21, 24, 768, 24  # a ViT-B's patches at 384 px, VOC's classes and background
@@ -28,27 +28,27 @@ def scores(images: int) -> Tensor:
     return (4 * torch.randn(images, PLANES, SIDE, SIDE)).softmax(dim=1).requires_grad_()
 
 
-def adaptive(found: Tensor) -> Tensor:
-    return adaptive_k_pooled(found, None, rule="ratio", ratio=0.9, k_max=K_MAX)
+def adaptive(patch_scores: Tensor) -> Tensor:
+    return adaptive_k_pooled(patch_scores, None, rule="ratio", ratio=0.9, k_max=K_MAX)
 
 
-def plain(found: Tensor) -> Tensor:
-    return found.flatten(2).topk(K_MAX, dim=2).values.mean(dim=2)
+def plain(patch_scores: Tensor) -> Tensor:
+    return patch_scores.flatten(2).topk(K_MAX, dim=2).values.mean(dim=2)
 
 
 def pooling(pool: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-    found = scores(IMAGES)
+    patch_scores = scores(IMAGES)
 
     def run() -> None:
         for _ in range(REPEATS):
-            found.grad = None
-            pool(found).sum().backward()
+            patch_scores.grad = None
+            pool(patch_scores).sum().backward()
 
     return run
 
 
 def patches() -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings, class scores and tags: two classes an image."""
+    """Embeddings f32[b,d,gh,gw], class scores f32[b,c,gh,gw] and tags f32[b,c]: two classes per image."""
     torch.manual_seed(1)
     features = torch.randn(CONTRASTED, DIM, SIDE, SIDE, requires_grad=True)
     tags = torch.zeros(CONTRASTED, PLANES - 1)
@@ -56,33 +56,33 @@ def patches() -> tuple[Tensor, Tensor, Tensor]:
     return features, scores(CONTRASTED).detach()[:, 1:], tags
 
 
-def summed(features: Tensor, found: Tensor, tags: Tensor) -> Tensor:
-    return patch_contrast(features, found, tags, None, high=HIGH, low=LOW)
+def summed(features: Tensor, class_scores: Tensor, tags: Tensor) -> Tensor:
+    return patch_contrast(features, class_scores, tags, None, high=HIGH, low=LOW)
 
 
-def pairwise(features: Tensor, found: Tensor, tags: Tensor) -> Tensor:
+def pairwise(features: Tensor, class_scores: Tensor, tags: Tensor) -> Tensor:
     """The definition: s of all pairs of patches, then its means over the pairs that count."""
     units = F.normalize(features.flatten(2), dim=1)
-    alike = (1 + units.transpose(1, 2) @ units) / 2
-    unlike = (1 - alike) * (1 - torch.eye(alike.shape[1]))
+    similarity = (1 + units.transpose(1, 2) @ units) / 2
+    dissimilarity = (1 - similarity) * (1 - torch.eye(similarity.shape[1]))
     present = torch.nonzero(tags)
     terms = []
-    for row, column in present.tolist():
-        values = found[row, column].flatten()
-        sure, unsure = (values > HIGH).float(), (values < LOW).float()
-        if not sure.any() or not unsure.any():
+    for row, class_index in present.tolist():
+        values = class_scores[row, class_index].flatten()
+        high, low = (values > HIGH).float(), (values < LOW).float()
+        if not high.any() or not low.any():
             continue
-        within = sure @ unlike[row] @ sure / (sure.sum() * (sure.sum() - 1)).clamp(min=1)
-        terms.append(within + sure @ alike[row] @ unsure / (sure.sum() * unsure.sum()))
+        within = high @ dissimilarity[row] @ high / (high.sum() * (high.sum() - 1)).clamp(min=1)
+        terms.append(within + high @ similarity[row] @ low / (high.sum() * low.sum()))
     return torch.stack(terms).mean()
 
 
 def contrasting(contrast: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
-    features, found, tags = patches()
+    features, class_scores, tags = patches()
 
     def run() -> None:
         features.grad = None
-        contrast(features, found, tags).backward()
+        contrast(features, class_scores, tags).backward()
 
     return run
 
@@ -98,18 +98,20 @@ VARIANTS: dict[str, Callable[[], Callable[[], object]]] = {
 def adaptive_k(folder: Path) -> list[Timing | Memory]:
     """With a ratio of 0 both must agree before they are timed."""
     del folder
-    found = scores(2)
-    torch.testing.assert_close(adaptive_k_pooled(found, None, rule="ratio", ratio=0.0, k_max=K_MAX), plain(found))
-    what = f"adaptive-K pooling, {IMAGES} × {PLANES} × {SIDE**2} patches, with gradient"
-    return pair(NAME, "pool-adaptive", "pool-topk", what, IMAGES * REPEATS, "images", f"mean of the top {K_MAX}")[:1]
+    patch_scores = scores(2)
+    torch.testing.assert_close(
+        adaptive_k_pooled(patch_scores, None, rule="ratio", ratio=0.0, k_max=K_MAX), plain(patch_scores)
+    )
+    title = f"adaptive-K pooling, {IMAGES} × {PLANES} × {SIDE**2} patches, with gradient"
+    return pair(NAME, "pool-adaptive", "pool-topk", title, IMAGES * REPEATS, "images", f"mean of the top {K_MAX}")[:1]
 
 
 def contrast(folder: Path) -> list[Timing | Memory]:
     """The two forms must agree before they are timed."""
     del folder
     torch.testing.assert_close(summed(*patches()), pairwise(*patches()), atol=1e-5, rtol=1e-4)
-    what = f"patch contrast, {CONTRASTED} × {SIDE**2} patches, with gradient"
-    return pair(NAME, "contrast-summed", "contrast-pairwise", what, CONTRASTED, "images", "matrix of all pairs")
+    title = f"patch contrast, {CONTRASTED} × {SIDE**2} patches, with gradient"
+    return pair(NAME, "contrast-summed", "contrast-pairwise", title, CONTRASTED, "images", "matrix of all pairs")
 
 
 if __name__ == "__main__":

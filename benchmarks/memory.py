@@ -28,10 +28,13 @@ STAGES = {
     "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
     "export": "cam --records r.h5 --refined refined --corrections raw/none --pseudo-masks masks --exports exports",
     "cross_validate": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --held-out h.h5",
-    "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors --log log2.csv",
+    "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors "
+    "--log log2.csv",
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
-    "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined --pseudo-masks masks "
-    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --small-masks s.h5 --gallery gallery.h5 --thresholds a.csv "
+    "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined "
+    "--pseudo-masks masks "
+    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --small-masks s.h5 --gallery gallery.h5 "
+    "--thresholds a.csv "
     "--per-class b.csv --confusion c.csv",
 }
 

@@ -1,9 +1,10 @@
-"""`python -m benchmarks.upper_bound RUN`: the fully supervised upper bound of a run → metrics/upper_bound/<run>.json for the report.
+"""`python -m benchmarks.upper_bound RUN`: the fully supervised upper bound of a run → metrics/upper_bound/<run>.json for the
+report.
 
-The same segmenter, initial weights, settings and number of steps as in stage retrain, on the true masks of the train images that have
-one. It is run by hand, in a project whose run is finished, and is no stage: no mask of split train may come near a result. The report
-shows, where the file is there, how much of the upper bound a run's segmenter reaches. Run it again after a change of retrain, segment or
-the data.
+The same segmenter, initial weights, settings and number of steps as in stage retrain, on the true masks of the train images
+that have one. It is run by hand, in a project whose run is finished, and is no stage: no mask of split train may come near a
+result. The report shows, where the file is there, how much of the upper bound a run's segmenter reaches. Run it again after
+a change of retrain, segment or the data.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def true_masks(read: records.Records, truth: store.Store, out: Path) -> records.
             yield record.id, {"mask": truth.read(record.id, "mask")}
 
     store.write_part(
-        store.part_path(out, 0), store.PSEUDO_MASKS, items(), labels=read.labels, part=0, parts=1, params_digest="", compression="gzip"
+        store.part_path(out, 0), store.PSEUDO_MASKS, items(), labels=read.labels, part=0, parts=1, params_digest="",
+        compression="gzip"
     )  # fmt: skip
     kept = {record.id for record in labelled} | {record.id for record in read.split("val")}
     return records.Records(read.labels, tuple(record for record in read if record.id in kept), ())
@@ -97,7 +99,8 @@ def main(run: str, work: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"miou": round(full, DIGITS), "images": len(kept.split("train"))}) + "\n", encoding="utf-8")
     click.echo(
-        f"{run}: {weak:.3f} from tags, {full:.3f} from true masks of {len(kept.split('train'))} images: {weak / full:.3f} of it"
+        f"{run}: {weak:.3f} from tags, {full:.3f} from true masks of {len(kept.split('train'))} images: {weak / full:.3f} "
+        f"of it"
     )
 
 

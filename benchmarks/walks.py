@@ -46,8 +46,8 @@ def walked(planes: Tensor, edge: Tensor) -> Tensor:
 
 
 def edges(folder: Path) -> list[Timing]:
-    """Both forms must agree on a small map. On the large one a single squaring is timed and counted eight times: all eight would
-    take a quarter of an hour on one thread."""
+    """Both forms must agree on a small map. On the large one a single squaring is timed and counted eight times: all eight
+    would take a quarter of an hour on one thread."""
     del folder
     torch.set_num_threads(1)
     torch.testing.assert_close(walked(*inputs(SMALL)), squared(*inputs(SMALL)), atol=1e-4, rtol=0)

@@ -34,7 +34,8 @@ def unary_from_probabilities(probabilities: np.ndarray) -> np.ndarray:
 
 
 def unary_from_labels(labels: np.ndarray, planes: int, *, gt_prob: float) -> np.ndarray:
-    """Plane numbers u8[h,w] in 0..planes-1 → energies f32[planes,h*w]: the labelled plane has gt_prob, the others share the rest.
+    """Plane numbers u8[h,w] in 0..planes-1 → energies f32[planes,h*w]: the labelled plane has gt_prob, the others share the
+    rest.
 
     With one plane there is nothing to share: all energies are 0.
     """

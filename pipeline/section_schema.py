@@ -1,7 +1,7 @@
 """A dataclass of params.yaml → its JSON schema, in which every field that the docstring explains has a description.
 
-Docstrings list fields as lines `name   text` or `name, name   text`, with two spaces or more; lines that follow, up to the next such
-line or an empty one, go on with the text. What stands before and after is the description of the class.
+Docstrings list fields as lines `name   text` or `name, name   text`, with two spaces or more; lines that follow, up to the
+next such line or an empty one, go on with the text. What stands before and after is the description of the class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class _WithDescriptions(GenerateJsonSchema):
 
 
 def docstring_parts(kind: type[Any]) -> tuple[str, dict[str, str]]:
-    """A dataclass → what its docstring says of the class ("" for nothing), and of each field, those of its bases included."""
+    """A dataclass → what its docstring says of the class ("" for nothing), and of each field, those of its bases
+    included."""
     names = {field.name for field in dataclasses.fields(kind)}
     about, described = "", {}
     for cls in reversed([cls for cls in kind.__mro__ if dataclasses.is_dataclass(cls)]):

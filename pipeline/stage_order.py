@@ -15,7 +15,8 @@ CHAINS = (
     ("score_maps", "refined", "pseudo_masks"),
     ("score_maps_val", "decoder_val", "predictions"),
 )
-# (earlier, later): a stage's masks are compared with those of the first of these that the image has; not every method has a decoder
+# (earlier, later): a stage's masks are compared with those of the first of these that the image has; not every method has a
+# decoder
 FLOWS = (
     ("score_maps", "decoder"), ("score_maps", "refined"), ("refined", "pseudo_masks"),
     ("score_maps_val", "decoder_val"), ("decoder_val", "predictions"), ("score_maps_val", "predictions"),

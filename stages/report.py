@@ -33,7 +33,7 @@ def main(against: str | None, **options: Path | None) -> None:
     paths = {name: path for name, path in options.items() if path is not None}
     with runtime.stage():
         if against is not None:
-            click.echo(job.compared(sections.read(), against, runtime.command_paths("report", Path()) | paths))
+            click.echo(job.write_comparison(sections.read(), against, runtime.command_paths("report", Path()) | paths))
         elif missing := [f"--{name}" for name in options if name not in paths]:
             raise click.UsageError(f"Missing {', '.join(missing)}.")
         else:

@@ -57,7 +57,8 @@ def item_of(at: int, split: str, photograph: np.ndarray, scores: np.ndarray, cla
         else np.full(len(present), np.nan)
     )
     return {
-        "kind": np.array([1 + at % 3], np.uint8), "size": np.array(SIZE, np.uint16), "photograph": photograph, "scores": scores,
+        "kind": np.array([1 + at % 3], np.uint8), "size": np.array(SIZE, np.uint16), "photograph": photograph,
+        "scores": scores,
         "present": present.astype(np.uint8), "maps": packed(maps), "truth": packed(true) if truth else np.zeros(0, np.uint8),
         "miou": miou.astype(np.float32),
     }  # fmt: skip
@@ -69,7 +70,8 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
     stages = {}
     for at, stage in enumerate((*TRAIN, *VAL)):
         one: dict[str, Any] = {
-            "split": "train" if stage in TRAIN else "val", "images": 3, "images_with_truth": 3 * truth, "coverage": 0.2, "ignored": 0.01,
+            "split": "train" if stage in TRAIN else "val", "images": 3, "images_with_truth": 3 * truth, "coverage": 0.2,
+            "ignored": 0.01,
             "confidence": 0.8, "tagged_classes_without_pixels": 0.1,
         }  # fmt: skip
         if truth:
@@ -81,7 +83,8 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
             one |= {"calibration": {"bins": [[0.3, 0.2, 0.4], [0.9, 0.8, 0.6]], "ece": 0.1}}
         stages[stage] = one
     found: dict[str, Any] = metrics_file.HEADER | {
-        "truth": truth, "protocol": {"predicted_255": "background", "mean": "over classes"}, "images": {"train": 3, "val": 2, "skipped": 0},
+        "truth": truth, "protocol": {"predicted_255": "background", "mean": "over classes"}, "images": {"train": 3,
+        "val": 2, "skipped": 0},
         "threshold": {"chosen": 0.4}, "stages": stages,
     }  # fmt: skip
     if not truth:
@@ -90,7 +93,8 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
     return found | {
         "background_only": {"train": 0.1, "val": 0.1},
         "threshold": {"chosen": 0.4, "oracle": 0.5, "miou_at_chosen": 0.5, "miou_at_oracle": 0.52, "regret": 0.02},
-        "flow": [{"from": a, "to": b, **step, "images": 3, "images_corrected": 2, "images_broken": 1, "classes": dict.fromkeys(names, step)}
+        "flow": [{"from": a, "to": b, **step, "images": 3, "images_corrected": 2, "images_broken": 1,
+        "classes": dict.fromkeys(names, step)}
                  for a, b in (TRAIN[:2], TRAIN[1:], VAL)],
         "indicators": {"refined": {"entropy": 0.2, "edges": 0.7}, "pseudo_masks": {"entropy": 0.3}},
         "limits": {"refined": {"entropy": [None, 0.625], "edges": [0.375, None]}},

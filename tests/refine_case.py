@@ -1,4 +1,5 @@
-"""A small project folder for the tests of fit_refiner, refine and export: images, records, score maps, params.yaml, a recipe."""
+"""A small project folder for the tests of fit_refiner, refine and export: images, records, score maps, params.yaml, a
+recipe."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def scores_of(rng: np.random.Generator, k: int, size: tuple[int, int]) -> np.nda
 
 
 def fit_params(refiner: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Section fit_refiner; a learned refiner's network is small, on a ViT. changes: background, and whatever the refiner has."""
+    """Section fit_refiner; a learned refiner's network is small, on a ViT. changes: background, and whatever the refiner
+    has."""
     settings = learned_fit("scenes_vit", CRF).get(refiner, {})
     settings |= {"threshold": {"rule": "fixed", "value": 0.4}}
     return settings | {name: value for name, value in changes.items() if name in settings}

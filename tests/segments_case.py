@@ -1,4 +1,5 @@
-"""Segments as SAM's automatic mask generator writes them, and the files that hold them, for the tests of refiner segments."""
+"""Segments as SAM's automatic mask generator writes them, and the files that hold them, for the tests of refiner
+segments."""
 
 from __future__ import annotations
 

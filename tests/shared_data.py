@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared(*parts: str) -> Path:
-    """A file or folder of ../shared; the test is skipped where it is absent."""
+    """A file or folder of ../shared. Where it is absent the test is skipped; in CI, which must have it, the test fails."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"../shared/{'/'.join(parts)} is absent")
+        absent = f"../shared/{'/'.join(parts)} is absent"
+        if os.environ.get("TAG2MASK_SHARED") == "required":
+            pytest.fail(absent)
+        pytest.skip(absent)
     return path
 
 

@@ -21,6 +21,7 @@ from pipeline.core.sections import Extract
 from pipeline.imaging import pseudo_labels
 from pipeline.jobs import score_maps
 from pipeline.methods.afa import method as afa
+from pipeline.methods.afa.labels import image_labels
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.pixel_losses import dense_energy
 from pipeline.training.settings import Schedule
@@ -50,12 +51,12 @@ def test_published_weights_give_the_authors_maps(tmp_path: Path) -> None:
     file, weights = official()
     method = afa.Method.from_official({f"module.{name}": value for name, value in weights.items()})
     method.backbone.normalise = torch.nn.Identity()  # the golden input is normalised already
-    found = method.inspect(torch.from_numpy(file["input"]))
+    tensors = method.inspect(torch.from_numpy(file["input"]))
     for name in ("cls_logits", "seg_logits", "cam", "affinity"):
-        np.testing.assert_allclose(found[name].numpy(), file[name], atol=1e-4, rtol=0, err_msg=name)
-    for at, block in enumerate((7, 8)):
+        np.testing.assert_allclose(tensors[name].numpy(), file[name], atol=1e-4, rtol=0, err_msg=name)
+    for index, block in enumerate((7, 8)):
         np.testing.assert_allclose(
-            found["attention_logits"][:, at].numpy(), file[f"attn_logits_block{block}"], atol=5e-4, rtol=0
+            tensors["attention_logits"][:, index].numpy(), file[f"attn_logits_block{block}"], atol=5e-4, rtol=0
         )
     torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "wetr_iter_18000.pth")
     again = afa.Method(LabelSpace(tuple(map(str, range(20)))), method.params, SCHEDULE, plugins.load("nn", "mit"))
@@ -83,12 +84,12 @@ def test_labels_made_in_training_are_the_authors() -> None:
         scores = F.interpolate(cams, image.shape[:2], mode="bilinear", align_corners=False)[0]
         plain = pseudo_labels.plain_planes(scores, afa.PUBLISHED_LABELS)
         spread = torch.stack(
-            [torch.from_numpy(file[f"propagated_{level}"][index][[0, *(classes + 1)]]) for level in ("low", "high")]
+            [torch.from_numpy(file[f"propagated_{name}"][index][[0, *(classes + 1)]]) for name in ("low", "high")]
         )
-        walked = F.interpolate(spread, image.shape[:2], mode="bilinear", align_corners=False)
-        found = afa._labels(pixels, plain, walked, torch.from_numpy(classes), window, afa.PUBLISHED_LABELS)
-        for labels, name in zip(found, ("label_pseudo_par", "label_affinity_par"), strict=True):
-            assert (labels.numpy() == file[name][index]).mean() >= 0.998, name
+        spread_planes = F.interpolate(spread, image.shape[:2], mode="bilinear", align_corners=False)
+        labels = image_labels(pixels, plain, spread_planes, torch.from_numpy(classes), window, afa.PUBLISHED_LABELS)
+        for label, name in zip(labels, ("label_pseudo_par", "label_affinity_par"), strict=True):
+            assert (label.numpy() == file[name][index]).mean() >= 0.998, name
 
 
 def test_planes_spread_in_training_are_the_authors() -> None:
@@ -97,9 +98,9 @@ def test_planes_spread_in_training_are_the_authors() -> None:
         classes = np.flatnonzero(file["cls_labels"][index])
         scores = torch.from_numpy(file["cams_grid"][index][classes])
         affinity, grid = torch.from_numpy(file["affinity"][index]), (scores.shape[1], scores.shape[2])
-        found = pseudo_labels.spread_planes(scores, affinity, grid, afa.PUBLISHED_LABELS)
-        for planes, level in zip(found, ("low", "high"), strict=True):
-            wanted = file[f"propagated_{level}"][index][[0, *(classes + 1)]]
+        spread = pseudo_labels.spread_planes(scores, affinity, grid, afa.PUBLISHED_LABELS)
+        for planes, name in zip(spread, ("low", "high"), strict=True):
+            wanted = file[f"propagated_{name}"][index][[0, *(classes + 1)]]
             np.testing.assert_allclose(planes.numpy(), wanted, atol=1e-5, rtol=0)
 
 
@@ -109,10 +110,10 @@ def test_the_affinity_is_that_of_a_convolution_over_all_heads_logits(heads: int,
     method = made()
     generator = torch.Generator().manual_seed(n)
     method.attn_proj = torch.nn.Conv2d(heads * blocks, 1, 1)
-    asked = [tuple(torch.randn(2, 2, heads, n, width, generator=generator)) for _ in range(blocks)]
-    logits = torch.cat([queries @ keys.transpose(-1, -2) for queries, keys in asked], dim=1)
+    queries_keys = [tuple(torch.randn(2, 2, heads, n, width, generator=generator)) for _ in range(blocks)]
+    logits = torch.cat([queries @ keys.transpose(-1, -2) for queries, keys in queries_keys], dim=1)
     direct = torch.sigmoid(method.attn_proj(logits + logits.transpose(-1, -2)))[:, 0]
-    torch.testing.assert_close(method._affinity(asked), direct, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(method.affinity(queries_keys), direct, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("backbone", "architecture"), BACKBONES)
@@ -129,7 +130,7 @@ def test_losses_set_in_one_after_the_other(backbone: str, architecture: str) -> 
 @pytest.mark.parametrize(
     ("iters", "step", "expected"), [(0, 0, True), (0.3, 29, False), (0.3, 30, True), (5, 4, False), (5, 5, True)]
 )
-def test_a_warm_up_is_told_in_steps_or_as_a_share(iters: float, step: int, expected: bool) -> None:
+def test_a_warm_up_is_given_in_steps_or_as_a_fraction_of_all_steps(iters: float, step: int, expected: bool) -> None:
     assert Clock(0, step, 100).reached(iters) is expected
 
 
@@ -149,15 +150,16 @@ def test_nothing_is_computed_before_its_loss_counts(monkeypatch: pytest.MonkeyPa
         method.losses(batch(), SPREAD)
 
 
-def test_labels_are_made_without_noise_and_leave_no_trace() -> None:
+def test_labels_are_made_without_noise_and_change_no_weights_or_statistics() -> None:
     method = made(drop_path=0.5).train()
     before = {name: value.clone() for name, value in method.state_dict().items()}
     first, second = method.training_labels(batch(), spread=True), method.training_labels(batch(), spread=True)
     assert torch.equal(first[0], second[0]) and method.training
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     noisy = made(drop_path=0.5, pseudo_label_mode="train").train()
-    views = [noisy._training_views(batch().images, False)[0][0] for _ in range(2)]
-    assert not torch.equal(views[0], views[1])
+    torch.nn.init.normal_(noisy.classifier.weight)
+    labels = [noisy.training_labels(batch(), spread=False)[0] for _ in range(2)]
+    assert not torch.equal(labels[0], labels[1])
 
 
 def test_labels_hold_the_tags_alone_and_255_on_padding() -> None:
@@ -190,9 +192,9 @@ def test_an_image_without_tags_is_background() -> None:
 
 def test_the_decoders_score_maps_at_one_half_are_its_own_masks() -> None:
     method = made().eval()
-    found = method.score_maps(torch.rand(2, 3, 64, 96), afa.Options("decoder"))
-    assert found.decoded is not None and found.scores.shape == (2, 3, 16, 24)
-    assert torch.equal(F.pad(found.scores, (0, 0, 0, 0, 1, 0), value=0.5).argmax(1), found.decoded.argmax(1))
+    maps = method.score_maps(torch.rand(2, 3, 64, 96), afa.Options("decoder"))
+    assert maps.decoded is not None and maps.scores.shape == (2, 3, 16, 24)
+    assert torch.equal(F.pad(maps.scores, (0, 0, 0, 0, 1, 0), value=0.5).argmax(1), maps.decoded.argmax(1))
 
 
 def test_score_maps_come_from_cam_or_its_spread_and_affinity_is_kept_on_demand() -> None:
@@ -243,10 +245,13 @@ def test_energy_is_low_where_labels_follow_colours() -> None:
     along[:, 0, :, :16] = along[:, 1, :, 16:] = 1
     across[:, 0, :16] = across[:, 1, 16:] = 1
     valid = torch.ones(1, 32, 32, dtype=torch.bool)
-    energies = [dense_energy(images, shares, valid, cells=16, sigma_rgb=0.1, sigma_xy=0.2) for shares in (along, across)]
+    energies = [
+        dense_energy(images, probabilities, valid, cells=16, sigma_rgb=0.1, sigma_xy=0.2)
+        for probabilities in (along, across)
+    ]
     assert 0 <= energies[0] < 0.01 and 0.1 < energies[1] <= 1
 
 
 def test_a_backbone_without_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set methods\.<m>\.backbone to mit or vit in params\.yaml"):
+    with pytest.raises(ValueError, match=r"set methods\.<run>\.backbone to mit or vit in params\.yaml"):
         made("resnet", "resnet18")

@@ -30,28 +30,28 @@ def directly(planes: Tensor, affinity: Tensor, radius: int, power: float, eps: f
     return (planes.reshape(b, k, -1) @ weights).view(b, k, gh, gw)
 
 
-def with_softmax(cams: Tensor, tags: Tensor, level: float) -> Tensor:
+def with_softmax(cams: Tensor, tags: Tensor, threshold: float) -> Tensor:
     """[background, present classes] through a softmax over those planes; absent ones 0."""
-    planes = torch.cat([torch.full_like(cams[:, :1], level), cams], dim=1)
+    planes = torch.cat([torch.full_like(cams[:, :1], threshold), cams], dim=1)
     present = torch.cat([torch.ones_like(tags[:, :1]), tags], dim=1)[..., None, None] > 0
     return planes.masked_fill(~present, -torch.inf).softmax(dim=1)
 
 
-@pytest.mark.parametrize("level", ["low", "high"])
-def test_planes_spread_as_the_authors_spread_them(level: str) -> None:
+@pytest.mark.parametrize("name", ["low", "high"])
+def test_planes_spread_as_the_authors_spread_them(name: str) -> None:
     file = golden("afa_affinity")
     planes = with_softmax(
-        torch.from_numpy(file["cams_grid"]), torch.from_numpy(file["cls_labels"]), float(file[f"bkg_{level}"])
+        torch.from_numpy(file["cams_grid"]), torch.from_numpy(file["cls_labels"]), float(file[f"bkg_{name}"])
     )
-    found = propagate(planes, torch.from_numpy(file["affinity"]), radius=int(file["radius"]), power=2, eps=0.1)
-    np.testing.assert_allclose(found.numpy(), file[f"propagated_{level}"], atol=1e-5, rtol=0)
+    spread = propagate(planes, torch.from_numpy(file["affinity"]), radius=int(file["radius"]), power=2, eps=0.1)
+    np.testing.assert_allclose(spread.numpy(), file[f"propagated_{name}"], atol=1e-5, rtol=0)
 
 
 def test_planes_without_background_spread_as_the_authors_spread_them() -> None:
     file = golden("afa_affinity")
     cams, affinity = torch.from_numpy(file["cams_grid"]), torch.from_numpy(file["affinity"])
-    found = propagate(cams, affinity, radius=int(file["radius"]), power=2, eps=1e-4)
-    np.testing.assert_allclose(found.numpy(), file["propagated_nobg_eps1em4"], atol=1e-5, rtol=0)
+    spread = propagate(cams, affinity, radius=int(file["radius"]), power=2, eps=1e-4)
+    np.testing.assert_allclose(spread.numpy(), file["propagated_nobg_eps1em4"], atol=1e-5, rtol=0)
 
 
 def test_pairs_are_labelled_and_learned_as_the_authors_do() -> None:
@@ -81,9 +81,9 @@ def test_spreading_row_by_row_is_the_product_with_the_whole_matrix(
 ) -> None:
     generator = torch.Generator().manual_seed(gh * 10 + gw)
     planes, affinity = torch.rand(2, k, gh, gw, generator=generator), torch.rand(2, gh * gw, gh * gw, generator=generator)
-    found = propagate(planes, affinity, radius=radius, power=power, eps=0.1)
-    torch.testing.assert_close(found, directly(planes, affinity, radius, power, 0.1), atol=1e-6, rtol=1e-5)
-    assert (found <= planes.amax(dim=(2, 3), keepdim=True) + 1e-6).all()  # a mean, and a bit less
+    spread = propagate(planes, affinity, radius=radius, power=power, eps=0.1)
+    torch.testing.assert_close(spread, directly(planes, affinity, radius, power, 0.1), atol=1e-6, rtol=1e-5)
+    assert (spread <= planes.amax(dim=(2, 3), keepdim=True) + 1e-6).all()  # a mean, and a bit less
 
 
 @given(gh=st.integers(1, 6), gw=st.integers(1, 6), radius=st.integers(0, 6), seed=st.integers(0, 99))
@@ -117,17 +117,17 @@ def test_spread_planes_become_the_authors_labels_after_pixel_adaptive_refinement
         top, bottom, left, right = file["img_box_y0y1x0x1"][index]
         box = (slice(top, bottom), slice(left, right))
         labels, values = {}, np.concatenate([[0], np.flatnonzero(file["cls_labels"][index]) + 1]).astype(np.uint8)
-        for level in ("low", "high"):
-            spread = torch.from_numpy(file[f"propagated_{level}"][index][values])
+        for name in ("low", "high"):
+            spread = torch.from_numpy(file[f"propagated_{name}"][index][values])
             full = F.interpolate(spread[None], image.shape[:2], mode="bilinear", align_corners=False)[0]
             refined = torch.zeros_like(full)
             refined[:, *box] = refine_image(image[box], full[:, *box], par)
-            wanted = file[f"refined_aff_cam_{level}_ds8"][index][values]
+            wanted = file[f"refined_aff_cam_{name}_ds8"][index][values]
             np.testing.assert_allclose(refined[:, ::8, ::8].numpy(), wanted, atol=5e-5, rtol=0)
-            labels[level] = values[refined.numpy().argmax(axis=0)]
-        found = np.full(image.shape[:2], IGNORE, np.uint8)
-        found[box] = trinary_labels(labels["low"], labels["high"])[box]
-        assert (found == file["label_affinity_par"][index]).mean() >= 0.998
+            labels[name] = values[refined.numpy().argmax(axis=0)]
+        final = np.full(image.shape[:2], IGNORE, np.uint8)
+        final[box] = trinary_labels(labels["low"], labels["high"])[box]
+        assert (final == file["label_affinity_par"][index]).mean() >= 0.998
 
 
 def test_a_walk_without_affinity_says_what_to_set() -> None:
@@ -146,5 +146,5 @@ def test_a_walk_carries_a_class_to_what_resembles_it() -> None:
     scores[0, 1, 0] = 1.0  # one bright cell on the left
     settings = {"planes": "share", "radius": 8, "power": 2.0, "eps": 1e-6, "par": None}
     refiner = Refiner(parse(Params, settings, "refine.weaktr.options"), {})
-    found = refiner(np.zeros((16, 16, 3), np.uint8), ImageMaps(np.array([0]), scores, (16, 16), affinity, (4, 4)), 0.05)[1]
-    assert found[:, :6].min() > 10 * found[:, 10:].max()
+    walked = refiner(np.zeros((16, 16, 3), np.uint8), ImageMaps(np.array([0]), scores, (16, 16), affinity, (4, 4)), 0.05)[1]
+    assert walked[:, :6].min() > 10 * walked[:, 10:].max()

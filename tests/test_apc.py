@@ -1,4 +1,5 @@
-"""APC lets the right patches speak, pays for its decoder only while it learns, and stays finite whatever a batch holds."""
+"""APC pools the patches that its rule chooses, runs its decoder only while it learns, and stays finite whatever a batch
+holds."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.core import config, plugins
-from pipeline.core.contracts import Batch, Clock
+from pipeline.core.contracts import Clock
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord
 from pipeline.core.sections import Extract
 from pipeline.jobs import score_maps
 from pipeline.methods.apc import method as apc
-from pipeline.methods.apc.patch_pooling import Rule, adaptive_k_pooled, chosen_patches, patch_contrast
+from pipeline.methods.apc.patch_context import PatchContext
+from pipeline.methods.apc.patch_losses import classification_loss, equivariance_loss, merged_with_tags, patch_contrast
+from pipeline.methods.apc.patch_pooling import Rule, adaptive_k_pooled, chosen_patches
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.settings import Schedule
 from tests.toy_batches import batch
@@ -59,9 +62,9 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 def windowed(seed: int, b: int, gh: int, gw: int) -> Tensor:
     """bool[b,gh,gw], at least one true in each image."""
-    seen = drawn(seed + 1, b, gh, gw) > 0.4
-    seen[:, 0, 0] = True
-    return seen
+    valid = drawn(seed + 1, b, gh, gw) > 0.4
+    valid[:, 0, 0] = True
+    return valid
 
 
 GRIDS = {"seed": st.integers(0, 999), "gh": st.integers(1, 5), "gw": st.integers(1, 5)}
@@ -85,13 +88,13 @@ def test_one_patch_is_the_maximum_and_all_patches_are_the_mean(seed: int, gh: in
 def test_every_rule_chooses_as_its_definition_says_and_padding_never_counts(
     seed: int, gh: int, gw: int, rule: Any, ratio: float, k_max: int
 ) -> None:
-    scores, seen = drawn(seed, 2, 3, gh, gw), windowed(seed, 2, gh, gw)
-    found = adaptive_k_pooled(scores, seen, rule=rule, ratio=ratio, k_max=k_max)
-    chosen = chosen_patches(scores, seen, rule=rule, ratio=ratio, k_max=k_max)
-    assert not (chosen * ~seen[:, None]).any()
+    scores, valid = drawn(seed, 2, 3, gh, gw), windowed(seed, 2, gh, gw)
+    pooled = adaptive_k_pooled(scores, valid, rule=rule, ratio=ratio, k_max=k_max)
+    chosen = chosen_patches(scores, valid, rule=rule, ratio=ratio, k_max=k_max)
+    assert not (chosen * ~valid[:, None]).any()
     for row in range(2):
         for c in range(3):
-            best = np.sort(scores[row, c][seen[row]].numpy())[::-1]
+            best = np.sort(scores[row, c][valid[row]].numpy())[::-1]
             few = best[:k_max]
             steps = best[: min(k_max, len(best) - 1)] / best[1 : k_max + 1]
             k = {
@@ -101,14 +104,14 @@ def test_every_rule_chooses_as_its_definition_says_and_padding_never_counts(
                 "max": 1,
             }[rule]
             assert chosen[row, c].sum() == k
-            np.testing.assert_allclose(found[row, c], best[:k].mean(), rtol=1e-5)
+            np.testing.assert_allclose(pooled[row, c], best[:k].mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_reaches_exactly_the_chosen_patches(rule: Any) -> None:
-    scores, seen = drawn(3, 2, 3, 4, 5).requires_grad_(), windowed(3, 2, 4, 5)
-    adaptive_k_pooled(scores, seen, rule=rule, ratio=0.7, k_max=6).sum().backward()
-    chosen = chosen_patches(scores.detach(), seen, rule=rule, ratio=0.7, k_max=6)
+    scores, valid = drawn(3, 2, 3, 4, 5).requires_grad_(), windowed(3, 2, 4, 5)
+    adaptive_k_pooled(scores, valid, rule=rule, ratio=0.7, k_max=6).sum().backward()
+    chosen = chosen_patches(scores.detach(), valid, rule=rule, ratio=0.7, k_max=6)
     assert scores.grad is not None
     torch.testing.assert_close(scores.grad, chosen / chosen.sum(dim=(2, 3), keepdim=True))
 
@@ -116,23 +119,23 @@ def test_gradient_reaches_exactly_the_chosen_patches(rule: Any) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_an_image_that_is_all_padding_scores_nothing(rule: Any) -> None:
     scores = drawn(0, 1, 2, 3, 3).requires_grad_()
-    found = adaptive_k_pooled(scores, torch.zeros(1, 3, 3, dtype=torch.bool), rule=rule, ratio=1.0, k_max=4)
-    found.sum().backward()
-    assert found.tolist() == [[0, 0]] and scores.grad is not None and not scores.grad.any()
+    pooled = adaptive_k_pooled(scores, torch.zeros(1, 3, 3, dtype=torch.bool), rule=rule, ratio=1.0, k_max=4)
+    pooled.sum().backward()
+    assert pooled.tolist() == [[0, 0]] and scores.grad is not None and not scores.grad.any()
 
 
-def pairwise(features: Tensor, scores: Tensor, tags: Tensor, seen: Tensor, high: float, low: float) -> Tensor:
+def pairwise(features: Tensor, scores: Tensor, tags: Tensor, valid: Tensor, high: float, low: float) -> Tensor:
     """The definition of the contrast, with every pair."""
     terms = []
     for row, column in torch.nonzero(tags).tolist():
         units = F.normalize(features[row].flatten(1), dim=0).T
         alike = (1 + units @ units.T) / 2
-        found, real = scores[row, column].flatten(), seen[row].flatten()
-        sure, unsure = (found > high) & real, (found < low) & real
-        if not sure.any() or not unsure.any():
+        class_scores, real = scores[row, column].flatten(), valid[row].flatten()
+        confident, doubtful = (class_scores > high) & real, (class_scores < low) & real
+        if not confident.any() or not doubtful.any():
             continue
-        within = (1 - alike)[sure][:, sure][~torch.eye(int(sure.sum()), dtype=torch.bool)]
-        terms.append((within.mean() if len(within) else 0) + alike[sure][:, unsure].mean())
+        within = (1 - alike)[confident][:, confident][~torch.eye(int(confident.sum()), dtype=torch.bool)]
+        terms.append((within.mean() if len(within) else 0) + alike[confident][:, doubtful].mean())
     return torch.stack(terms).mean() if terms else features.sum() * 0
 
 
@@ -140,11 +143,11 @@ def pairwise(features: Tensor, scores: Tensor, tags: Tensor, seen: Tensor, high:
 @given(**GRIDS, high=st.floats(0.3, 0.95), low=st.floats(0.05, 0.3), tags=st.lists(st.booleans(), min_size=8, max_size=8))
 def test_the_contrast_is_that_of_all_pairs(seed: int, gh: int, gw: int, high: float, low: float, tags: list[bool]) -> None:
     features = (drawn(seed, 2, 6, gh, gw) - 0.5).requires_grad_()
-    scores, seen = drawn(seed + 5, 2, 4, gh, gw), windowed(seed, 2, gh, gw)
+    scores, valid = drawn(seed + 5, 2, 4, gh, gw), windowed(seed, 2, gh, gw)
     asked = torch.tensor(tags).view(2, 4).float()
     ours, theirs = (
-        patch_contrast(features, scores, asked, seen, high=high, low=low),
-        pairwise(features, scores, asked, seen, high, low),
+        patch_contrast(features, scores, asked, valid, high=high, low=low),
+        pairwise(features, scores, asked, valid, high, low),
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert 0 <= ours <= 2 + 1e-5
@@ -153,10 +156,10 @@ def test_the_contrast_is_that_of_all_pairs(seed: int, gh: int, gw: int, high: fl
 
 
 def test_the_contrast_is_nought_and_has_a_gradient_path_where_no_class_counts() -> None:
-    features, seen = torch.zeros(2, 5, 3, 3, requires_grad=True), torch.ones(2, 3, 3, dtype=torch.bool)
+    features, valid = torch.zeros(2, 5, 3, 3, requires_grad=True), torch.ones(2, 3, 3, dtype=torch.bool)
     scores = drawn(0, 2, 4, 3, 3)
     for tags, high, low in ((torch.zeros(2, 4), 0.5, 0.1), (torch.ones(2, 4), 1.0, 0.1), (torch.ones(2, 4), 0.5, 0.0)):
-        loss = patch_contrast(features, scores, tags, seen, high=high, low=low)
+        loss = patch_contrast(features, scores, tags, valid, high=high, low=low)
         loss.backward()
         assert loss == 0 and features.grad is not None and torch.isfinite(features.grad).all()
 
@@ -164,14 +167,14 @@ def test_the_contrast_is_nought_and_has_a_gradient_path_where_no_class_counts() 
 def test_a_patch_of_zeros_is_like_no_other() -> None:
     features = torch.tensor([[[1.0, 0, 1, -1]], [[0.0, 0, 0, 0]]])[None]
     scores, tags = torch.tensor([[[[0.9, 0.9, 0.9, 0.1]]]]), torch.ones(1, 1)
-    found = patch_contrast(features, scores, tags, None, high=0.5, low=0.2)
-    torch.testing.assert_close(found, pairwise(features, scores, tags, torch.ones(1, 1, 4, dtype=torch.bool), 0.5, 0.2))
+    loss = patch_contrast(features, scores, tags, None, high=0.5, low=0.2)
+    torch.testing.assert_close(loss, pairwise(features, scores, tags, torch.ones(1, 1, 4, dtype=torch.bool), 0.5, 0.2))
 
 
 def test_classes_that_are_not_tagged_do_not_change_the_contrast() -> None:
-    features, scores, seen = drawn(0, 1, 6, 4, 4), drawn(1, 1, 3, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool)
-    few = patch_contrast(features, scores, torch.tensor([[0.0, 1, 0]]), seen, high=0.6, low=0.3)
-    alone = patch_contrast(features, scores[:, 1:2], torch.ones(1, 1), seen, high=0.6, low=0.3)
+    features, scores, valid = drawn(0, 1, 6, 4, 4), drawn(1, 1, 3, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool)
+    few = patch_contrast(features, scores, torch.tensor([[0.0, 1, 0]]), valid, high=0.6, low=0.3)
+    alone = patch_contrast(features, scores[:, 1:2], torch.ones(1, 1), valid, high=0.6, low=0.3)
     torch.testing.assert_close(few, alone)
 
 
@@ -214,7 +217,7 @@ def test_the_decoder_costs_nothing_before_its_warm_up_and_nothing_where_there_is
 @pytest.mark.parametrize(
     ("iters", "step", "expected"), [(0, 0, True), (0.3, 29, False), (0.3, 30, True), (5, 4, False), (5, 5, True)]
 )
-def test_a_warm_up_is_told_in_steps_or_as_a_share(iters: float, step: int, expected: bool) -> None:
+def test_a_warm_up_is_given_in_steps_or_as_a_fraction_of_all_steps(iters: float, step: int, expected: bool) -> None:
     method = made(decoder={**DECODER, "iters": iters})
     assert ("segmentation" in method.losses(batch(), Clock(0, step, 100))) is expected
 
@@ -229,12 +232,14 @@ def test_the_backbone_runs_once_for_a_step_with_decoder_and_dropout(monkeypatch:
 
 
 def test_labels_are_made_without_dropout() -> None:
-    method, seen = made(dropout=0.8, equivariance=None).train(), []
+    method, target_scores = made(dropout=0.8, equivariance=None).train(), []
     labels = method.training_labels
-    method.training_labels = lambda given, scores, told: seen.append(scores) or labels(given, scores, told)  # type: ignore[method-assign]
+    method.training_labels = lambda images, scores, settings: (
+        target_scores.append(scores) or labels(images, scores, settings)
+    )  # type: ignore[method-assign]
     for _ in range(2):
         method.losses(batch(), LATE)
-    assert torch.equal(seen[0], seen[1]) and not seen[0].requires_grad
+    assert torch.equal(target_scores[0], target_scores[1]) and not target_scores[0].requires_grad
 
 
 def test_labels_hold_the_tags_alone_and_255_on_padding() -> None:
@@ -283,44 +288,48 @@ def test_certain_patches_give_finite_losses_whether_right_or_wrong() -> None:
 def test_classification_is_binary_cross_entropy_with_background_tagged_if_asked() -> None:
     pooled, tags = drawn(0, 2, 4), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
     with_background = F.binary_cross_entropy(pooled, F.pad(tags, (1, 0), value=1.0))
-    torch.testing.assert_close(made(background_tag="always")._classification(pooled, tags), with_background)
+    torch.testing.assert_close(classification_loss(pooled, tags, background_tag="always"), with_background)
     without = F.binary_cross_entropy(pooled[:, 1:], tags)
-    torch.testing.assert_close(made(background_tag="none")._classification(pooled, tags), without)
+    torch.testing.assert_close(classification_loss(pooled, tags, background_tag="none"), without)
+    for tag in ("always", "none"):
+        assert made(background_tag=tag).losses(batch(), WARM)["classification"] > 0
 
 
 def test_the_second_views_target_is_the_first_views_mirror_image() -> None:
-    """A method whose patches see colour alone is equivariant: its loss is the target's entropy, and more where the target is not
-    mirrored."""
-    method = made(equivariance={"weight": 1.0, "scale": 1.0}, decoder=None).eval()
-    logits = lambda images: torch.cat([images, images[:, :1] * 0], dim=1)[..., ::8, ::8] * 3  # noqa: E731
-    method._maps = lambda images, **told: [images]  # type: ignore[method-assign]
-    method._classified = lambda images, dropout: (images, logits(images))  # type: ignore[method-assign]
-    given = batch(((1, 1, 1),))
-    square = given.images[..., ::8, ::8].repeat_interleave(8, -1).repeat_interleave(8, -2)  # so that mirroring moves no cell
-    given = Batch(square, given.tags, given.valid, None)
-    scores = logits(square).softmax(dim=1)
-    right, wrong = (method._equivariance(given, one, False) for one in (scores, scores.flip(-1)))
-    assert right < wrong
+    logits, tags = 4 * drawn(0, 1, 4, 6, 6), torch.ones(1, 3)
+    scores = logits.softmax(dim=1)
+    mirrored, unmirrored = (equivariance_loss(view, scores, tags) for view in (logits.flip(-1), logits))
+    assert mirrored < unmirrored
+
+
+def test_padding_and_classes_that_are_not_tagged_are_no_target_of_the_second_view() -> None:
+    scores, tags = drawn(0, 2, 4, 6, 6).softmax(dim=1), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    logits = drawn(1, 2, 4, 6, 6).requires_grad_()
+    equivariance_loss(logits, scores * 0, tags).backward()
+    assert logits.grad is not None and not logits.grad.any()
+    changed = scores.clone()
+    changed[0, 2:] = 0.9
+    torch.testing.assert_close(equivariance_loss(logits, changed, tags), equivariance_loss(logits, scores, tags))
 
 
 def test_merging_keeps_the_tags_and_background_and_sums_to_one() -> None:
     scores = drawn(0, 1, 4, 3, 3).softmax(dim=1)
-    merged = apc.merged_with_tags(scores, torch.tensor([[0.0, 1, 0]]))
+    merged = merged_with_tags(scores, torch.tensor([[0.0, 1, 0]]))
     assert not merged[:, [1, 3]].any()
     torch.testing.assert_close(merged.sum(dim=1), torch.ones(1, 3, 3))
-    nothing = apc.merged_with_tags(scores * 0, torch.ones(1, 3))
+    nothing = merged_with_tags(scores * 0, torch.ones(1, 3))
     assert not nothing.any()
 
 
 @pytest.mark.parametrize(("backbone", "architecture"), BACKBONES)
 def test_score_maps_and_tag_logits_lie_in_range(backbone: str, architecture: str) -> None:
     method = made(backbone, architecture).eval()
-    found = method.score_maps(torch.rand(2, 3, 64, 96), apc.Options("patch"))
+    maps = method.score_maps(torch.rand(2, 3, 64, 96), apc.Options("patch"))
     h, w = 64 // method.stride, 96 // method.stride
-    assert found.scores.shape == (2, 3, h, w) and found.affinity is None and found.decoded is not None
-    assert (found.scores >= 0).all() and (found.scores.sum(dim=1) <= 1 + 1e-5).all()
+    assert maps.scores.shape == (2, 3, h, w) and maps.affinity is None and maps.decoded is not None
+    assert (maps.scores >= 0).all() and (maps.scores.sum(dim=1) <= 1 + 1e-5).all()
     inner = method.inspect(torch.rand(2, 3, 64, 96))
-    assert found.tag_logits.sigmoid().amax() <= 1 and torch.isfinite(found.tag_logits).all()
+    assert maps.tag_logits.sigmoid().amax() <= 1 and torch.isfinite(maps.tag_logits).all()
     assert inner["k"].amin() >= 1 and inner["k"].amax() <= method.params.pooling.k_max
     assert inner["chosen_patches"].shape == inner["patch_scores"].shape == (2, 3, h, w)
     torch.testing.assert_close(
@@ -333,26 +342,26 @@ def test_score_maps_and_tag_logits_lie_in_range(backbone: str, architecture: str
 
 
 def test_the_decoders_score_maps_at_one_half_are_its_own_masks() -> None:
-    found = made().eval().score_maps(torch.rand(2, 3, 64, 96), apc.Options("decoder"))
-    assert found.decoded is not None
-    assert torch.equal(F.pad(found.scores, (0, 0, 0, 0, 1, 0), value=0.5).argmax(1), found.decoded.argmax(1))
+    maps = made().eval().score_maps(torch.rand(2, 3, 64, 96), apc.Options("decoder"))
+    assert maps.decoded is not None
+    assert torch.equal(F.pad(maps.scores, (0, 0, 0, 0, 1, 0), value=0.5).argmax(1), maps.decoded.argmax(1))
 
 
 def test_extract_keeps_the_decoders_masks() -> None:
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
-    told = Extract((1.5, 1.0), None, True, "mean", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
+    extract = Extract((1.5, 1.0), None, True, "mean", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "x.png", (61, 83), "train", (1,), b"")
-    found = score_maps.score([image], [record], made().eval(), apc.Options("decoder"), told, "cpu")[0]
-    assert found["decoded"].shape == (61, 83) and set(np.unique(found["decoded"])) <= {0, 2}
+    fields = score_maps.score([image], [record], made().eval(), apc.Options("decoder"), extract, "cpu")[0]
+    assert fields["decoded"].shape == (61, 83) and set(np.unique(fields["decoded"])) <= {0, 2}
 
 
 def test_a_decoders_score_map_without_a_decoder_is_refused_with_advice() -> None:
-    with pytest.raises(ValueError, match=r"set source to patch, or train with a decoder \(edit params\.yaml\)"):
+    with pytest.raises(ValueError, match=r"set source to patch, or train with a decoder \(edit the recipe\)"):
         made(decoder=None).score_maps(torch.rand(1, 3, 64, 64), apc.Options("decoder"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"pooling": {"rule": "mean", "ratio": 0.9, "k_max": 6}},
@@ -369,8 +378,8 @@ def test_a_decoders_score_map_without_a_decoder_is_refused_with_advice() -> None
         ({"equivariance": {"weight": 1.0, "scale": 2.0}}, r"equivariance\.scale: got 2\.0"),
     ],
 )
-def test_wrong_params_are_refused_before_any_work(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(config.ParamsError, match=told):
+def test_wrong_params_are_refused_before_any_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(config.ParamsError, match=message):
         parsed(**changes)
 
 
@@ -412,7 +421,7 @@ def test_a_model_of_ours_starts_another_run(tmp_path: Path) -> None:
 
 
 def test_the_context_starts_as_keras_does() -> None:
-    context = apc.PatchContext(12, 5)
+    context = PatchContext(12, 5)
     for name, value in context.named_parameters():
         if "bias_ih" in name:
             assert value.tolist() == [0] * 5 + [1] * 5 + [0] * 10

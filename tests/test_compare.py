@@ -75,8 +75,9 @@ def test_stages_classes_and_images_that_gained_and_lost_are_told(project: Path) 
     assert done.exit_code == 0, done.output
     text = (project / "against.html").read_text(encoding="utf-8")
     assert '0.600 <span class="better">▲ 0.100' in text and '0.300 <span class="worse">▼ 0.100' in text
-    assert "2 gained" in text and "1 lost" in text and "1 stayed" in text and "1 are gone, 1 are new" in text
-    lost, gained = text.index("Lost most"), text.index("Gained most")
+    assert "2 gained" in text and "1 lost" in text and "1 unchanged" in text
+    assert "1 that are in the revision alone, 1 that are new" in text
+    lost, gained = text.index("Largest losses"), text.index("Largest gains")
     assert lost < text.index("&lt;i&gt;x&lt;/i&gt;") < gained < text.index("/y ?") and gained < text.index("scored")
     assert 'href="report/index.html#cam/pseudo_masks/%2Fy%20%3F"' in text
     assert "<b>cat" not in text and "&lt;b&gt;cat" in text and "<i>x" not in text

@@ -94,13 +94,15 @@ def test_each_pixel_of_a_resized_mask_is_the_one_under_its_centre_and_of_two_the
 
 def masks_of(folder: Path, items: dict[str, np.ndarray]) -> None:
     store.write_part(
-        store.part_path(folder, 0), store.PSEUDO_MASKS, ((one, {"mask": items[one]}) for one in sorted(items)), labels=LABELS,
+        store.part_path(folder, 0), store.PSEUDO_MASKS, ((one, {"mask": items[one]}) for one in sorted(items)),
+        labels=LABELS,
         part=0, parts=1, params_digest="", compression="gzip",
     )  # fmt: skip
 
 
 def build(root: Path, *, count: int = 7, swapped: int | None = None, **retrain: Any) -> Toy:
-    """Toy images with true masks as pseudo-masks, one of them with its classes swapped, one all 255 if none is; their params."""
+    """Toy images with true masks as pseudo-masks, one of them with its classes swapped, one all 255 if none is; their
+    params."""
     (root / "raw").mkdir()
     found, masks = [], {}
     for index in range(count):

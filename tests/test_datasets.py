@@ -1,4 +1,4 @@
-"""Data sets list what lies on disk: layouts, tags, masks, and every mistake in lists."""
+"""Data sets list the images of their layouts with tags and masks, and every problem of lists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def problems_of(make: Callable[[], object]) -> list[str]:
     return caught.value.problems
 
 
-# -- what they share ---------------------------------------------------------------------------------------------------
+# -- shared functions ---------------------------------------------------------------------------------------------------
 
 
 def test_semicolons_anywhere_in_the_column_let_tags_hold_spaces() -> None:
@@ -58,23 +58,23 @@ def test_an_ordinary_id_is_fine(image_id: str) -> None:
 
 
 @given(st.text(min_size=1), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_val_share_only_moves_images_to_val(image_id: str, one: float, other: float) -> None:
-    low, high = sorted((one, other))
+def test_a_larger_val_share_only_moves_images_to_val(image_id: str, first: float, second: float) -> None:
+    low, high = sorted((first, second))
     assert (val_by_hash(image_id, low), val_by_hash(image_id, high)) != ("val", "train")
     assert val_by_hash(image_id, 0) == "train" and val_by_hash(image_id, 1) == "val"
 
 
 def test_the_val_share_is_met_on_many_ids() -> None:
-    chosen = [val_by_hash(f"image {number}", 0.25) for number in range(4000)]
-    assert abs(chosen.count("val") / 4000 - 0.25) < 0.03
+    splits = [val_by_hash(f"image {number}", 0.25) for number in range(4000)]
+    assert abs(splits.count("val") / 4000 - 0.25) < 0.03
 
 
 def test_the_error_shows_twenty_problems_and_the_count_and_survives_pickling() -> None:
-    error = DatasetError([f"problem {number:02d}" for number in range(33)], hint="mend them")
-    for one in (error, pickle.loads(pickle.dumps(error))):
-        text = str(one)
+    error = DatasetError([f"problem {number:02d}" for number in range(33)], hint="correct them")
+    for copy in (error, pickle.loads(pickle.dumps(error))):
+        text = str(copy)
         assert "33 problems" in text and "problem 19" in text and "problem 20" not in text
-        assert "and 13 more" in text and text.endswith("mend them") and len(one.problems) == 33
+        assert "and 13 more" in text and text.endswith("correct them") and len(copy.problems) == 33
 
 
 @pytest.mark.parametrize("mode", ["L", "P"])
@@ -110,25 +110,27 @@ def opened(root: Path, classes: tuple[str, ...] | None = None, val_share: float 
 
 def test_nested_unicode_and_spaced_names_become_ids(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags\nsommer 23/größe,cat\n海.v2.png,\n", "sommer 23/größe.jpg", "海.v2.png")
-    found = {one.id: one for one in opened(root).listings()}
-    assert found["sommer 23/größe"].tags == ("cat",) and found["sommer 23/größe"].path == Path("images/sommer 23/größe.jpg")
-    assert found["海.v2"].tags == ()
+    listings = {listing.id: listing for listing in opened(root).listings()}
+    assert listings["sommer 23/größe"].tags == ("cat",) and listings["sommer 23/größe"].path == Path(
+        "images/sommer 23/größe.jpg"
+    )
+    assert listings["海.v2"].tags == ()
 
 
-def test_letters_with_accents_meet_whichever_way_they_are_written(tmp_path: Path) -> None:
+def test_accents_are_compared_in_composed_form(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags\n" + unicodedata.normalize("NFC", "café,crème") + "\n")
     photograph(root / "images" / unicodedata.normalize("NFD", "café.jpg"))
-    (found,) = opened(root, (unicodedata.normalize("NFD", "crème"),)).listings()
-    assert found.id == unicodedata.normalize("NFC", "café") and (root / found.path).is_file()
-    assert found.tags == opened(root, (unicodedata.normalize("NFD", "crème"),)).labels.names
+    (listing,) = opened(root, (unicodedata.normalize("NFD", "crème"),)).listings()
+    assert listing.id == unicodedata.normalize("NFC", "café") and (root / listing.path).is_file()
+    assert listing.tags == opened(root, (unicodedata.normalize("NFD", "crème"),)).labels.names
 
 
 def test_an_image_without_a_row_is_untagged_and_one_with_an_empty_cell_holds_no_class(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags\na,cat\nb,\n", "a.jpg", "b.jpg", "c.jpg")
-    assert [one.tags for one in opened(root).listings()] == [("cat",), (), None]
+    assert [listing.tags for listing in opened(root).listings()] == [("cat",), (), None]
 
 
-def test_classes_are_the_names_seen_in_order_unless_params_give_them(tmp_path: Path) -> None:
+def test_classes_are_the_names_in_the_table_sorted_unless_params_give_them(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags\na,dog cat\n", "a.jpg")
     assert opened(root).labels.names == ("cat", "dog")
     assert opened(root, ("dog", "cat", "cow")).labels.names == ("dog", "cat", "cow")
@@ -136,42 +138,42 @@ def test_classes_are_the_names_seen_in_order_unless_params_give_them(tmp_path: P
 
 def test_one_folder_per_class_needs_no_table(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, None, "cat/1.jpg", "dining table/1.jpg", "cat/old/2.jpg", "loose.jpg")
-    found = {one.id: one.tags for one in opened(root).listings()}
-    assert found == {"cat/1": ("cat",), "cat/old/2": ("cat",), "dining table/1": ("dining table",), "loose": None}
+    tags = {listing.id: listing.tags for listing in opened(root).listings()}
+    assert tags == {"cat/1": ("cat",), "cat/old/2": ("cat",), "dining table/1": ("dining table",), "loose": None}
 
 
 def test_the_split_column_wins_over_the_share(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags,split\na,cat,val\nb,cat,train\nc,cat\n", "a.jpg", "b.jpg", "c.jpg")
-    assert [one.split for one in opened(root, val_share=0).listings()] == ["val", "train", "train"]
-    assert [one.split for one in opened(root, val_share=1).listings()] == ["val", "train", "val"]
+    assert [listing.split for listing in opened(root, val_share=0).listings()] == ["val", "train", "train"]
+    assert [listing.split for listing in opened(root, val_share=1).listings()] == ["val", "train", "val"]
 
 
 def test_the_split_does_not_depend_on_other_images(tmp_path: Path) -> None:
     few = own_photographs(tmp_path / "few", None, *(f"cat/{number}.png" for number in range(10)))
     many = own_photographs(tmp_path / "many", None, *(f"cat/{number}.png" for number in range(30)))
-    chosen = {one.id: one.split for one in opened(many, val_share=0.4).listings()}
-    assert all(chosen[one.id] == one.split for one in opened(few, val_share=0.4).listings())
+    splits = {listing.id: listing.split for listing in opened(many, val_share=0.4).listings()}
+    assert all(splits[listing.id] == listing.split for listing in opened(few, val_share=0.4).listings())
 
 
-def test_every_mistake_of_a_folder_is_listed_at_once(tmp_path: Path) -> None:
+def test_every_problem_of_a_folder_is_listed_at_once(tmp_path: Path) -> None:
     table = "id,tags,split\na,cat,train\na.jpg,cat,train\n../x,cat,train\nghost,cat,train\nb,dog,test\n"
     root = own_photographs(tmp_path, table, "a.jpg", "b.jpg", "c.jpg", "c.png")
-    found = "\n".join(problems_of(lambda: opened(root).listings()))
+    problems = "\n".join(problems_of(lambda: opened(root).listings()))
     for words in ("'a': stands twice", "'../x': an id must", "'ghost': in tags.csv", "split 'test'", "'c': two image files"):
-        assert words in found
+        assert words in problems
 
 
 def test_listings_that_are_sound_come_with_the_error(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags\na,cat\nghost,cat\n", "a.jpg")
     with pytest.raises(DatasetError) as caught:
         opened(root).listings()
-    assert [one.id for one in caught.value.listings] == ["a"]
+    assert [listing.id for listing in caught.value.listings] == ["a"]
 
 
-def test_tags_parted_by_commas_are_an_error_and_not_lost(tmp_path: Path) -> None:
+def test_tags_separated_by_commas_are_an_error_and_not_lost(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, "id,tags\na,cat,dog\nb\n", "a.jpg", "b.jpg")
-    found = problems_of(lambda: opened(root, ("cat", "dog")).listings())
-    assert "line 2: 3 columns" in found[0] and "line 3: 1 columns" in found[1]
+    problems = problems_of(lambda: opened(root, ("cat", "dog")).listings())
+    assert "line 2: 3 columns" in problems[0] and "line 3: 1 columns" in problems[1]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_a_table_that_cannot_be_read_says_why(tmp_path: Path, table: bytes, word
 def test_a_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, None, "a.jpg")
     (root / "tags.csv").write_bytes(b"\xef\xbb\xbfid , tags\r\n a , cat \r\n")
-    assert [one.tags for one in opened(root).listings()] == [("cat",)]
+    assert [listing.tags for listing in opened(root).listings()] == [("cat",)]
 
 
 def test_no_images_folder_and_no_tags_are_errors(tmp_path: Path) -> None:
@@ -201,12 +203,12 @@ def test_no_images_folder_and_no_tags_are_errors(tmp_path: Path) -> None:
     assert "no image has a tag" in problems_of(lambda: opened(tmp_path))[0]
 
 
-def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_are_skipped(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, None, "cat/a.jpg", "cat/._a.jpg")
-    assert [one.id for one in opened(root).listings()] == ["cat/a"]
+    assert [listing.id for listing in opened(root).listings()] == ["cat/a"]
 
 
-def test_masks_under_strange_names_do_not_pass_unseen(tmp_path: Path) -> None:
+def test_masks_that_no_image_is_named_as_are_an_error(tmp_path: Path) -> None:
     root = own_photographs(tmp_path, None, "cat/a.jpg", "cat/b.jpg")
     (root / "masks/cat").mkdir(parents=True)
     Image.new("L", (6, 4), 1).save(root / "masks/cat/a_mask.png")
@@ -253,14 +255,14 @@ def test_voc_masks_become_contiguous_and_other_classes_background(tmp_path: Path
     Image.fromarray(np.array([[0, 8, 12, 15, 255, 1]] * 4, np.uint8)).save(root / "SegmentationClass/one.png")
     dataset = voc(root, classes=("person", "cat"))
     assert dataset.labels.names == ("cat", "person")
-    found = {one.id: one for one in dataset.listings()}
-    assert dataset.truth(found["one"]).tolist()[0] == [0, 1, 0, 2, 255, 0]
-    assert (found["one"].tags, found["two"].tags, found["two"].mask, found["three"].split) == (
+    listings = {listing.id: listing for listing in dataset.listings()}
+    assert dataset.truth(listings["one"]).tolist()[0] == [0, 1, 0, 2, 255, 0]
+    assert (listings["one"].tags, listings["two"].tags, listings["two"].mask, listings["three"].split) == (
         ("cat", "person"), (), False, "val",
     )  # fmt: skip
 
 
-def test_sbd_masks_serve_train_aug_and_voc_s_own_serve_its_own_lists(tmp_path: Path) -> None:
+def test_masks_of_sbd_are_for_train_aug_and_masks_of_voc_for_its_own_lists(tmp_path: Path) -> None:
     root = voc_layout(tmp_path)
     (root / "ImageSets/Segmentation/train.txt").write_text("one\n")
     for place, value in (("SegmentationClass", 8), ("SegmentationClassAug", 12)):
@@ -270,14 +272,14 @@ def test_sbd_masks_serve_train_aug_and_voc_s_own_serve_its_own_lists(tmp_path: P
 
     def first_value(train_list: str, image_id: str) -> int:
         dataset = voc(root, train_list=train_list)
-        return int(dataset.truth(next(one for one in dataset.listings() if one.id == image_id))[0, 0])
+        return int(dataset.truth(next(listing for listing in dataset.listings() if listing.id == image_id))[0, 0])
 
     assert (first_value("train_aug", "one"), first_value("train_aug", "three"), first_value("train", "one")) == (12, 8, 8)
 
 
-def test_lists_of_sbd_s_two_column_form_are_understood(tmp_path: Path) -> None:
+def test_lists_in_the_two_columns_of_sbd_are_read(tmp_path: Path) -> None:
     root = voc_layout(tmp_path, "/JPEGImages/one.jpg /SegmentationClassAug/one.png\n")
-    assert [one.id for one in voc(root).listings()] == ["one", "three"]
+    assert [listing.id for listing in voc(root).listings()] == ["one", "three"]
 
 
 def test_voc_tags_from_annotations_csv_and_npy_agree(tmp_path: Path) -> None:
@@ -289,8 +291,11 @@ def test_voc_tags_from_annotations_csv_and_npy_agree(tmp_path: Path) -> None:
         (root / "Annotations" / f"{image_id}.xml").write_text(f"<annotation>{objects}</annotation>")
         table[image_id] = np.isin(voc2012.VOC_CLASSES, names).astype(np.float32)
     np.save(root / "cls_labels.npy", np.array(table, object))
-    answers = [{one.id: sorted(one.tags or ()) for one in voc(root, source).listings()} for source in ("xml", "csv", "npy")]
-    assert answers[0] == answers[1] == answers[2]
+    tags_by_source = [
+        {listing.id: sorted(listing.tags or ()) for listing in voc(root, source).listings()}
+        for source in ("xml", "csv", "npy")
+    ]
+    assert tags_by_source[0] == tags_by_source[1] == tags_by_source[2]
 
 
 def test_integer_ids_of_cls_labels_become_official_ones(tmp_path: Path) -> None:
@@ -309,8 +314,8 @@ class _Malicious:
 def test_cls_labels_that_would_run_a_program_are_refused_and_do_not_run(tmp_path: Path) -> None:
     harm = tmp_path / "harm"
     np.save(tmp_path / "cls_labels.npy", np.array({"a": _Malicious(harm)}, object))
-    found = problems_of(lambda: voc2012.read_cls_labels(tmp_path / "cls_labels.npy"))
-    assert "mkdir" in found[0] and "Do not trust" in found[0] and not harm.exists()
+    problems = problems_of(lambda: voc2012.read_cls_labels(tmp_path / "cls_labels.npy"))
+    assert "mkdir" in problems[0] and "Do not trust" in problems[0] and not harm.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array"])
@@ -326,10 +331,10 @@ def test_cls_labels_of_another_shape_are_refused(tmp_path: Path) -> None:
     assert "no 20 values" in problems_of(lambda: voc2012.read_cls_labels(tmp_path / "short.npy"))[0]
 
 
-def test_every_mistake_of_voc_lists_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_of_voc_lists_is_reported_at_once(tmp_path: Path) -> None:
     root = voc_layout(tmp_path, "one\nghost\n../up\nthree\n")
     (root / "tags.csv").write_text("id,tags\none,cat unicorn\nthree,cat\nthree,dog\n")
-    found = "\n".join(problems_of(lambda: voc(root).listings()))
+    problems = "\n".join(problems_of(lambda: voc(root).listings()))
     for words in (
         "'three': stands twice in the lists",
         "'ghost': in a list",
@@ -337,19 +342,20 @@ def test_every_mistake_of_voc_lists_is_told_at_once(tmp_path: Path) -> None:
         "unknown tag 'unicorn'",
         "twice in tags.csv",
     ):
-        assert words in found
+        assert words in problems
 
 
 def test_missing_lists_annotations_and_broken_xml_are_named(tmp_path: Path) -> None:
     root = voc_layout(tmp_path)
     assert any(
-        "lists there: train_aug, val" in one for one in problems_of(lambda: voc(root, train_list="trainaug").listings())
+        "lists there: train_aug, val" in problem
+        for problem in problems_of(lambda: voc(root, train_list="trainaug").listings())
     )
-    assert any("Annotations is missing" in one for one in problems_of(lambda: voc(root, "xml").listings()))
+    assert any("Annotations is missing" in problem for problem in problems_of(lambda: voc(root, "xml").listings()))
     (root / "Annotations").mkdir()
     (root / "Annotations/one.xml").write_text("<annotation>")
-    found = "\n".join(problems_of(lambda: voc(root, "xml").listings()))
-    assert "one.xml is no valid XML" in found and "two.xml is missing" in found
+    problems = "\n".join(problems_of(lambda: voc(root, "xml").listings()))
+    assert "one.xml is no valid XML" in problems and "two.xml is missing" in problems
 
 
 def test_a_class_that_voc_does_not_have_is_refused() -> None:
@@ -361,11 +367,11 @@ def test_the_real_tiny_set_is_read_whole() -> None:
     root = shared("data", "voc6-tiny")
     classes = ("cat", "cow", "dog", "horse", "person", "sheep")
     by_table, by_array = (voc(root, source, classes).listings() for source in ("csv", "npy"))
-    assert [one.split for one in by_table].count("train") == 48 and len(by_table) == 72
-    assert all(one.mask and one.tags for one in by_table)
-    assert [set(one.tags or ()) for one in by_table] == [set(one.tags or ()) for one in by_array]
+    assert [listing.split for listing in by_table].count("train") == 48 and len(by_table) == 72
+    assert all(listing.mask and listing.tags for listing in by_table)
+    assert [set(listing.tags or ()) for listing in by_table] == [set(listing.tags or ()) for listing in by_array]
     dataset = voc(root, "csv", classes)
-    values = np.unique(np.concatenate([np.unique(dataset.truth(one)) for one in by_table[:12]]))
+    values = np.unique(np.concatenate([np.unique(dataset.truth(listing)) for listing in by_table[:12]]))
     assert set(values) <= {*range(7), IGNORE}
 
 
@@ -383,12 +389,15 @@ def coco_layout(root: Path) -> Path:
         {"id": 2, "image_id": 1, "category_id": 3, "area": 16, "iscrowd": 0, "segmentation": [SQUARE]},
         {"id": 3, "image_id": 1, "category_id": 3, "area": 99, "iscrowd": 1, "segmentation": crowd},
     ]
-    for split, numbers, told in (("train", (1, 2), annotations), ("val", (3,), [{**annotations[1], "image_id": 3}])):
+    for split, numbers, split_annotations in (
+        ("train", (1, 2), annotations),
+        ("val", (3,), [{**annotations[1], "image_id": 3}]),
+    ):
         images = [{"id": n, "file_name": f"COCO_{n:03d}.jpg", "height": 6, "width": 8} for n in numbers]
         for image in images:
             photograph(root / f"{split}2014" / image["file_name"], (8, 6))
         (root / "annotations").mkdir(exist_ok=True)
-        values = {"images": images, "annotations": told, "categories": categories}
+        values = {"images": images, "annotations": split_annotations, "categories": categories}
         (root / f"annotations/instances_{split}2014.json").write_text(json.dumps(values))
     return root
 
@@ -430,8 +439,8 @@ def test_a_crowd_of_compressed_form_reads_the_same(tmp_path: Path) -> None:
 def test_images_without_labels_stay_only_if_asked(tmp_path: Path) -> None:
     root = coco_layout(tmp_path)
     assert len(coco(root).listings()) == 2
-    kept = {one.id: one.tags for one in coco(root, True).listings()}
-    assert kept["COCO_002"] == ()
+    tags = {listing.id: listing.tags for listing in coco(root, True).listings()}
+    assert tags["COCO_002"] == ()
     assert not coco(root, True).truth(coco(root, True).listings()[1]).any()
 
 
@@ -442,7 +451,7 @@ def test_a_class_that_is_only_there_as_a_crowd_is_a_tag(tmp_path: Path) -> None:
     assert dataset.listings()[0].tags == ("cat", "dog") and 1 not in dataset.truth(dataset.listings()[0])
 
 
-def test_every_mistake_of_coco_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_of_coco_is_reported_at_once(tmp_path: Path) -> None:
     root = coco_layout(tmp_path)
 
     def spoil(values: dict) -> None:
@@ -454,14 +463,14 @@ def test_every_mistake_of_coco_is_told_at_once(tmp_path: Path) -> None:
         ]
 
     changed(root, spoil)
-    found = "\n".join(problems_of(lambda: coco(root).listings()))
+    problems = "\n".join(problems_of(lambda: coco(root).listings()))
     for words in ("unknown category 44", "annotations of image 77", "'../up.jpg'", "ghost.jpg is missing"):
-        assert words in found
+        assert words in problems
 
 
 def test_missing_and_broken_annotation_files_are_named(tmp_path: Path) -> None:
-    found = problems_of(lambda: coco(tmp_path))
-    assert len(found) == 2 and all("instances_" in one for one in found)
+    problems = problems_of(lambda: coco(tmp_path))
+    assert len(problems) == 2 and all("instances_" in problem for problem in problems)
     root = coco_layout(tmp_path)
     (root / "annotations/instances_train2014.json").write_text("{")
     assert "no instances file" in problems_of(lambda: coco(root).listings())[0]

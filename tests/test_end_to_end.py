@@ -93,13 +93,14 @@ def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     assert not list((done.folder / ".work").glob("*"))
 
 
-def test_extract_tells_how_well_the_views_agree_and_the_audit_has_it_for_every_image(done: Copy) -> None:
+def test_extract_measures_view_agreement_and_the_audit_has_it_for_every_image(done: Copy) -> None:
     maps = store.Store(done.folder / "artifacts/cam/scoremaps", store.SCORE_MAPS).column("agreement")
     assert len(maps) == 12 and all(((values >= 0) & (values <= 1)).all() for values in maps.values())
     with (done.folder / "audit/cam.csv").open(encoding="utf-8", newline="") as file:
-        told = {row["id"]: row["views"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"}
-    assert len(told) == 9 and all(
-        float(value) == pytest.approx(maps[one].astype(np.float64).mean(), abs=1e-5) for one, value in told.items()
+        indicators = {row["id"]: row["view_agreement"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"}
+    assert len(indicators) == 9 and all(
+        float(value) == pytest.approx(maps[image_id].astype(np.float64).mean(), abs=1e-5)
+        for image_id, value in indicators.items()
     )
 
 

@@ -22,7 +22,7 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Evaluate, Report
 from pipeline.jobs.evaluate import Outs, write_tables
-from pipeline.report import page
+from pipeline.report import page, run_metrics
 from tests.toys import PROJECT, toy_image
 
 LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
@@ -155,11 +155,13 @@ def test_a_methods_own_decoder_has_a_row_for_each_split(tmp_path: Path) -> None:
 def test_a_stage_that_is_worse_than_the_one_before_is_told(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
     found = figures_of(inputs, read)
-    lost = page.setbacks(found)
+    lost = run_metrics.miou_drops(found)
     assert ("decoder_val", "predictions") in {(before, after) for before, after, _, _ in lost}
     assert ("score_maps", "decoder") not in {(before, after) for before, after, _, _ in lost}
     assert (
-        page.setbacks({"stages": {"score_maps": {"miou": 0.5}, "refined": {"miou": None}, "pseudo_masks": {"miou": 0.6}}})
+        run_metrics.miou_drops(
+            {"stages": {"score_maps": {"miou": 0.5}, "refined": {"miou": None}, "pseudo_masks": {"miou": 0.6}}}
+        )
         == []
     )
 
@@ -221,7 +223,7 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
 
 def test_metrics_of_a_run_that_has_not_been_made_are_missed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no metrics of weaktr"):
-        page.read_metrics(tmp_path, ["weaktr"])
+        run_metrics.read(tmp_path, ["weaktr"])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_metrics_of_another_version_are_refused_with_the_version_expected(
 ) -> None:
     (tmp_path / "cam.json").write_text(json.dumps(header | {"stages": {}}), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"cam\.json {difference}, expected is schema metrics version 2; run `dvc repro"):
-        page.read_metrics(tmp_path, ["cam"])
+        run_metrics.read(tmp_path, ["cam"])
 
 
 def test_metrics_begin_with_their_schema_and_version(tmp_path: Path) -> None:

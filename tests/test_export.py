@@ -78,11 +78,11 @@ def test_the_reader_gives_every_train_image_at_its_size(exported: Path) -> None:
 def test_the_lines_of_h5py_in_the_docs_read_the_same_masks(exported: Path) -> None:
     text = (Path(__file__).parents[1] / "docs" / "pseudo_masks.md").read_text(encoding="utf-8")
     lines = text.split("## Without our code")[1].split("## ")[0].replace("artifacts/cam", exported.as_posix())
-    found: dict[str, dict[str, np.ndarray]] = {}
-    exec(textwrap.dedent(lines), found)  # the promise is that these very lines work
-    ours = PseudoMasks(exported / "pseudo_masks")
-    assert sorted(found["masks"]) == TRAIN
-    assert all((found["masks"][image_id] == ours[image_id]).all() for image_id in TRAIN)
+    namespace: dict[str, dict[str, np.ndarray]] = {}
+    exec(textwrap.dedent(lines), namespace)  # the promise is that these very lines work
+    masks = PseudoMasks(exported / "pseudo_masks")
+    assert sorted(namespace["masks"]) == TRAIN
+    assert all((namespace["masks"][image_id] == masks[image_id]).all() for image_id in TRAIN)
 
 
 def test_odd_ids_become_safe_files_and_come_back_through_the_table(exported: Path) -> None:
@@ -120,10 +120,10 @@ def test_exports_exist_and_say_what_was_asked(exported: Path) -> None:
 
 
 def test_the_torch_data_set_gives_image_and_mask_of_one_size(exported: Path) -> None:
-    found = PseudoMaskDataset(exported.parent / "records.h5", exported / "pseudo_masks", exported.parent / "raw")
-    assert len(found) == len(TRAIN) and found.ids == TRAIN
+    dataset = PseudoMaskDataset(exported.parent / "records.h5", exported / "pseudo_masks", exported.parent / "raw")
+    assert len(dataset) == len(TRAIN) and dataset.ids == TRAIN
     masks = PseudoMasks(exported / "pseudo_masks")
     for index, image_id in enumerate(TRAIN):
-        image, mask = found[index]
+        image, mask = dataset[index]
         assert tuple(image.shape) == (3, *mask.shape)
         np.testing.assert_array_equal(mask.numpy(), masks[image_id])

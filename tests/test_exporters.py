@@ -1,4 +1,4 @@
-"""Every export is opened by its format's own reader, and gives back the masks: exactly, or as far as its losses.json says."""
+"""Every export, read by its format's own reader, gives back the masks: exactly, or as far as losses.json says."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ MASKS = arrays(
 )
 
 
-def made(image_id: str, size: tuple[int, int]) -> np.ndarray:
-    """Blobs of every value; one image is nothing but background."""
+def blobs(image_id: str, size: tuple[int, int]) -> np.ndarray:
+    """Blobs of every value; the image `deep/er` is background alone."""
     if image_id == "deep/er":
         return np.zeros(size, np.uint8)
     rng = np.random.default_rng(len(image_id))
@@ -57,7 +57,7 @@ def made(image_id: str, size: tuple[int, int]) -> np.ndarray:
     return np.repeat(np.repeat(coarse, 4, 0), 4, 1)[: size[0], : size[1]].copy()
 
 
-MASK_OF = {image_id: made(image_id, size) for image_id, size in SIZES.items()}
+MASK_OF = {image_id: blobs(image_id, size) for image_id, size in SIZES.items()}
 RECORDS = Records(
     LABELS,
     tuple(ImageRecord(i, f"images/{i}.jpg", size, "train", TAGS.get(i, (0, 1, 2)), b"") for i, size in SIZES.items()),
@@ -66,7 +66,7 @@ RECORDS = Records(
 
 
 def stream() -> Iterator[tuple[str, np.ndarray]]:
-    """An iterator, not a list: what is passed over once is gone."""
+    """An iterator, not a list: exporters may pass over masks once."""
     return iter(sorted(MASK_OF.items()))
 
 
@@ -91,29 +91,29 @@ def test_coco_gives_back_every_mask_through_pycocotools(tmp_path: Path) -> None:
 
     coco_rle.write(stream(), RECORDS, tmp_path)
     coco = COCO(str(tmp_path / "annotations.json"))
-    assert [one["name"] for one in coco.loadCats(coco.getCatIds())] == [*LABELS.names, "ignore"]
+    assert [annotation["name"] for annotation in coco.loadCats(coco.getCatIds())] == [*LABELS.names, "ignore"]
     assert len(coco.imgs) == len(MASK_OF)
     for number, image in coco.imgs.items():
         mask = MASK_OF[image["tag2mask_id"]]
         assert image["file_name"] == f"images/{image['tag2mask_id']}.jpg"
-        found = np.zeros((image["height"], image["width"]), np.uint8)
+        restored = np.zeros((image["height"], image["width"]), np.uint8)
         annotations: list[dict[str, Any]] = coco.loadAnns(coco.getAnnIds(imgIds=[number]))
-        for one in annotations:
-            region = coco.annToMask(one).astype(bool)
-            assert not found[region].any()
-            found[region] = one["category_id"]
+        for annotation in annotations:
+            region = coco.annToMask(annotation).astype(bool)
+            assert not restored[region].any()
+            restored[region] = annotation["category_id"]
             y, x = np.nonzero(region)
-            assert one["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
-            assert one["area"] == region.sum()
-            assert one["iscrowd"] == (one["category_id"] == 255)
-        np.testing.assert_array_equal(found, mask)
+            assert annotation["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+            assert annotation["area"] == region.sum()
+            assert annotation["iscrowd"] == (annotation["category_id"] == 255)
+        np.testing.assert_array_equal(restored, mask)
         assert len(annotations) == len(set(np.unique(mask).tolist()) - {0})
 
 
 def test_no_image_at_all_is_still_a_coco_file(tmp_path: Path) -> None:
     coco_rle.write(iter(()), Records(LABELS, (), ()), tmp_path)
-    found = json.loads((tmp_path / "annotations.json").read_text(encoding="utf-8"))
-    assert found["images"] == found["annotations"] == [] and len(found["categories"]) == 4
+    content = json.loads((tmp_path / "annotations.json").read_text(encoding="utf-8"))
+    assert content["images"] == content["annotations"] == [] and len(content["categories"]) == 4
 
 
 def read_cvat(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -147,37 +147,37 @@ def test_cvat_gives_back_every_mask_by_the_colours_of_its_labelmap(tmp_path: Pat
     assert "deep/er" in classes and "%2E./up" in classes
     for image_id, mask in MASK_OF.items():
         pixels = classes[mask_files.nested_stem(image_id)]
-        found = np.array([[values[tuple(pixel)] for pixel in row] for row in pixels.tolist()])
-        np.testing.assert_array_equal(found, mask)
+        restored = np.array([[values[tuple(pixel)] for pixel in row] for row in pixels.tolist()])
+        np.testing.assert_array_equal(restored, mask)
         numbers = objects[mask_files.nested_stem(image_id)]
         for colour in {tuple(pixel) for row in numbers.tolist() for pixel in row} - {(0, 0, 0)}:
             assert len(np.unique(mask[(numbers == colour).all(-1)])) == 1  # an object has one class
-    needed = json.loads((tmp_path / "labels.json").read_text(encoding="utf-8"))
-    assert [one["name"] for one in needed] == [*LABELS.names, "ignore"]
+    task_labels = json.loads((tmp_path / "labels.json").read_text(encoding="utf-8"))
+    assert [label["name"] for label in task_labels] == [*LABELS.names, "ignore"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(MASKS)
-def test_objects_are_the_connected_parts_numbered_without_gaps(mask: np.ndarray) -> None:
-    found = cvat.objects(mask)
-    assert ((found == 0) == (mask == 0)).all()
-    assert sorted(set(np.unique(found).tolist()) - {0}) == list(range(1, len(np.unique(found[found > 0])) + 1))
-    whole = sum(len(mask_files.components(mask == value)[1]) for value in np.unique(mask).tolist() if value)
-    assert found.max(initial=0) == whole
-    for number in range(1, whole + 1):
-        assert len(mask_files.components(found == number)[1]) == 1
+def test_objects_are_the_connected_components_numbered_without_gaps(mask: np.ndarray) -> None:
+    objects = cvat.objects(mask)
+    assert ((objects == 0) == (mask == 0)).all()
+    assert sorted(set(np.unique(objects).tolist()) - {0}) == list(range(1, len(np.unique(objects[objects > 0])) + 1))
+    count = sum(len(mask_files.components(mask == value)[1]) for value in np.unique(mask).tolist() if value)
+    assert objects.max(initial=0) == count
+    for number in range(1, count + 1):
+        assert len(mask_files.components(objects == number)[1]) == 1
 
 
-def test_more_parts_than_numbers_leave_the_largest_alone() -> None:
+def test_with_more_components_than_numbers_the_largest_keep_their_own() -> None:
     mask = np.zeros((60, 60), np.uint8)
     mask[::2, ::2] = 1
     mask[1::4, 1::4] = 2
     mask[40:60, 40:60] = 1
-    found = cvat.objects(mask)
-    assert found.max() == 255 and ((found == 0) == (mask == 0)).all()
-    assert (found == found[50, 50]).sum() == 400
+    objects = cvat.objects(mask)
+    assert objects.max() == 255 and ((objects == 0) == (mask == 0)).all()
+    assert (objects == objects[50, 50]).sum() == 400
     for number in range(1, 256):
-        assert len(np.unique(mask[found == number])) == 1
+        assert len(np.unique(mask[objects == number])) == 1
 
 
 def test_class_names_that_a_labelmap_cannot_hold_are_changed_or_refused() -> None:
@@ -214,12 +214,12 @@ def test_parquet_is_written_in_row_groups_so_that_memory_stays_flat(tmp_path: Pa
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
     images = tuple(ImageRecord(f"{n:04d}", f"{n}.jpg", (2, 2), "train", (0,), b"") for n in range(250))
-    hf_parquet.write(((one.id, np.zeros((2, 2), np.uint8)) for one in images), Records(LABELS, images, ()), tmp_path)
-    found = parquet.ParquetFile(tmp_path / "data" / "train-00000-of-00001.parquet").metadata
-    assert [found.row_group(n).num_rows for n in range(found.num_row_groups)] == [100, 100, 50]
+    hf_parquet.write(((record.id, np.zeros((2, 2), np.uint8)) for record in images), Records(LABELS, images, ()), tmp_path)
+    metadata = parquet.ParquetFile(tmp_path / "data" / "train-00000-of-00001.parquet").metadata
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [100, 100, 50]
 
 
-def test_a_missing_pyarrow_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pyarrow_is_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_parquet, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'tag2mask\[parquet\]'"):
         export.exporters(["hf_parquet"])
@@ -227,8 +227,12 @@ def test_a_missing_pyarrow_is_told_before_any_work(tmp_path: Path, monkeypatch: 
     toy = Toy(Path("raw"))
     toy.params["export"]["formats"] = ["hdf5", "hf_parquet", "no_such", "voc_png", "voc_png"]
     toy.write(tmp_path)
-    told = "\n".join(check.problems())
-    assert "needs pyarrow" in told and "no 'no_such' in pipeline/exporters" in told and "'voc_png' stands twice" in told
+    problems = "\n".join(check.problems())
+    assert (
+        "needs pyarrow" in problems
+        and "no 'no_such' in pipeline/exporters" in problems
+        and "'voc_png' stands twice" in problems
+    )
 
 
 def decode_brush(data: list[int]) -> np.ndarray:
@@ -255,41 +259,41 @@ def decode_brush(data: list[int]) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(MASKS)
 def test_a_brush_region_is_the_rgba_bytes_of_its_pixels(mask: np.ndarray) -> None:
-    found = decode_brush(list(label_studio.encode(mask == 1))).reshape(*mask.shape, 4)
-    assert (found == np.where(mask == 1, 255, 0)[..., None]).all()
+    decoded = decode_brush(list(label_studio.encode(mask == 1))).reshape(*mask.shape, 4)
+    assert (decoded == np.where(mask == 1, 255, 0)[..., None]).all()
 
 
 def test_runs_longer_than_sixteen_bits_are_cut() -> None:
     region = np.zeros((300, 300), bool)
     region[200:, :] = True
-    found = decode_brush(list(label_studio.encode(region))).reshape(300, 300, 4)
-    assert ((found[..., 0] == 255) == region).all()
+    decoded = decode_brush(list(label_studio.encode(region))).reshape(300, 300, 4)
+    assert ((decoded[..., 0] == 255) == region).all()
 
 
 def test_label_studio_gives_back_every_mask(tmp_path: Path) -> None:
     label_studio.write(stream(), RECORDS, tmp_path)
     interface = ElementTree.parse(tmp_path / "labels.xml")
-    labels = [one.attrib["value"] for one in interface.iter("Label")]
+    labels = [element.attrib["value"] for element in interface.iter("Label")]
     assert labels == [*LABELS.names, "ignore"]
     values = dict(zip(labels, (1, 2, 3, 255), strict=True))
-    names = {one.tag: one.attrib["name"] for one in interface.iter() if "name" in one.attrib}
+    names = {element.tag: element.attrib["name"] for element in interface.iter() if "name" in element.attrib}
     tasks = json.loads((tmp_path / "tasks.json").read_text(encoding="utf-8"))
     assert [task["data"]["tag2mask_id"] for task in tasks] == sorted(MASK_OF)
     for task in tasks:
         mask = MASK_OF[task["data"]["tag2mask_id"]]
         assert re.fullmatch(r"/data/local-files/\?d=[\w/.%-]+", task["data"]["image"])
-        found = np.zeros(mask.shape, np.uint8)
+        restored = np.zeros(mask.shape, np.uint8)
         for region in task["predictions"][0]["result"]:
             assert (region["from_name"], region["to_name"]) == (names["BrushLabels"], names["Image"])
             assert (region["original_height"], region["original_width"]) == mask.shape
             alpha = decode_brush(region["value"]["rle"]).reshape(*mask.shape, 4)[..., 3]
-            found[alpha > 0] = values[region["value"]["brushlabels"][0]]
-        np.testing.assert_array_equal(found, mask)
+            restored[alpha > 0] = values[region["value"]["brushlabels"][0]]
+        np.testing.assert_array_equal(restored, mask)
 
 
 def polygons(folder: Path, image_id: str, size: tuple[int, ...]) -> list[tuple[int, np.ndarray]]:
     """(class, f64[n,2] px) of every line, read as ultralytics reads them."""
-    found = []
+    class_polygons = []
     for line in (folder / "labels" / "train" / f"{file_stem(image_id)}.txt").read_text(encoding="ascii").splitlines():
         number, *rest = line.split()
         assert len(rest) >= 6 and len(rest) % 2 == 0
@@ -297,8 +301,8 @@ def polygons(folder: Path, image_id: str, size: tuple[int, ...]) -> list[tuple[i
         assert ((points >= 0) & (points <= 1)).all() and (
             np.ptp(points, axis=0) > 0
         ).all()  # a box without area would be dropped
-        found.append((int(number), points * np.array([size[1], size[0]], np.float32)))
-    return found
+        class_polygons.append((int(number), points * np.array([size[1], size[0]], np.float32)))
+    return class_polygons
 
 
 def test_yolo_has_one_label_file_per_image_and_data_yaml_names_them(tmp_path: Path) -> None:
@@ -314,48 +318,51 @@ def test_yolo_has_one_label_file_per_image_and_data_yaml_names_them(tmp_path: Pa
     assert f"IoU {figures['mean_iou_with_the_masks']}," in (tmp_path / "README.txt").read_text(encoding="utf-8")
 
 
-def one_image(mask: np.ndarray, out: Path) -> tuple[list[tuple[int, np.ndarray]], dict[str, Any]]:
-    records = Records(LABELS, (ImageRecord("x", "x.jpg", mask.shape, "train", (0,), b""),), ())  # pyright: ignore[reportArgumentType]
+def exported(mask: np.ndarray, out: Path) -> tuple[list[tuple[int, np.ndarray]], dict[str, Any]]:
+    record = ImageRecord("x", "x.jpg", mask.shape, "train", (0,), b"")  # pyright: ignore[reportArgumentType]
+    records = Records(LABELS, (record,), ())
     yolo_seg.write(iter([("x", mask)]), records, out)
     return polygons(out, "x", mask.shape), json.loads((out / "losses.json").read_text(encoding="utf-8"))
 
 
 @settings(max_examples=60, deadline=None)
 @given(MASKS)
-def test_a_polygon_is_its_part_with_holes_filled_at_centres_and_cut_off_to_pixels(mask: np.ndarray) -> None:
+def test_a_polygon_is_its_component_with_holes_filled_by_centres_and_truncated(mask: np.ndarray) -> None:
     from scipy import ndimage
 
     numbers, areas = mask_files.components(mask == 1)
     for number, (rows, columns) in enumerate(ndimage.find_objects(numbers), 1):
-        part = numbers[rows, columns] == number
-        points = yolo_seg.outline(part)
-        wanted = ndimage.binary_fill_holes(part, np.ones((3, 3)))  # what touches the outside by a corner only is no hole …
-        strict = ndimage.binary_fill_holes(part)  # … unless one takes it for one
-        found = yolo_seg.rasterise(points, part.shape)
-        assert (found >= wanted).all() and (found <= strict).all()
-        assert areas[number - 1] <= found.sum()
-        canvas = Image.new("1", part.shape[::-1])  # ultralytics cuts coordinates off, and fills with the border
+        component = numbers[rows, columns] == number
+        points = yolo_seg.outline(component)
+        # background that touches the outside at a corner alone may count as outside or as a hole
+        least_filled = ndimage.binary_fill_holes(component, np.ones((3, 3)))
+        most_filled = ndimage.binary_fill_holes(component)
+        pixels = yolo_seg.rasterise(points, component.shape)
+        assert (pixels >= least_filled).all() and (pixels <= most_filled).all()
+        assert areas[number - 1] <= pixels.sum()
+        canvas = Image.new("1", component.shape[::-1])  # ultralytics truncates coordinates, and fills with the border
         ImageDraw.Draw(canvas).polygon([(int(x), int(y)) for x, y in points], fill=1, outline=1)
-        assert (np.asarray(canvas) >= part).all() and (np.asarray(canvas) <= strict).all()
+        assert (np.asarray(canvas) >= component).all() and (np.asarray(canvas) <= most_filled).all()
 
 
-def test_where_no_part_has_a_hole_the_polygons_are_the_mask(tmp_path: Path) -> None:
+def test_where_no_component_has_a_hole_the_polygons_are_the_mask(tmp_path: Path) -> None:
     mask = np.zeros((40, 50), np.uint8)
     mask[3:20, 5:30], mask[10:40, 25:50], mask[22:30, 2:10] = 1, 3, 1
-    found, figures = one_image(mask, tmp_path)
-    assert [number for number, _ in found] == [0, 0, 2]
+    class_polygons, figures = exported(mask, tmp_path)
+    assert [number for number, _ in class_polygons] == [0, 0, 2]
     assert figures["mean_iou_with_the_masks"] == 1.0 and figures["pixels_of_holes_filled"] == 0
 
 
-def test_the_figure_tells_of_holes_and_of_small_parts(tmp_path: Path) -> None:
+def test_losses_count_holes_and_small_components(tmp_path: Path) -> None:
     mask = np.zeros((40, 40), np.uint8)
     mask[5:25, 5:25] = 1
     mask[10:20, 10:20] = 0
     mask[12:18, 12:18] = 2  # an island in the hole is laid over what fills it
     mask[30, 30] = 1
     mask[35, 35] = 3
-    found, figures = one_image(mask, tmp_path)
-    assert [number for number, _ in found] == [0, 1, 2]  # the pixel of class 3 is all there is of it, that of class 1 is not
+    class_polygons, figures = exported(mask, tmp_path)
+    # the pixel of class 3 is its largest component, that of class 1 is not
+    assert [number for number, _ in class_polygons] == [0, 1, 2]
     assert figures["pixels_of_holes_filled"] == 100 and figures["parts_left_out"] == figures["pixels_of_parts_left_out"] == 1
     assert figures["iou_with_the_masks"] == {"boat": round(300 / (400 - 36 + 1), 4), LABELS.names[1]: 1.0, "größe": 1.0}
 

@@ -23,7 +23,7 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
 from pipeline.imaging import planes
-from pipeline.report import charts, colours, page, rows
+from pipeline.report import charts, colours, page, rows, run_metrics
 from pipeline.report import gallery as blocks
 from tests import page_case
 from tests.test_evaluate import LABELS, build, tallied
@@ -100,7 +100,8 @@ def test_the_worst_rows_go_by_score_then_by_miou_and_of_final_masks_only(tmp_pat
     path = audit_file(
         tmp_path / "m.csv",
         [["a", "train", "pseudo_masks", "0.1", "0.9", ""], ["b", "train", "pseudo_masks", "0.9", "0.2", "leak|edges"],
-         ["c", "train", "pseudo_masks", "0.5", "", ""], ["d", "train", "refined", "0", "0", ""], ["e", "val", "predictions", "", "", ""],
+         ["c", "train", "pseudo_masks", "0.5", "", ""], ["d", "train", "refined", "0", "0", ""], ["e", "val",
+         "predictions", "", "", ""],
          ["f", "val", "predictions", "", "nan", ""]],
     )  # fmt: skip
     found = rows.worst(rows.read(path), 10)
@@ -177,7 +178,7 @@ def test_steps_that_follow_one_another_are_one_flow() -> None:
         ("refined", "pseudo_masks"),
         ("score_maps_val", "predictions"),
     ]
-    found = page.flows({"flow": [{"from": a, "to": b, "corrected": 0.1, "broken": 0.05} for a, b in steps]})
+    found = run_metrics.flow_chains({"flow": [{"from": a, "to": b, "corrected": 0.1, "broken": 0.05} for a, b in steps]})
     assert [[step["to"] for step in chain] for chain in found] == [["decoder"], ["refined", "pseudo_masks"], ["predictions"]]
     assert found[0][0]["all"] == {"corrected": 0.1, "broken": 0.05}
 
@@ -186,7 +187,7 @@ def test_drawings_are_well_formed_and_say_their_figures() -> None:
     step = {"from": "score_maps", "to": "refined", "all": {"corrected": 0.03, "broken": 0.01}}
     drawn = [
         charts.flow([step], {"score_maps": 0.8, "refined": 0.82}),
-        charts.threshold(
+        charts.threshold_curve(
             [(0.0, 0.2), (0.5, 0.6)], {"chosen": 0.4, "miou_at_chosen": 0.5, "oracle": 0.5, "miou_at_oracle": 0.6}
         ),
         charts.reliability([[0.5, 0.4, 1.0], [None, None, 0.0]]),
@@ -195,7 +196,7 @@ def test_drawings_are_well_formed_and_say_their_figures() -> None:
     ]
     labels = [ElementTree.fromstring(text).attrib["aria-label"] for text in drawn]
     assert "3.00 % of pixels corrected" in labels[0] and "oracle: 0.500, mIoU 0.600" in labels[1] and "0.400" in labels[3]
-    assert charts.sparkline([None]) == "" and charts.threshold([], {}) == ""
+    assert charts.sparkline([None]) == "" and charts.threshold_curve([], {}) == ""
     assert charts.flow([{**step, "from": "<x>"}], {"refined": 1.0}).count("<x>") == 0
 
 

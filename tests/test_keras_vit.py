@@ -66,8 +66,8 @@ def test_keras_weights_of_vit_pcm_lie_where_they_belong() -> None:
     assert method.phases()[0].name == "head" and not method.training
     image = np.random.default_rng(1).standard_normal((32, 32, 3)).astype(np.float32)
     patch = image[:16, 16:].reshape(-1) @ weights["embedding/kernel"].reshape(-1, WIDTH) + weights["embedding/bias"]
-    seen = method.backbone.net.patch_embed(torch.from_numpy(image).permute(2, 0, 1)[None])
-    np.testing.assert_allclose(seen.detach().reshape(4, WIDTH)[1].numpy(), patch, atol=1e-3)
+    embedded = method.backbone.net.patch_embed(torch.from_numpy(image).permute(2, 0, 1)[None])
+    np.testing.assert_allclose(embedded.detach().reshape(4, WIDTH)[1].numpy(), patch, atol=1e-3)
     attention, token = "Transformer/encoderblock_3/MultiHeadDotProductAttention_1", image[0, :, 0][:1].repeat(WIDTH)
     three = method.backbone.net.blocks[3].attn.qkv(torch.from_numpy(token)).detach().numpy()
     for at, part in enumerate(("query", "key", "value")):
@@ -81,7 +81,7 @@ def test_the_context_is_keras_bidirectional_lstm_along_rows_and_columns() -> Non
     method = apc.Method.from_official(weights)
     assert method.context is not None
     given = np.random.default_rng(2).standard_normal((WIDTH, 3, 4)).astype(np.float32)
-    found = method.context(torch.from_numpy(given)[None], 0.0)[0].detach().numpy()
+    in_context = method.context(torch.from_numpy(given)[None], 0.0)[0].detach().numpy()
 
     def along(axis: str, way: str, steps: np.ndarray) -> np.ndarray:
         name = f"patch_conditioning/{axis}/{way}"
@@ -98,7 +98,7 @@ def test_the_context_is_keras_bidirectional_lstm_along_rows_and_columns() -> Non
                     along("cols", "backward", column[::-1])[2 - y],
                 ]
             )
-            np.testing.assert_allclose(found[:, y, x], expected, atol=1e-4)
+            np.testing.assert_allclose(in_context[:, y, x], expected, atol=1e-4)
 
 
 def test_keras_weights_without_context_load_too() -> None:

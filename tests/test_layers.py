@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core import plugins
+from pipeline.core.contracts import ExporterModule, RefinerModule
+from pipeline.core.plugins import ENTRIES, available
 from tests.toys import PROJECT
 
 PLUG_INS = {"method", "dataset", "refiner", "segmenter", "exporter", "backbone", "family"}
@@ -32,6 +35,10 @@ def test_only_runtime_reads_the_environment() -> None:
     environment = {"os.environ", "os.getenv", "environ", "getenv"}
     readers = [path.relative_to(PROJECT).as_posix() for path in SOURCES if environment & names_used(path)]
     assert readers == ["pipeline/runtime.py"]
+
+
+def test_members_of_open_sets_have_names_that_python_can_import() -> None:
+    assert [name for kind in (*ENTRIES, "exporters") for name in available(kind) if not name.isidentifier()] == []
 
 
 def test_nothing_prints() -> None:
@@ -66,6 +73,11 @@ def test_every_package_of_the_library_has_a_layer_and_does_not_know_where_it_run
     assert layered == below | {"stages"}
     assert set(by_type["forbidden"]["source_modules"]) == below
     assert set(by_type["independence"]["modules"]) == {f"pipeline.{kind}.*" for kind in OPEN_SETS}
+
+
+@pytest.mark.parametrize(("kind", "contract"), [("refiners", RefinerModule), ("exporters", ExporterModule)])
+def test_every_refiner_and_exporter_has_the_members_that_the_contract_asks_of_its_module(kind: str, contract: type) -> None:
+    assert [name for name in plugins.available(kind) if not isinstance(plugins.load(kind, name), contract)] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PROJECT).as_posix())

@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.core import plugins, store
+from pipeline.core.contracts import AffinityMethod
 from tests.toys import SCRATCH, Toy, learned_fit, toy_folder, toy_recipe
 
 METHODS, REFINERS, SEGMENTERS = (plugins.available(kind) for kind in ("methods", "refiners", "segmenters"))
-WITHOUT_AFFINITY = {"cam", "apc", "ppl"}
+WITH_AFFINITY = {key for key in METHODS if isinstance(plugins.load("methods", key), AffinityMethod)}
 CRF = {
     "iterations": 2,
     "gaussian_sxy": 1,
@@ -39,7 +40,7 @@ SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # a method whose r
 def toy_of(key: str) -> Toy:
     """A run of that method, whose score maps suit every refiner that it can have."""
     toy = Toy(Path("raw"), [key])
-    toy.recipes[key]["extract"]["keep_affinity"] = key not in WITHOUT_AFFINITY
+    toy.recipes[key]["extract"]["keep_affinity"] = key in WITH_AFFINITY
     return toy
 
 
@@ -100,7 +101,7 @@ def refine(key: str, refiner: str, segmenter: str) -> Path:
 @pytest.mark.parametrize("key", METHODS)
 def test_any_method_takes_any_refiner(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, refiner: str) -> None:
     enter(monkeypatch, project)
-    if refiner == "walk" and key in WITHOUT_AFFINITY:
+    if refiner == "walk" and key not in WITH_AFFINITY:
         with pytest.raises(AssertionError, match=r"keep_affinity to true in the recipe"):
             refine(key, refiner, "vit")
         return
@@ -120,7 +121,8 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
     run("cross_validate", key, "--records", "records.h5", "--pseudo-masks", f"{out}/pseudo_masks", "--init", str(SCRATCH),
         "--held-out", f"{out}/held_out.h5")  # fmt: skip
     run("evaluate", key, "--records", "records.h5", "--truth", "truth.h5", "--scoremaps", f"{key}/scoremaps", "--refiner",
-        f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks", "--predictions",
+        f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks",
+        "--predictions",
         f"{out}/predictions", "--held-out", f"{out}/held_out.h5", "--metrics", f"{out}/metrics.json", "--gallery",
         f"{out}/gallery.h5", "--thresholds", f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion",
         f"{out}/confusion.csv", "--images", f"{out}/images.csv",

@@ -32,42 +32,47 @@ def test_two_masks_agree_by_the_mean_iou_of_what_both_decide(first: np.ndarray, 
         sum(a == b == value for a, b in pixels) / sum(value in (a, b) for a, b in pixels)
         for value in {value for pair in pixels for value in pair}
     ]
-    assert method_agreement.alike(first, second) == pytest.approx(sum(ious) / len(ious) if ious else np.nan, nan_ok=True)
+    assert method_agreement.mask_agreement(first, second) == pytest.approx(
+        sum(ious) / len(ious) if ious else np.nan, nan_ok=True
+    )
 
 
 @given(st.lists(MASKS, min_size=2, max_size=4), st.randoms())
 def test_the_table_is_symmetric_and_follows_the_order_of_the_methods(masks: list[np.ndarray], random: object) -> None:
-    found = method_agreement.table(masks)
+    found = method_agreement.agreement_matrix(masks)
     np.testing.assert_array_equal(found, found.T)
     assert (np.diag(found) == 1).all() and np.nanmin(found) >= 0 and np.nanmax(found) <= 1
     order = list(range(len(masks)))
     random.shuffle(order)  # pyright: ignore[reportAttributeAccessIssue]
-    np.testing.assert_array_equal(method_agreement.table([masks[at] for at in order]), found[np.ix_(order, order)])
+    np.testing.assert_array_equal(
+        method_agreement.agreement_matrix([masks[at] for at in order]), found[np.ix_(order, order)]
+    )
     np.testing.assert_allclose(
-        method_agreement.others(found[np.ix_(order, order)])[0], method_agreement.others(found)[0][order]
+        method_agreement.mean_agreement(found[np.ix_(order, order)])[0], method_agreement.mean_agreement(found)[0][order]
     )
 
 
 @given(MASKS, st.integers(2, 4))
 def test_the_same_mask_everywhere_agrees_wholly_and_disjoint_ones_not_at_all(mask: np.ndarray, count: int) -> None:
     mask[0, 0] = 0
-    assert method_agreement.table([mask] * count).min() == 1
+    assert method_agreement.agreement_matrix([mask] * count).min() == 1
     apart = [np.full((3, 3), value, np.uint8) for value in range(count)]
-    values, compared = method_agreement.others(method_agreement.table(apart))
+    values, compared = method_agreement.mean_agreement(method_agreement.agreement_matrix(apart))
     assert (values == 0).all() and (compared == count - 1).all()
 
 
 def test_a_run_that_lacks_the_image_is_left_out() -> None:
     first, second = np.array([[0, 1]], np.uint8), np.array([[1, 1]], np.uint8)
-    values, compared = method_agreement.others(method_agreement.table([first, None, second]))
+    values, compared = method_agreement.mean_agreement(method_agreement.agreement_matrix([first, None, second]))
     assert values.tolist() == [0.25, pytest.approx(np.nan, nan_ok=True), 0.25] and compared.tolist() == [1, 0, 1]
-    assert np.isnan(method_agreement.others(method_agreement.table([first, None]))[0]).all()
+    assert np.isnan(method_agreement.mean_agreement(method_agreement.agreement_matrix([first, None]))[0]).all()
 
 
 def write(folder: Path, method: str, masks: Mapping[str, np.ndarray] | Iterator[tuple[str, np.ndarray]]) -> None:
     pairs = masks.items() if isinstance(masks, Mapping) else masks
     store.write_part(
-        folder / f"{method}.h5", store.SMALL_MASKS, ((i, {"mask": mask}) for i, mask in pairs), labels=LABELS, part=0, parts=1,
+        folder / f"{method}.h5", store.SMALL_MASKS, ((i, {"mask": mask}) for i, mask in pairs), labels=LABELS, part=0,
+        parts=1,
         params_digest="", compression="gzip",
     )  # fmt: skip
 
@@ -165,7 +170,7 @@ def test_one_chunk_of_small_masks_is_in_memory_at_a_time() -> None:
 
 def test_agreement_stands_beside_the_score_of_pseudo_masks_that_have_two_others() -> None:
     row = rows.Row("i", "pseudo_masks", 0.9, 0.25, (), 0.75, 2)
-    assert (row.both, row.quality) == (0.5, 0.5)
+    assert (row.score_and_agreement, row.quality) == (0.5, 0.5)
     assert rows.Row("i", "pseudo_masks", 0.9, 0.25, (), 0.75, 1).quality == 0.25
     assert rows.Row("i", "predictions", 0.9, 0.25, (), 0.75, 2).quality == 0.25
     assert rows.Row("i", "pseudo_masks", 0.9, None, (), 0.75, 2).quality == 0.9
@@ -174,12 +179,12 @@ def test_agreement_stands_beside_the_score_of_pseudo_masks_that_have_two_others(
 
 @pytest.mark.parametrize(
     ("methods", "told"),
-    [(["a"], set()), (["a", "b"], {"method_agreement"}), (["a", "b", "c"], {"method_agreement", "both"})],
+    [(["a"], set()), (["a", "b"], {"method_agreement"}), (["a", "b", "c"], {"method_agreement", "score_and_agreement"})],
 )
 def test_the_page_tells_agreement_where_there_is_some(tmp_path: Path, methods: list[str], told: set[str]) -> None:
     text = page_case.write(tmp_path, ["=i", "<b>j", "k"], methods=methods, labels=LABELS).read_text(encoding="utf-8")
-    assert {name for name in ("method_agreement", "both") if f'<option value="{name}">' in text} == told
-    assert ("How alike" in text) == (len(methods) > 1)
+    assert {name for name in ("method_agreement", "score_and_agreement") if f'<option value="{name}">' in text} == told
+    assert ("Agreement between methods" in text) == (len(methods) > 1)
     with (tmp_path / "report" / "review.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert all((row["method_agreement"] != "") == bool(told) for row in found) and len(found) == 3 * len(methods)

@@ -53,8 +53,8 @@ def test_the_head_gives_the_authors_logits() -> None:
     own = {name.removeprefix("decoder."): value for name, value in weights.items() if name.startswith("decoder.")}
     head.load_state_dict(own | {"linear_fuse.bn.num_batches_tracked": torch.tensor(0)})
     with torch.no_grad():
-        found = head(net.net(torch.from_numpy(file["input"]))[0])
-    np.testing.assert_allclose(found.numpy(), file["seg_logits"], atol=1e-4, rtol=0)
+        logits = head(net.net(torch.from_numpy(file["input"]))[0])
+    np.testing.assert_allclose(logits.numpy(), file["seg_logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 80), (64, 32)])
@@ -64,7 +64,7 @@ def test_maps_lie_at_strides_4_8_16_and_16(size: tuple[int, int]) -> None:
     for maps, stride, dim in zip(features, (4, 8, 16, 16), net.dims, strict=True):
         assert maps.shape == (2, dim, size[0] // stride, size[1] // stride)
     cells = size[0] * size[1] // 256
-    assert [tuple(found.shape) for pair in pairs for found in pair] == [(2, 8, cells, 32)] * 4
+    assert [tuple(tensor.shape) for pair in pairs for tensor in pair] == [(2, 8, cells, 32)] * 4
 
 
 def segmenter(**changes: Any) -> mit.Segmenter:
@@ -104,8 +104,8 @@ def test_a_segmenter_of_ours_and_a_frozen_encoder_load(tmp_path: Path) -> None:
     }
 
 
-def test_weights_that_do_not_fit_and_sizes_that_are_not_there_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there are mit_b0, mit_b1.*params\.yaml"):
+def test_weights_that_do_not_fit_and_unknown_architectures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there are mit_b0, mit_b1.*recipe"):
         backbone.create("mit_b9", 64, drop_path=0.0)
     net = backbone.create("mit_b0", 64, drop_path=0.0)
     backbone.load_initial(net, SCRATCH)

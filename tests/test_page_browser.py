@@ -103,7 +103,7 @@ def tab(browser: Any, small: Path) -> Iterator[Tab]:
 
 def test_filters_narrow_the_gallery_and_reset_brings_all_back(tab: Tab) -> None:
     count, form = tab.page.locator("#count"), tab.page.locator("#controls")
-    assert count.inner_text() == "80 of 80 pictures of split train" and len(tab.ids()) == 60
+    assert count.inner_text() == "80 of 80 images of split train" and len(tab.ids()) == 60
     form.locator("[name=tag]").select_option(label="dog")
     assert 20 < int(count.inner_text().split()[0]) < 35
     form.locator("[name=high]").fill("0.5")
@@ -153,7 +153,7 @@ def test_images_are_ordered_and_filtered_by_the_agreement_of_the_methods_at_any_
 def test_without_truth_the_worst_are_told_by_score_and_agreement(browser: Any, tmp_path: Path) -> None:
     path = page_case.write(tmp_path, [f"i{at}" for at in range(10)], methods=("a", "b", "c"), labels=LABELS, truth=False)
     opened = Tab(browser, path)
-    assert opened.page.input_value("[name=figure]") == "both"
+    assert opened.page.input_value("[name=figure]") == "score_and_agreement"
     both = [float(text) for text in opened.page.locator(".card .value").all_text_contents()]
     assert both == sorted(both) and opened.ids() != sorted(opened.ids())
     opened.page.select_option("[name=stage]", "predictions")  # there the score stands alone
@@ -276,7 +276,7 @@ def test_hostile_names_are_texts_and_each_has_its_address(browser: Any, tmp_path
     assert options == ["any", *HOSTILE.names]
     for image_id in ("ü ñ 漢字/🐄", "100% #hash?x=1", "</script><b>bold</b>", "../../etc/passwd"):
         at = opened.page.evaluate(
-            "(id) => JSON.parse(document.getElementById('facts').textContent).images.ids.indexOf(id)", image_id
+            "(id) => JSON.parse(document.getElementById('report-data').textContent).images.ids.indexOf(id)", image_id
         )
         opened.page.locator("[name=stage]").select_option("pseudo_masks")
         if not opened.page.locator(f'.card[data-at="{at}"]').count():
@@ -298,12 +298,12 @@ def test_an_address_of_nothing_is_told(browser: Any, small: Path) -> None:
     opened.close()
 
 
-def test_side_by_side_says_which_method_did_not_keep_an_image(browser: Any, tmp_path: Path) -> None:
+def test_side_by_side_says_which_gallery_lacks_an_image(browser: Any, tmp_path: Path) -> None:
     path = page_case.write(tmp_path, ["a", "b", "c"], labels=LABELS, dropped=["b"])
     opened = Tab(browser, path)
     opened.page.keyboard.press("s")
-    opened.page.wait_for_selector(".told")
-    assert opened.page.locator(".told").all_text_contents() == ["weaktr did not keep this image"]
+    opened.page.wait_for_selector(".message")
+    assert opened.page.locator(".message").all_text_contents() == ["not in the gallery of weaktr"]
     opened.page.keyboard.press("m")
     assert sorted(opened.ids()) == ["a", "c"]
     opened.close()

@@ -28,8 +28,8 @@ def case() -> tuple[dict[str, np.ndarray], Tensor]:
 def test_planes_are_refined_as_the_authors_refine_them(iterations: int) -> None:
     file, image = case()
     assert tuple(file["dilations"]) == DILATIONS
-    found = par.pixel_adaptive_refine(image, torch.from_numpy(file["masks"]), dilations=DILATIONS, iterations=iterations)
-    np.testing.assert_allclose(found.numpy(), file[f"out_iter{iterations}"], atol=2e-5, rtol=0)
+    refined = par.pixel_adaptive_refine(image, torch.from_numpy(file["masks"]), dilations=DILATIONS, iterations=iterations)
+    np.testing.assert_allclose(refined.numpy(), file[f"out_iter{iterations}"], atol=2e-5, rtol=0)
 
 
 def test_the_weights_around_single_pixels_are_the_authors() -> None:
@@ -37,8 +37,8 @@ def test_the_weights_around_single_pixels_are_the_authors() -> None:
     points = torch.zeros(1, 3, 80, 96)
     for plane, (y, x) in enumerate(file["delta_points_yx"]):
         points[0, plane, y, x] = 1
-    found = par.pixel_adaptive_refine(image, points, dilations=DILATIONS, iterations=1)
-    np.testing.assert_allclose(found.numpy(), file["delta_out_iter1"], atol=1e-5, rtol=0)
+    refined = par.pixel_adaptive_refine(image, points, dilations=DILATIONS, iterations=1)
+    np.testing.assert_allclose(refined.numpy(), file["delta_out_iter1"], atol=1e-5, rtol=0)
     ones = par.pixel_adaptive_refine(image, torch.ones(1, 1, 80, 96), dilations=DILATIONS, iterations=10)
     np.testing.assert_allclose(ones.mean().item(), file["mass_of_ones_iter10"], rtol=1e-5)
 
@@ -48,11 +48,11 @@ def test_the_weights_around_single_pixels_are_the_authors() -> None:
 def test_each_plane_is_refined_by_itself_and_stays_within_its_range(h: int, w: int, planes: int, iterations: int) -> None:
     generator = torch.Generator().manual_seed(h * 41 + w)
     image, given_planes = torch.rand(1, 3, h, w, generator=generator), torch.rand(1, planes, h, w, generator=generator)
-    found = par.pixel_adaptive_refine(image, given_planes, dilations=(1, 2, 4), iterations=iterations)
-    assert torch.isfinite(found).all() and (found >= 0).all()
-    assert (found <= given_planes.max() * 1.01**iterations + 1e-5).all()
+    refined = par.pixel_adaptive_refine(image, given_planes, dilations=(1, 2, 4), iterations=iterations)
+    assert torch.isfinite(refined).all() and (refined >= 0).all()
+    assert (refined <= given_planes.max() * 1.01**iterations + 1e-5).all()
     alone = par.pixel_adaptive_refine(image, given_planes[:, -1:], dilations=(1, 2, 4), iterations=iterations)
-    torch.testing.assert_close(found[:, -1:], alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(refined[:, -1:], alone, atol=1e-6, rtol=0)
 
 
 def test_tiles_of_a_large_image_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +67,8 @@ def test_labels_stop_at_edges_of_colour() -> None:
     image[..., 16:] = 0.8
     rough = torch.zeros(1, 1, 32, 32)
     rough[..., 13:] = 1  # leaks over the edge by three pixels
-    found = par.pixel_adaptive_refine(image, rough, dilations=(1, 2, 4), iterations=20)[0, 0]
-    assert found[:, :16].max() < 0.5 < found[:, 16:].min()
+    refined = par.pixel_adaptive_refine(image, rough, dilations=(1, 2, 4), iterations=20)[0, 0]
+    assert refined[:, :16].max() < 0.5 < refined[:, 16:].min()
 
 
 def test_the_refiner_makes_the_authors_pseudo_labels() -> None:
@@ -81,9 +81,9 @@ def test_the_refiner_makes_the_authors_pseudo_labels() -> None:
         maps = ImageMaps(classes, file["cams_grid"][index][classes], image.shape[:2])
         low, high = (planes.labels_of(refiner(image, maps, float(file[f"bkg_{name}"])), classes) for name in ("low", "high"))
         top, left, bottom, right = file["img_box_y0y1x0x1"][index][[0, 2, 1, 3]]
-        found = np.full(image.shape[:2], IGNORE, np.uint8)
-        found[top:bottom, left:right] = planes.trinary_labels(low, high)[top:bottom, left:right]
-        assert (found == file["label_pseudo_par"][index]).mean() >= 0.998
+        labels = np.full(image.shape[:2], IGNORE, np.uint8)
+        labels[top:bottom, left:right] = planes.trinary_labels(low, high)[top:bottom, left:right]
+        assert (labels == file["label_pseudo_par"][index]).mean() >= 0.998
 
 
 def test_no_dilation_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""PPL: patches run by themselves through shared blocks, in phases or all at once, and are put together without a seam of their own."""
+"""PPL: patches run alone through shared blocks, in phases or all at once, and are put together to one class map."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXPLICIT: Setting = {"mode": "explicit", "positions": [1, 2, 3]}
 def made(
     backbone: str = "resnet", architecture: str = "scenes_resnet", labels: LabelSpace = LABELS, **changes: Any
 ) -> ppl.Method:
-    """A method in eval mode whose residual branches all count, cut after group 2 where nothing else is said."""
+    """A method in eval mode whose residual branches all count, cut after group 2 unless changed."""
     model = toy_recipe("ppl")["train"]["model"]
     model |= {"architecture": architecture, "mode": "single", "positions": [2], "freeze_norms": False, **changes}
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def batch(size: int = 64) -> Batch:
 
 def branches(method: ppl.Method, images: Tensor, shifts: int = 1) -> list[Tensor]:
     with torch.no_grad():
-        return method._branches(images, method.params.positions, shifts)
+        return method.branch_maps(images, method.params.positions, shifts)
 
 
 def share_classifier(method: ppl.Method) -> ppl.Method:
@@ -75,14 +75,14 @@ def test_folding_patches_into_the_batch_equals_looping_over_them(
     backbone: str, architecture: str, position: int, grid: int
 ) -> None:
     method, images = made(backbone, architecture, positions=[position], grid=grid), torch.rand(2, 3, 64, 64)
-    found = branches(method, images)[1]
+    patched = branches(method, images)[1]
     with torch.no_grad():
         (maps, before), _ = method.backbone.trunk(images, [position])
         side, cells = maps.shape[-1] // grid, 8 // grid
         for y, x in product(range(grid), repeat=2):
             patch = maps[..., y * side : (y + 1) * side, x * side : (x + 1) * side]
             alone = method.fc8[1](method.backbone.rest((patch, before), position))
-            part = found[..., y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
+            part = patched[..., y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
             torch.testing.assert_close(part, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -98,20 +98,22 @@ def test_one_patch_is_the_global_path_and_four_are_not(backbone: str, architectu
 
 @pytest.mark.parametrize(("backbone", "architecture"), BACKBONES)
 @pytest.mark.parametrize("position", [1, 3])
-def test_a_patch_sees_nothing_of_another_patch(backbone: str, architecture: str, position: int) -> None:
-    method = made(backbone, architecture, positions=[position])
+def test_a_patch_does_not_depend_on_another_patch(
+    backbone: str, architecture: str, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, images = made(backbone, architecture, positions=[position]), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        (maps, before), (last, _) = method.backbone.trunk(torch.rand(1, 3, 64, 64), [position])
-        kept = [torch.ones(1)] * 2
-        boxes, grid = ppl.pieces((8, 8), 2, 0.0), (last.shape[-2], last.shape[-1])
-        plain = method._patched(1, position, (maps, before), grid, boxes, kept[1][:, None, None, None])
-        changed = maps.clone()
-        changed[..., maps.shape[-1] // 2 :, : maps.shape[-1] // 2] += 5 * torch.rand(1)
-        other = method._patched(1, position, (changed, before), grid, boxes, kept[1][:, None, None, None])
-        whole = [method.backbone.rest((state, before), position) for state in (maps, changed)]
-    assert not torch.equal(plain[..., 4:, :4], other[..., 4:, :4])
+        (maps, tokens), last = method.backbone.trunk(images, [position])
+    changed = maps.clone()
+    changed[..., maps.shape[-1] // 2 :, : maps.shape[-1] // 2] += 5 * torch.rand(1)  # the patch at the lower left
+    plain = branches(method, images)[1]
+    monkeypatch.setattr(method.backbone, "trunk", lambda images, positions: [(changed, tokens), last])
+    disturbed = branches(method, images)[1]
+    assert not torch.equal(plain[..., 4:, :4], disturbed[..., 4:, :4])
     for rows, columns in ((slice(0, 4), slice(0, 8)), (slice(4, 8), slice(4, 8))):
-        assert torch.equal(plain[..., rows, columns], other[..., rows, columns])
+        assert torch.equal(plain[..., rows, columns], disturbed[..., rows, columns])
+    with torch.no_grad():
+        whole = [method.backbone.rest((state, tokens), position) for state in (maps, changed)]
     assert not torch.equal(whole[0][..., :4, :4], whole[1][..., :4, :4])  # unlike the global path
 
 
@@ -177,36 +179,36 @@ def test_the_other_modes_have_one_phase(mode: str) -> None:
     assert [phase.name for phase in made(mode=mode, positions=positions).phases()] == [mode]
 
 
-def ran(method: ppl.Method, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Fills with (position, patches in the batch) of every pass through the last blocks."""
-    found: list[tuple[int, int]] = []
-    true = method.backbone.rest
+def recorded_passes(method: ppl.Method, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """A list that gets (position, patches in the batch) of every later pass through the last blocks."""
+    passes: list[tuple[int, int]] = []
+    original = method.backbone.rest
 
     def rest(state: Any, position: int) -> Tensor:
-        found.append((position, len(state[0])))
-        return true(state, position)
+        passes.append((position, len(state[0])))
+        return original(state, position)
 
     monkeypatch.setattr(method.backbone, "rest", rest)
-    return found
+    return passes
 
 
 def test_only_the_position_of_the_phase_runs_and_all_patches_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     method = made(mode="progressive", positions=[3, 1])
-    found = ran(method, monkeypatch)
+    passes = recorded_passes(method, monkeypatch)
     for phase in (0, 1):
         method.losses(batch(), Clock(phase, 0, 1))
-    assert found == [(3, 8), (1, 8)]
+    assert passes == [(3, 8), (1, 8)]
     method.score_maps(batch().images, BOTH)
-    assert found[2:] == [(1, 8)]  # the score maps are the last phase's
+    assert passes[2:] == [(1, 8)]  # the score maps are the last phase's
 
 
 def test_a_plain_network_has_no_patch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     method = made(mode="plain", positions=[])
-    found = ran(method, monkeypatch)
+    passes = recorded_passes(method, monkeypatch)
     scores = method.score_maps(batch().images, BOTH).scores
-    assert found == [] and len(method.fc8) == 1
+    assert passes == [] and len(method.fc8) == 1
     torch.testing.assert_close(scores, method.fc8[0](method.backbone(batch().images)).relu())
-    with pytest.raises(ValueError, match=r"paths to both in params\.yaml"):
+    with pytest.raises(ValueError, match=r"paths to both in the recipe"):
         method.score_maps(batch().images, ppl.Options(1, "patch"))
 
 
@@ -217,7 +219,7 @@ def test_a_plain_network_has_no_patch_path(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_every_cell_lies_in_exactly_one_patch(grid: tuple[int, int], patches: int, shift: float) -> None:
     count = torch.zeros(grid)
-    boxes = ppl.pieces(grid, patches, shift)
+    boxes = ppl.patch_boxes(grid, patches, shift)
     for (h, w), corners in boxes.items():
         for y, x in corners:
             assert h >= 1 and w >= 1 and y + h <= grid[0] and x + w <= grid[1]
@@ -244,8 +246,8 @@ def test_images_of_any_size_get_score_maps() -> None:
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     settings = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "x.png", (61, 83), "train", (0, 2), b"")
-    found = score_maps.score([image], [record], made(), ppl.Options(2, "both"), settings, "cpu")[0]
-    assert found["scores"].shape == (2, 16, 21)
+    fields = score_maps.score([image], [record], made(), ppl.Options(2, "both"), settings, "cpu")[0]
+    assert fields["scores"].shape == (2, 16, 21)
 
 
 @pytest.mark.parametrize("position", [1, 2, 3])
@@ -258,22 +260,22 @@ def test_shifted_grids_flatten_the_cross_on_an_image_of_one_colour(position: int
     assert max(seams[1:]) < 0.9 * seams[0]
 
 
-def test_the_score_map_takes_the_paths_that_are_asked_for() -> None:
+def test_the_score_map_is_made_of_the_chosen_paths() -> None:
     method, images = made(**EXPLICIT), torch.rand(2, 3, 64, 64)
     whole, *patched = branches(method, images)
-    found = {paths: method.score_maps(images, ppl.Options(1, paths)) for paths in ("both", "global", "patch")}
-    torch.testing.assert_close(found["global"].scores, whole.relu())
-    torch.testing.assert_close(found["patch"].scores, torch.stack(patched).sum(dim=0).relu())
-    torch.testing.assert_close(found["both"].scores, (whole + torch.stack(patched).sum(dim=0)).relu())
-    assert torch.equal(found["both"].tag_logits, found["global"].tag_logits)  # the tags are judged by all
+    maps = {paths: method.score_maps(images, ppl.Options(1, paths)) for paths in ("both", "global", "patch")}
+    torch.testing.assert_close(maps["global"].scores, whole.relu())
+    torch.testing.assert_close(maps["patch"].scores, torch.stack(patched).sum(dim=0).relu())
+    torch.testing.assert_close(maps["both"].scores, (whole + torch.stack(patched).sum(dim=0)).relu())
+    assert torch.equal(maps["both"].tag_logits, maps["global"].tag_logits)  # tag logits are of all paths
 
 
 def test_inspection_shows_every_branch() -> None:
-    found = made(**EXPLICIT).inspect(torch.rand(1, 3, 64, 64))
-    assert list(found) == ["class_map", "global", "after_1", "after_2", "after_3", "logits", "classifier_norms"]
-    summed = torch.stack([found[name] for name in list(found)[1:5]]).sum(dim=0)
-    torch.testing.assert_close(found["class_map"], summed)
-    assert found["classifier_norms"].shape == (1, 4)
+    tensors = made(**EXPLICIT).inspect(torch.rand(1, 3, 64, 64))
+    assert list(tensors) == ["class_map", "global", "after_1", "after_2", "after_3", "logits", "classifier_norms"]
+    summed = torch.stack([tensors[name] for name in list(tensors)[1:5]]).sum(dim=0)
+    torch.testing.assert_close(tensors["class_map"], summed)
+    assert tensors["classifier_norms"].shape == (1, 4)
 
 
 def test_channels_are_dropped_per_image_and_not_per_patch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,19 +302,19 @@ def test_frozen_groups_and_norms_learn_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"mode": "plain", "positions": [1]}, "plain takes none"),
         ({"mode": "single", "positions": [1, 2]}, "single one"),
         ({"mode": "progressive", "positions": []}, "one or more"),
-        ({"mode": "explicit", "positions": [2, 2]}, "one twice"),
+        ({"mode": "explicit", "positions": [2, 2]}, "names a position twice"),
         ({"positions": [0]}, "positions"),
-        ({"positions": [4]}, r"go to 3, not to 4 \(edit params\.yaml\)"),
+        ({"positions": [4]}, r"go to 3, not to 4 \(edit the recipe\)"),
         ({"frozen_groups": 5}, "go to 3, not to 5"),
     ],
 )
-def test_modes_and_positions_that_do_not_fit_are_told(changes: Setting, told: str) -> None:
-    with pytest.raises((ParamsError, ValueError), match=told):
+def test_modes_and_positions_that_do_not_fit_are_refused(changes: Setting, message: str) -> None:
+    with pytest.raises((ParamsError, ValueError), match=message):
         made(**changes)
 
 
@@ -354,6 +356,6 @@ def test_on_resnet38d_it_has_the_names_shapes_and_size_of_the_reconstruction(tit
         method = made("resnet", "resnet38d", labels, mode=mode, positions=[3, 4, 5], drop_path=0.0)
     weight = torch.empty(wanted["fc8.weight"], device="meta")
     expected = {f"backbone.net.{name}": shape for name, shape in wanted.items() if name != "fc8.weight"}
-    expected |= {name: tuple(share.shape) for name, share in ppl.split_classifier(weight, len(method.fc8)).items()}
+    expected |= {name: tuple(part.shape) for name, part in ppl.split_classifier(weight, len(method.fc8)).items()}
     assert {name: tuple(value.shape) for name, value in method.state_dict().items()} == expected
     assert sum(value.numel() for value in method.state_dict().values()) == values

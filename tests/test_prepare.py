@@ -1,4 +1,4 @@
-"""Prepare opens every image once, says all that is wrong at once, and writes the same bytes however many processes help."""
+"""Prepare opens every image once, lists all problems at once, and writes the same bytes however many processes help."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def pixels(found: records.Records, root: Path, image_id: str) -> np.ndarray:
-    return records.read_image(found.by_id()[image_id], root)
+def pixels(prepared: records.Records, root: Path, image_id: str) -> np.ndarray:
+    return records.read_image(prepared.by_id()[image_id], root)
 
 
 # -- the audit list ----------------------------------------------------------------------------------------------------
@@ -102,30 +102,31 @@ def test_an_audit_list_that_is_all_there_is_changes_no_byte(root: Path, out: Pat
         assert (out / name).read_bytes() == (out / "listed" / name).read_bytes()
 
 
-def test_unknown_ids_and_images_without_masks_in_an_audit_list_are_all_told(root: Path, out: Path) -> None:
+def test_unknown_ids_and_images_without_masks_in_an_audit_list_are_all_reported(root: Path, out: Path) -> None:
     (masked(root, 1) / "audit.txt").write_text("dog/größe 0\ncat/good\n<script>\n../x\n", encoding="utf-8")
     text = str(failure(root, out, audit_list="audit.txt"))
-    for told in (
+    for problem in (
         "'<script>': in audit.txt, but no image",
         "'../x': in audit.txt, but no image",
         "'cat/good': in audit.txt, but it has no mask",
     ):
-        assert told in text
+        assert problem in text
     assert "größe" not in text
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [("none.txt", None, "cannot be read"), ("audit.txt", b"\n \n", "names no image"), ("audit.txt", b"\xff\xfe", "cannot be read"),
-     ("../audit.txt", b"cat/good", "must lie under dataset.root"), ("/audit.txt", None, "must lie under dataset.root")],
+    ("name", "content", "problem"),
+    [("none.txt", None, "cannot be read"), ("audit.txt", b"\n \n", "names no image"),
+     ("audit.txt", b"\xff\xfe", "cannot be read"), ("../audit.txt", b"cat/good", "must lie under dataset.root"),
+     ("/audit.txt", None, "must lie under dataset.root")],
 )  # fmt: skip
 def test_an_audit_list_that_is_no_list_is_refused_with_its_key(
-    root: Path, out: Path, name: str, content: bytes | None, told: str
+    root: Path, out: Path, name: str, content: bytes | None, problem: str
 ) -> None:
     if content is not None:
         (root / name).write_bytes(content)
     text = str(failure(root, out, audit_list=name))
-    assert told in text and "prepare.audit_list" in text and "params.yaml" in text
+    assert problem in text and "prepare.audit_list" in text and "params.yaml" in text
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -133,12 +134,12 @@ def test_an_audit_list_that_is_no_list_is_refused_with_its_key(
 
 def test_records_hold_size_split_tags_and_hash_and_truth_holds_the_masks(tmp_path: Path, out: Path) -> None:
     root = toy_folder(tmp_path / "raw")
-    found = run(root, out)
-    assert records.read(out / "records.h5") == found
-    assert (len(found.split("train")), len(found.split("val")), found.labels.names) == (9, 3, ("disc", "square"))
+    prepared = run(root, out)
+    assert records.read(out / "records.h5") == prepared
+    assert (len(prepared.split("train")), len(prepared.split("val")), prepared.labels.names) == (9, 3, ("disc", "square"))
     truth = store.Store(out / "truth.h5", store.TRUTH)
-    truth.require([record.id for record in found])
-    for record in found:
+    truth.require([record.id for record in prepared])
+    for record in prepared:
         mask = truth.read(record.id, "mask")
         assert mask.shape == record.size and set(np.unique(mask)) - {0} == {tag + 1 for tag in record.tags or ()}
         assert store.file_digest(root / record.path) == record.sha256.hex()
@@ -158,13 +159,13 @@ def test_every_kind_of_pixel_becomes_rgb(root: Path, out: Path) -> None:
     save(Image.new("CMYK", (8, 6), (0, 255, 255, 0)), root / "images/cat/cmyk.jpg", quality=100)
     save(Image.new("RGBA", (8, 6), (0, 0, 0, 0)), root / "images/cat/clear.png")
     save(Image.new("RGB", (8, 6), (200, 0, 0)).quantize(2), root / "images/cat/palette.png")
-    found = run(root, out)
+    prepared = run(root, out)
     for name in ("grey", "sixteen", "tiff16"):
-        assert np.array_equal(pixels(found, root, f"cat/{name}"), np.repeat(grey[..., None], 3, axis=2)), name
-    red = pixels(found, root, "cat/cmyk")[0, 0].astype(int)
+        assert np.array_equal(pixels(prepared, root, f"cat/{name}"), np.repeat(grey[..., None], 3, axis=2)), name
+    red = pixels(prepared, root, "cat/cmyk")[0, 0].astype(int)
     assert red[0] > 200 and red[1:].max() < 60
-    assert (pixels(found, root, "cat/clear") == 255).all()
-    assert pixels(found, root, "cat/palette")[0, 0].tolist() == [200, 0, 0]
+    assert (pixels(prepared, root, "cat/clear") == 255).all()
+    assert pixels(prepared, root, "cat/palette")[0, 0].tolist() == [200, 0, 0]
 
 
 def test_exif_orientation_is_applied_and_masks_are_taken_as_upright(root: Path, out: Path) -> None:
@@ -172,8 +173,8 @@ def test_exif_orientation_is_applied_and_masks_are_taken_as_upright(root: Path, 
     exif[0x0112] = 6  # the camera was turned: stored lying, shown upright
     save(Image.new("RGB", (8, 6)), root / "images/cat/turned.jpg", exif=exif)
     save(Image.new("L", (6, 8), 1), root / "masks/cat/turned.png")
-    found = run(root, out)
-    assert found.by_id()["cat/turned"].size == (8, 6) == pixels(found, root, "cat/turned").shape[:2]
+    prepared = run(root, out)
+    assert prepared.by_id()["cat/turned"].size == (8, 6) == pixels(prepared, root, "cat/turned").shape[:2]
     save(Image.new("L", (8, 6), 1), root / "masks/cat/turned.png")
     assert "masks are not rotated by EXIF" in str(failure(root, out.with_name("again")))
 
@@ -182,8 +183,8 @@ def test_one_pixel_and_forty_eight_million_are_both_fine(root: Path, out: Path) 
     save(Image.new("RGB", (1, 1)), root / "images/cat/dot.png")
     save(Image.new("L", (1, 1), 1), root / "masks/cat/dot.png")
     save(Image.new("L", (8000, 6000), 90), root / "images/cat/huge.png", compress_level=1)
-    found = run(root, out)
-    assert (found.by_id()["cat/dot"].size, found.by_id()["cat/huge"].size) == ((1, 1), (6000, 8000))
+    prepared = run(root, out)
+    assert (prepared.by_id()["cat/dot"].size, prepared.by_id()["cat/huge"].size) == ((1, 1), (6000, 8000))
     assert store.Store(out / "truth.h5", store.TRUTH).read("cat/dot", "mask").tolist() == [[1]]
 
 
@@ -199,14 +200,18 @@ def test_untagged_images_and_images_without_a_class_stay_apart(root: Path, out: 
     for name in ("none", "unknown"):
         save(Image.new("RGB", (3, 3)), root / f"images/{name}.png")
     run(root, out)
-    assert {one.id: one.tags for one in records.read(out / "records.h5")} == {"cat/good": (0,), "none": (), "unknown": None}
+    assert {record.id: record.tags for record in records.read(out / "records.h5")} == {
+        "cat/good": (0,),
+        "none": (),
+        "unknown": None,
+    }
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def spoil_images(root: Path) -> dict[str, str]:
-    """Adds one image per way of being unusable; id → words that the reason must hold."""
+def add_unusable_images(root: Path) -> dict[str, str]:
+    """Adds an image per way of being unusable; id → words that the reason must hold."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     save(noise, root / "images/cat/cut.jpg")
     (root / "images/cat/cut.jpg").write_bytes((root / "images/cat/cut.jpg").read_bytes()[:-600])
@@ -233,7 +238,7 @@ def spoil_images(root: Path) -> dict[str, str]:
 
 
 def test_every_unusable_image_is_listed_with_its_reason(root: Path, out: Path) -> None:
-    expected = spoil_images(root)
+    expected = add_unusable_images(root)
     error = failure(root, out)
     assert len(error.problems) == len(expected) and f"{len(expected)} problems" in str(error)
     for image_id, words in expected.items():
@@ -242,18 +247,20 @@ def test_every_unusable_image_is_listed_with_its_reason(root: Path, out: Path) -
 
 
 def test_skip_leaves_them_out_and_records_why(root: Path, out: Path) -> None:
-    expected = spoil_images(root)
+    expected = add_unusable_images(root)
     run(root, out, on_bad_image="skip")
-    found = records.read(out / "records.h5")
-    assert [one.id for one in found] == ["cat/good"] and {image_id for image_id, _ in found.skipped} == set(expected)
-    assert all(expected[image_id] in reason for image_id, reason in found.skipped)
+    prepared = records.read(out / "records.h5")
+    assert [record.id for record in prepared] == ["cat/good"] and {image_id for image_id, _ in prepared.skipped} == set(
+        expected
+    )
+    assert all(expected[image_id] in reason for image_id, reason in prepared.skipped)
 
 
-def test_mistakes_in_lists_and_broken_images_come_in_one_error(root: Path, out: Path) -> None:
+def test_problems_of_lists_and_broken_images_come_in_one_error(root: Path, out: Path) -> None:
     (root / "tags.csv").write_text("id,tags\ncat/good,cat dragon\nghost,cat\n../up,cat\ncat/cut,cat\n")
-    spoil_images(root)
+    add_unusable_images(root)
     save(Image.new("RGB", (8, 6)), root / "images/cat/good.jpg")
-    found = "\n".join(failure(root, out, options={"classes": ["cat"], "val_share": 0.0}).problems)
+    problems = "\n".join(failure(root, out, options={"classes": ["cat"], "val_share": 0.0}).problems)
     for words in (
         "unknown tag 'dragon'; known are cat",
         "'ghost'",
@@ -262,15 +269,15 @@ def test_mistakes_in_lists_and_broken_images_come_in_one_error(root: Path, out: 
         "truncated",
         "mask is 4×4",
     ):
-        assert words in found
+        assert words in problems
 
 
-def test_mistakes_in_lists_are_never_skipped(root: Path, out: Path) -> None:
+def test_problems_of_lists_are_never_skipped(root: Path, out: Path) -> None:
     save(Image.new("RGB", (8, 6)), root / "images/cat/good.jpg")
     assert "two image files have this id" in str(failure(root, out, on_bad_image="skip"))
 
 
-def test_twenty_offenders_are_shown_and_all_are_counted(root: Path, out: Path) -> None:
+def test_twenty_problems_are_shown_and_all_are_counted(root: Path, out: Path) -> None:
     for number in range(30):
         (root / f"images/cat/{number:02d}.jpg").write_bytes(b"")
     text = str(failure(root, out))
@@ -340,8 +347,8 @@ def test_the_stage_names_wrong_params_and_a_missing_root(tmp_path: Path, monkeyp
     toy.write(tmp_path)
     arguments = ["--raw", "raw", "--records", "r.h5", "--truth", "t.h5"]
     (tmp_path / "raw").mkdir()
-    told = CliRunner().invoke(main, arguments).output
-    assert "dataset.options.val_share" in told and "dataset.options.extra: unknown key" in told
+    output = CliRunner().invoke(main, arguments).output
+    assert "dataset.options.val_share" in output and "dataset.options.extra: unknown key" in output
     toy.params["dataset"]["options"] = FOLDER
     toy.write(tmp_path)
     (tmp_path / "raw").rmdir()
@@ -349,8 +356,8 @@ def test_the_stage_names_wrong_params_and_a_missing_root(tmp_path: Path, monkeyp
 
 
 def test_help_says_what_is_read_and_written() -> None:
-    told = CliRunner().invoke(main, ["--help"]).output
-    assert told.count("Read:") == 1 and told.count("Written:") == 2
+    output = CliRunner().invoke(main, ["--help"]).output
+    assert output.count("Read:") == 1 and output.count("Written:") == 2
 
 
 def test_prepare_imports_no_torch() -> None:
@@ -367,8 +374,8 @@ def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
     settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
     mapper = partial(runtime.each, what="prepare")
     places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
-    found = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, **places)
+    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, **places)
     truth = store.Store(tmp_path / "t.h5", store.TRUTH)
-    assert (len(found.split("train")), len(found.split("val")), len(truth)) == (48, 24, 72)
+    assert (len(prepared.split("train")), len(prepared.split("val")), len(truth)) == (48, 24, 72)
     with h5py.File(tmp_path / "t.h5") as file:
         assert set(np.unique(file["mask"]["data"][()])) <= {*range(7), IGNORE}

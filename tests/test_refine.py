@@ -1,4 +1,4 @@
-"""fit_refiner and refine: the background level, both refiners, workers, resuming."""
+"""fit_refiner and refine: thresholds, both refiners, workers, resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ResNet family: published names and shapes, maps of several depths, and passes that can be cut; the latter two for all families."""
+"""The ResNet family: published names and shapes, maps of several depths, and passes that can be cut; the latter two for all
+families."""
 
 from __future__ import annotations
 
@@ -54,13 +55,13 @@ def resnet38d() -> resnet.Backbone:
 
 @pytest.mark.parametrize(("family", "architecture"), STRIDES)
 @pytest.mark.parametrize("size", [(32, 32), (48, 80)])
-def test_feature_maps_have_the_channels_and_strides_that_are_promised(
+def test_feature_maps_have_the_channels_and_strides_that_the_backbone_states(
     family: str, architecture: str, size: tuple[int, int]
 ) -> None:
     net = made(family, architecture)
     assert net.strides == STRIDES[family, architecture] and net.stride == net.strides[-1] and net.dim == net.dims[-1]
     maps = net.feature_maps(torch.rand(2, 3, *size))
-    assert [tuple(found.shape) for found in maps] == [
+    assert [tuple(feature_map.shape) for feature_map in maps] == [
         (2, dim, size[0] // stride, size[1] // stride) for dim, stride in zip(net.dims, net.strides, strict=True)
     ]
 
@@ -127,7 +128,7 @@ def test_resnet38d_lies_at_stride_8_with_taps_of_512_1024_and_4096_channels() ->
     net = resnet38d()
     assert (net.stride, net.dim, net.dims, net.strides) == (8, 4096, (128, 256, 512, 1024, 4096), (2, 4, 8, 8, 8))
     maps = net.eval().feature_maps(torch.rand(1, 3, 128, 96, device="meta"))
-    assert [tuple(found.shape) for found in maps] == [
+    assert [tuple(feature_map.shape) for feature_map in maps] == [
         (1, dim, 128 // stride, 96 // stride) for dim, stride in zip(net.dims, net.strides, strict=True)
     ]
     dilations = {name: module.dilation[0] for name, module in net.net.named_modules() if isinstance(module, nn.Conv2d)}
@@ -151,19 +152,19 @@ def test_shallow_taps_and_the_plain_pass_of_resnet38d_agree_on_real_numbers() ->
     with torch.no_grad():
         maps = net.feature_maps(images)
         assert torch.equal(maps[-1], net(images)) and maps[-1].shape == (1, 4096, 2, 2)
-        assert all((found >= 0).all() for found in maps)
+        assert all((feature_map >= 0).all() for feature_map in maps)
         assert torch.equal(net.net.b3.normed(net.net.group(0, net.normalise(images))), maps[0])
 
 
 def aliases(state: dict[str, Tensor], style: str) -> dict[str, Tensor]:
     """timm's names → one of IRN's."""
     stem = {"conv1": "0", "bn1": "1", "layer1": "4"}
-    found = {}
+    aliased = {}
     for name, value in state.items():
         head, _, tail = name.partition(".")
         stage, place = (1, stem[head]) if head in stem else (int(head[-1]), "0")
-        found[f"{f'stage{stage}' if style == 'stage' else f'backbone.{stage - 1}'}.{place}.{tail}"] = value
-    return found
+        aliased[f"{f'stage{stage}' if style == 'stage' else f'backbone.{stage - 1}'}.{place}.{tail}"] = value
+    return aliased
 
 
 @pytest.mark.parametrize("style", ["timm", "resnet50", "stage", "backbone", "all"])
@@ -176,7 +177,7 @@ def test_weights_load_under_each_of_irns_names(style: str, tmp_path: Path) -> No
         "stage": aliases(state, "stage"),
         "backbone": aliases(state, "backbone"),
     }
-    given = {name: v for one in every.values() for name, v in one.items()} if style == "all" else every[style]
+    given = {name: v for state_dict in every.values() for name, v in state_dict.items()} if style == "all" else every[style]
     torch.save({f"module.{name}": v for name, v in given.items() if "num_batches" not in name}, tmp_path / "a.pth")
     resnet.load_initial(second, tmp_path / "a.pth")
     assert all(torch.equal(value, state[name]) for name, value in second.net.state_dict().items())
@@ -187,19 +188,19 @@ def test_irns_published_list_of_names_is_a_whole_resnet50() -> None:
     with torch.device("meta"):
         own = {name: tuple(v.shape) for name, v in resnet.create("resnet50", 64, drop_path=0.0).net.state_dict().items()}
     for prefix in ("resnet50.", "stage", "backbone."):
-        some = {name: torch.empty(shape, device="meta") for name, shape in wanted.items() if name.startswith(prefix)}
-        found = {name: tuple(value.shape) for name, value in resnet.renamed(some).items()}
-        assert {name: found[name] for name in own} == own, prefix
+        aliased = {name: torch.empty(shape, device="meta") for name, shape in wanted.items() if name.startswith(prefix)}
+        shapes = {name: tuple(value.shape) for name, value in resnet.renamed(aliased).items()}
+        assert {name: shapes[name] for name in own} == own, prefix
 
 
 def test_what_is_no_resnet_is_refused_with_advice(tmp_path: Path) -> None:
-    for name, told in (
-        ("resnet_of_nobody", r"resnet38d, scenes_resnet \(edit architecture in params\.yaml"),
+    for name, message in (
+        ("resnet_of_nobody", r"resnet38d, scenes_resnet \(edit architecture in the recipe"),
         ("resnet18@7", "@8 or @32"),
         ("deit_tiny_patch16_224", r"backbone to vit in params\.yaml"),
         ("efficientnet_b0", "no ResNet"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             resnet.create(name, 64, drop_path=0.0)
     with pytest.raises(ValueError, match="set drop_path to 0"):
         resnet.create("resnet38d", 64, drop_path=0.1)

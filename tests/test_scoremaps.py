@@ -75,7 +75,7 @@ def test_an_unknown_merge_rule_is_an_error_that_names_the_allowed_ones() -> None
         merge_views([torch.zeros(1, 1, 2, 2)], rule="median", size=(2, 2))  # type: ignore[arg-type]
 
 
-def test_trinary_labels_keep_what_the_high_level_sees_and_ignore_what_only_the_low_level_sees() -> None:
+def test_trinary_labels_keep_classes_above_the_high_threshold_and_ignore_those_above_the_low_one_alone() -> None:
     low, high = np.array([0, 3, 3, 2], np.uint8), np.array([0, 0, 3, 1], np.uint8)
     np.testing.assert_array_equal(trinary_labels(low, high), [0, 255, 3, 1])
     np.testing.assert_array_equal(trinary_labels(torch.from_numpy(low), torch.from_numpy(high)).numpy(), [0, 255, 3, 1])

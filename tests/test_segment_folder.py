@@ -66,17 +66,17 @@ def test_every_kind_of_image_gets_a_mask_and_an_overlay_of_its_upright_size(fold
         "sixteen": (24, 40),
         "one": (1, 1),
     }
-    made = {name for name in files(folder / "out") if name != "segmented.json"}
-    assert made == {f"masks/{name}.png" for name in sizes} | {f"overlays/{name}.jpg" for name in sizes}
+    written = {name for name in files(folder / "out") if name != "segmented.json"}
+    assert written == {f"masks/{name}.png" for name in sizes} | {f"overlays/{name}.jpg" for name in sizes}
     for name, size in sizes.items():
         with (
             Image.open(folder / "out" / "masks" / f"{name}.png") as mask,
-            Image.open(folder / "out/overlays" / f"{name}.jpg") as over,
+            Image.open(folder / "out/overlays" / f"{name}.jpg") as overlay,
         ):
-            assert mask.mode == "P" and mask.size[::-1] == over.size[::-1] == size
+            assert mask.mode == "P" and mask.size[::-1] == overlay.size[::-1] == size
             assert np.asarray(mask).max() <= 2 and mask.getpalette() == voc_palette().ravel().tolist()
-    told = json.loads((folder / "out" / "segmented.json").read_text(encoding="utf-8"))
-    assert [one["name"] for one in told["classes"]] == ["background", "disc", "square", "ignore"]
+    description = json.loads((folder / "out" / "segmented.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in description["classes"]] == ["background", "disc", "square", "ignore"]
 
 
 def test_the_mask_is_what_the_stage_of_the_dag_predicts(folder: Path) -> None:
@@ -89,11 +89,11 @@ def test_the_mask_is_what_the_stage_of_the_dag_predicts(folder: Path) -> None:
     words = ["--records", "records.h5", "--segmenter", "artifacts/cam/segmenter.safetensors", "--predictions", "predictions"]
     assert (result := CliRunner().invoke(segment.main, ["cam", *words])).exit_code == 0, result.output
     assert run().exit_code == 0
-    found = store.Store(folder / "predictions", store.PREDICTIONS)["x"]["label"]
-    np.testing.assert_array_equal(np.asarray(Image.open(folder / "out" / "masks" / "x.png")), found)
+    label = store.Store(folder / "predictions", store.PREDICTIONS)["x"]["label"]
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "out" / "masks" / "x.png")), label)
 
 
-def test_broken_images_are_told_at_the_end_and_do_not_stop_the_others(folder: Path) -> None:
+def test_broken_images_are_listed_at_the_end_and_do_not_stop_the_others(folder: Path) -> None:
     for name in ("a.jpg", "z.jpg"):
         Image.fromarray(picture(64, 64)).save(folder / "in" / name)
     whole = (folder / "in" / "a.jpg").read_bytes()
@@ -101,14 +101,14 @@ def test_broken_images_are_told_at_the_end_and_do_not_stop_the_others(folder: Pa
     (folder / "in" / "empty.png").write_bytes(b"")
     result = run()
     assert result.exit_code == 1
-    told = result.output.splitlines()
-    assert told[-3].startswith("'cut <script>.jpg' cannot be read: image file is truncated")
-    assert told[-2] == "'empty.png' cannot be read: not a known image format"
-    assert told[-1] == "2 masks and overlays written to out; 2 images could not be read"
+    lines = result.output.splitlines()
+    assert lines[-3].startswith("'cut <script>.jpg' cannot be read: image file is truncated")
+    assert lines[-2] == "'empty.png' cannot be read: not a known image format"
+    assert lines[-1] == "2 masks and overlays written to out; 2 images could not be read"
     assert sorted(files(folder / "out" / "masks")) == ["a.png", "z.png"]
 
 
-def test_what_is_there_is_kept_and_another_segmenter_needs_overwrite(folder: Path) -> None:
+def test_existing_masks_are_kept_and_another_segmenter_needs_overwrite(folder: Path) -> None:
     for name in ("a", "b"):
         Image.fromarray(picture(20, 20)).save(folder / "in" / f"{name}.png")
     assert run().exit_code == 0
@@ -133,21 +133,21 @@ def test_one_and_two_processes_write_the_same_bytes(folder: Path, monkeypatch: p
     for number in range(3):
         Image.fromarray(picture(20 + number, 30)).save(folder / "in" / f"{number}.png")
     assert run().exit_code == 0
-    one = files(folder / "out")
+    contents = files(folder / "out")
     shutil.rmtree(folder / "out")
     monkeypatch.setenv("TAG2MASK_WORKERS", "2")
     assert run().exit_code == 0
-    assert files(folder / "out") == one
+    assert files(folder / "out") == contents
 
 
 def test_images_that_share_a_stem_keep_their_suffixes(tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"")
-    found = {str(one.source): str(one.mask) for one in segment_folder.targets(tmp_path, Path("out"))}
-    assert found == {"a.jpg": "out/masks/a.jpg.png", "a.png": "out/masks/a.png.png", "b.jpg": "out/masks/b.png"}
+    masks = {str(target.source): str(target.mask) for target in segment_folder.targets(tmp_path, Path("out"))}
+    assert masks == {"a.jpg": "out/masks/a.jpg.png", "a.png": "out/masks/a.png.png", "b.jpg": "out/masks/b.png"}
 
 
-def test_what_cannot_work_is_told_before_any_work(folder: Path) -> None:
+def test_wrong_arguments_are_reported_before_any_work(folder: Path) -> None:
     assert "holds no image" in run().output
     Image.fromarray(picture(8, 8)).save(folder / "in" / "x.png")
     inside = CliRunner().invoke(command.main, ["cam", "--images", "in", "--out", "in/out"])
@@ -164,6 +164,6 @@ def test_what_cannot_work_is_told_before_any_work(folder: Path) -> None:
 def test_an_overlay_tints_classes_and_leaves_background_and_is_bounded() -> None:
     image, mask = np.full((30, 20, 3), 100, np.uint8), np.zeros((30, 20), np.uint8)
     mask[10:20] = 1
-    found = segment_folder.overlay(image, mask)
-    assert (found[:9] == 100).all() and (found[12:18] == (100 + voc_palette()[1]) // 2).all()
+    overlay = segment_folder.overlay(image, mask)
+    assert (overlay[:9] == 100).all() and (overlay[12:18] == (100 + voc_palette()[1]) // 2).all()
     assert segment_folder.overlay(np.zeros((5000, 10, 3), np.uint8), np.zeros((5000, 10), np.uint8)).shape == (2048, 4, 3)

@@ -38,8 +38,8 @@ def batch(masks: torch.Tensor) -> Batch:
 @pytest.mark.parametrize("architecture", ["scenes_resnet", "resnet18"])
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (64, 96)])
 def test_images_of_any_size_are_labelled(head: str, architecture: str, size: tuple[int, int]) -> None:
-    one = segmenter(head=head, architecture=architecture).eval()
-    assert one.segment(torch.rand(2, 3, *size), resnet.Options()).shape == (2, 3, *size)
+    network = segmenter(head=head, architecture=architecture).eval()
+    assert network.segment(torch.rand(2, 3, *size), resnet.Options()).shape == (2, 3, *size)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -99,9 +99,9 @@ def test_a_segmenter_of_ours_and_a_frozen_encoder_load(head: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [({"width": 60}, "multiples of 8"), ({"dilations": []}, "at least one"), ({"head": "deeplab_v1"}, "deeplab_v3plus")],
 )
-def test_settings_that_make_no_head_are_told(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ParamsError, match=told):
+def test_settings_that_make_no_head_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
         segmenter(**changes)

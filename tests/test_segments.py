@@ -1,4 +1,5 @@
-"""Segments voted by score maps: RLE, means, paint order, the file from outside and all that can be wrong with it, superpixels."""
+"""Segments voted by score maps: RLE, means, paint order, the file from outside and all that can be wrong with it,
+superpixels."""
 
 from __future__ import annotations
 
@@ -446,5 +447,6 @@ def test_a_source_with_keys_of_another_is_refused(tmp_path: Path) -> None:
 
 
 def test_neither_torch_nor_skimage_is_imported_where_a_file_is_read() -> None:
-    text = "import sys, pipeline.refiners.segments.refiner; sys.exit(bool({'torch', 'skimage', 'pycocotools'} & set(sys.modules)))"
+    unwanted = "{'torch', 'skimage', 'pycocotools'}"
+    text = f"import sys, pipeline.refiners.segments.refiner; sys.exit(bool({unwanted} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", text], cwd=PROJECT, check=False).returncode == 0

@@ -33,8 +33,8 @@ EPOCHS = 4
 
 
 class Scored(Toy):
-    """Its score is how near the head's first bias is to a goal; each step moves the bias up, in the last epoch `worse` times as
-    far."""
+    """Its score is how near the head's first bias is to a goal; each step moves the bias up, in the last epoch `worse` times
+    as far."""
 
     goal, worse = 1.5, 1000.0
 

@@ -159,8 +159,8 @@ def test_suppression_is_that_of_the_authors() -> None:
 
 def test_masks_of_relative_contrast_do_not_depend_on_the_scale_of_the_scores() -> None:
     scores = torch.rand(2, 5, 6)
-    wanted = soft_masks(scores, (20, 24), eps=0.1, contrast="relative")
-    torch.testing.assert_close(soft_masks(1e-3 * scores, (20, 24), eps=0.1, contrast="relative"), wanted)
+    expected = soft_masks(scores, (20, 24), eps=0.1, contrast="relative")
+    torch.testing.assert_close(soft_masks(1e-3 * scores, (20, 24), eps=0.1, contrast="relative"), expected)
     assert soft_masks(1e-3 * scores, (20, 24), eps=0.1, contrast="absolute").max() < 0.02
     empty = torch.zeros(1, 5, 6, requires_grad=True)
     mask = soft_masks(empty, (20, 24), eps=0.1, contrast="relative")

@@ -1,4 +1,4 @@
-"""The HDF5 store: what goes in comes out, the same bytes each time, and damage is named."""
+"""The HDF5 store: arrays are read as they were written, bytes are reproducible, and damage is named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(folder: Path, masks: dict[str, np.ndarray], per_part: int = 2, schema:
     return folder
 
 
-def some_masks(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_masks(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {f"id {number} ü/..": rng.integers(0, 3, rng.integers(1, 30, 2), dtype=np.uint8) for number in range(count)}
 
@@ -42,22 +42,22 @@ def some_masks(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(0, 7), per_part=st.integers(1, 4), seed=st.integers(0, 99))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, count: int, per_part: int, seed: int) -> None:
-    masks = some_masks(count, seed)
-    found = Store(write(tmp_path_factory.mktemp("s"), masks, per_part), store.PSEUDO_MASKS)
-    assert found.ids == sorted(masks) and len(found) == count and found.labels == LABELS
+    masks = random_masks(count, seed)
+    read = Store(write(tmp_path_factory.mktemp("s"), masks, per_part), store.PSEUDO_MASKS)
+    assert read.ids == sorted(masks) and len(read) == count and read.labels == LABELS
     for image_id, mask in masks.items():
-        np.testing.assert_array_equal(found[image_id]["mask"], mask)
+        np.testing.assert_array_equal(read[image_id]["mask"], mask)
 
 
 def test_the_same_items_give_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (write(tmp_path / name, some_masks(5)) for name in "ab")
+    first, second = (write(tmp_path / name, random_masks(5)) for name in "ab")
     assert [path.read_bytes() for path in sorted(first.iterdir())] == [
         path.read_bytes() for path in sorted(second.iterdir())
     ]
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path, some_masks(6))
+    folder = write(tmp_path, random_masks(6))
     store.part_path(folder, 1).unlink()
     with pytest.raises(StoreError, match=r"these are missing: \[1\]"):
         Store(folder, store.PSEUDO_MASKS)
@@ -67,15 +67,15 @@ def test_an_empty_folder_and_another_schema_are_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds no parts"):
         Store(tmp_path, store.PSEUDO_MASKS)
     with pytest.raises(StoreError, match="expected truth version 1"):
-        Store(write(tmp_path, some_masks(1)), store.TRUTH)
+        Store(write(tmp_path, random_masks(1)), store.TRUTH)
 
 
 def test_missing_extra_and_unknown_ids_are_named(tmp_path: Path) -> None:
-    found = Store(write(tmp_path, some_masks(2)), store.PSEUDO_MASKS)
+    masks = Store(write(tmp_path, random_masks(2)), store.PSEUDO_MASKS)
     with pytest.raises(StoreError, match=r"1 ids are missing \['new'\], 1 are not expected \['id 1"):
-        found.require([found.ids[0], "new"])
+        masks.require([masks.ids[0], "new"])
     with pytest.raises(StoreError, match="no id 'nobody'"):
-        found["nobody"]
+        masks["nobody"]
 
 
 def test_flipped_bits_are_found_and_named(tmp_path: Path) -> None:
@@ -96,19 +96,19 @@ def test_unsorted_ids_wrong_fields_and_axes_that_disagree_are_refused(tmp_path: 
             tmp_path / "p.h5", schema, items, labels=LABELS, part=0, parts=1, params_digest="", compression="none"
         )
 
-    one = np.zeros((2, 2), np.uint8)
+    mask = np.zeros((2, 2), np.uint8)
     with pytest.raises(StoreError, match="sorted and unique"):
-        part([("b", {"mask": one}), ("a", {"mask": one})])
+        part([("b", {"mask": mask}), ("a", {"mask": mask})])
     with pytest.raises(StoreError, match="has fields"):
-        part([("a", {"label": one})])
+        part([("a", {"label": mask})])
     with pytest.raises(StoreError, match="has shape"):
-        part([("a", {"mask": one[0]})])
+        part([("a", {"mask": mask[0]})])
     with pytest.raises(StoreError, match="along h"):
-        part([("a", {"label": one, "confidence": one[:1], "disagree": one})], store.REFINED)
+        part([("a", {"label": mask, "confidence": mask[:1], "disagree": mask})], store.REFINED)
     assert not (tmp_path / "p.h5").exists()
 
 
-def test_a_work_space_survives_an_error_and_is_gone_after_success(tmp_path: Path) -> None:
+def test_a_workspace_survives_an_error_and_is_gone_after_success(tmp_path: Path) -> None:
     out, root = tmp_path / "out", tmp_path / ".work"
     with pytest.raises(RuntimeError), Workspace(out, "key", root) as work:
         (work.result / "half").write_text("1")

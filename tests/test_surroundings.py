@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from pipeline.imaging import sheet, transforms
 from pipeline.jobs import inspect, score_maps
 from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
-from pipeline.report import page, surroundings
+from pipeline.report import inner_maps, surroundings, templates
 from pipeline.training.settings import Schedule
 from tests.test_training import records_of
 from tests.toy_batches import batch
@@ -39,18 +39,18 @@ class Fake:
     """Cosine of an image without class k and what is suppressed beside class j: its brightness, less for other classes."""
 
     stride = 16
-    told = "a <i>sea</i> & more"
+    description = "a <i>sea</i> & more"
 
     def surroundings(self, images: Tensor, pairs: Tensor) -> Surroundings:
         bright = images.mean(dim=(1, 2, 3))[pairs[:, 0]]
         match = bright[:, None] - 0.1 * (pairs[:, 1:] - torch.arange(3)).abs()
         left = torch.ones(len(pairs), 8, 8)
         left[:, :4] = 0
-        return Surroundings(match, left, self.told)
+        return Surroundings(match, left, self.description)
 
 
 class Idle(Fake):
-    told = "nothing"
+    description = "nothing"
 
     def surroundings(self, images: Tensor, pairs: Tensor) -> Surroundings:
         return dataclasses.replace(super().surroundings(images, pairs), match=torch.zeros(len(pairs), 0))
@@ -82,10 +82,10 @@ def seen(
     monkeypatch: pytest.MonkeyPatch, kind: type[Fake], job: score_maps.Job, parts: list[list[ImageRecord]]
 ) -> list[Any]:
     monkeypatch.setattr(score_maps, "load", lambda *_: kind())
-    return [inspect.look_around(part, job) for part in parts]
+    return [inspect.summarise_surroundings(part, job) for part in parts]
 
 
-def written(path: Path, found: inspect.Around, items: Sequence[store.Item] = ()) -> Path:
+def written(path: Path, found: inspect.SurroundingsSummary, items: Sequence[store.Item] = ()) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     store.write_part(
         path, store.INSPECTION, inspect.with_surroundings(items, found), labels=LABELS, part=0, parts=1, params_digest="",
@@ -97,7 +97,7 @@ def written(path: Path, found: inspect.Around, items: Sequence[store.Item] = ())
 def test_means_and_best_images_are_those_of_brute_force(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [images[:4], images[4:8], images[8:]]))
+    found = inspect.merged(seen(monkeypatch, Fake, job_of(tmp_path), [images[:4], images[4:8], images[8:]]))
     own: dict[int, list[tuple[float, str]]] = {label: [] for label in range(3)}
     other: dict[int, list[float]] = {label: [] for label in range(3)}
     for record in images:
@@ -118,12 +118,12 @@ def test_means_and_best_images_are_those_of_brute_force(
 
 
 def test_equal_matches_are_ordered_by_id_and_no_more_than_the_best_are_kept() -> None:
-    found = inspect.Around.none(1)
+    found = inspect.SurroundingsSummary.empty(1)
     for name in "dbfaec":
-        if found.offer(0, 0.5, name):
+        if found.is_among_best(0, 0.5, name):
             found.add(0, (-0.5, name, b""))
     assert [name for _, name, _ in found.best[0]] == ["a", "b", "c", "d"]
-    assert not found.offer(0, 0.5, "e") and found.offer(0, 0.6, "z") and not found.offer(0, 0.4, "a")
+    assert not found.is_among_best(0, 0.5, "e") and found.is_among_best(0, 0.6, "z") and not found.is_among_best(0, 0.4, "a")
 
 
 def test_a_part_does_not_depend_on_others(
@@ -132,14 +132,14 @@ def test_a_part_does_not_depend_on_others(
     parts = [images[:4], images[4:8], images[8:]]
     forth = seen(monkeypatch, Fake, job_of(tmp_path), parts)
     back = seen(monkeypatch, Fake, job_of(tmp_path), parts[::-1])[::-1]
-    first, second = (written(tmp_path / name, inspect.together(some)) for name, some in (("a.h5", forth), ("b.h5", back)))
+    first, second = (written(tmp_path / name, inspect.merged(some)) for name, some in (("a.h5", forth), ("b.h5", back)))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_picture_is_the_photograph_and_what_is_left_of_it(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [images[:1]]))
+    found = inspect.merged(seen(monkeypatch, Fake, job_of(tmp_path), [images[:1]]))
     picture = np.asarray(Image.open(io.BytesIO(found.best[0][0][2]))).astype(int)
     assert picture.shape[:2] == (inspect.HEIGHT, 2 * inspect.HEIGHT + sheet.GAP)
     photograph, left = picture[:, : inspect.HEIGHT], picture[:, -inspect.HEIGHT :]
@@ -150,10 +150,14 @@ def test_the_picture_is_the_photograph_and_what_is_left_of_it(
 def test_nothing_is_looked_at_where_nobody_asks_or_nothing_is_suppressed(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not inspect.looks_around(object(), 2) and not inspect.looks_around(Fake(), 0) and inspect.looks_around(Fake(), 2)
-    found = inspect.together(seen(monkeypatch, Idle, job_of(tmp_path), [images[:4], [], images[4:]]))
-    assert found.told == "nothing" and not found.best and not found.images.any()
-    assert inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [[]])).told == ""
+    assert (
+        not inspect.shows_surroundings(object(), 2)
+        and not inspect.shows_surroundings(Fake(), 0)
+        and inspect.shows_surroundings(Fake(), 2)
+    )
+    found = inspect.merged(seen(monkeypatch, Idle, job_of(tmp_path), [images[:4], [], images[4:]]))
+    assert found.description == "nothing" and not found.best and not found.images.any()
+    assert inspect.merged(seen(monkeypatch, Fake, job_of(tmp_path), [[]])).description == ""
     untagged = [dataclasses.replace(images[0], tags=tags) for tags in (None, ())]
     assert inspect.tagged([*untagged, dataclasses.replace(images[0], split="val"), images[0]]) == [images[0]]
 
@@ -168,20 +172,18 @@ def test_images_of_one_pixel_have_a_picture_too(tmp_path: Path, monkeypatch: pyt
         Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path)
         digest = hashlib.sha256(path.read_bytes()).digest()
         found.append(ImageRecord(f"../{at} 'ü\"<script>", path.name, size, "train", (0,), digest))
-    around = inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [found]))
+    around = inspect.merged(seen(monkeypatch, Fake, job_of(tmp_path), [found]))
     assert len(around.best[0]) == 3 and all(Image.open(io.BytesIO(jpeg)).height == 128 for _, _, jpeg in around.best[0])
 
 
 def section(facts: dict[str, Any]) -> str:
-    environment = Environment(loader=FileSystemLoader(page.WEB), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"figure": page.figure}
-    return environment.get_template("surroundings.html.jinja").render(around=facts, method="a<b>")
+    return templates.environment().get_template("surroundings.html.jinja").render(suppressed=facts, method="a<b>")
 
 
 def test_the_page_shows_each_class_its_means_and_its_best_images(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [images]))
+    found = inspect.merged(seen(monkeypatch, Fake, job_of(tmp_path), [images]))
     inner = store.empty(store.INSPECTION) | {
         "jpeg": np.ones(3, np.uint8),
         "panels": np.frombuffer(b"photograph,fine", np.uint8),
@@ -194,22 +196,27 @@ def test_the_page_shows_each_class_its_means_and_its_best_images(
         assert [picture["id"] for picture in one["pictures"]] == [image_id for _, image_id, _ in found.best[label]]
         assert one["images"] == found.images[label].tolist() and one["own"] > one["other"]
         for picture, (_, _, jpeg) in zip(one["pictures"], found.best[label], strict=True):
-            assert surroundings.base64.b64decode(picture["source"].partition(",")[2]) == jpeg
+            assert base64.b64decode(picture["source"].partition(",")[2]) == jpeg
     text = section(facts)
     assert "a &lt;i&gt;sea&lt;/i&gt; &amp; more" in text and "größe" in text and "<i>" not in text and "a<b>" not in text
     assert text.count("data:image/jpeg;base64") == sum(map(len, found.best.values()))
-    inside = page.inspected(path, records)
+    inside = inner_maps.read(path, records)
     assert [one["id"] for one in inside["pictures"]] == [images[2].id] and inside["panels"] == ["photograph", "fine"]
 
 
 def test_the_page_says_when_nothing_is_suppressed_and_nothing_of_other_methods(tmp_path: Path) -> None:
     item = store.empty(store.INSPECTION) | {"jpeg": np.ones(3, np.uint8), "panels": np.frombuffer(b"photograph", np.uint8)}
     records = Records(LABELS, (), ())
-    idle = inspect.Around("nothing, since suppression_weight is 0", np.zeros((3, 2)), np.zeros((3, 2), np.int64), {})
+    idle = inspect.SurroundingsSummary(
+        "nothing, since suppression_weight is 0", np.zeros((3, 2)), np.zeros((3, 2), np.int64), {}
+    )
     text = section(surroundings.read(written(tmp_path / "a.h5", idle, [("x", item)]), records))
     assert "nothing, since suppression_weight is 0" in text and "<table" not in text
     assert (
-        section(surroundings.read(written(tmp_path / "b.h5", inspect.Around.none(3), [("x", item)]), records)).strip() == ""
+        section(
+            surroundings.read(written(tmp_path / "b.h5", inspect.SurroundingsSummary.empty(3), [("x", item)]), records)
+        ).strip()
+        == ""
     )
 
 
@@ -217,7 +224,7 @@ def test_images_of_one_class_alone_have_none_of_others_to_compare_with(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [dataclasses.replace(one, tags=(0,)) for one in images]
-    found = inspect.together(seen(monkeypatch, Fake, job_of(tmp_path), [alone]))
+    found = inspect.merged(seen(monkeypatch, Fake, job_of(tmp_path), [alone]))
     facts = surroundings.read(written(tmp_path / "a.h5", found), Records(LABELS, tuple(alone), ()))
     assert facts["classes"][0]["images"] == [11, 0] and "<td>–</td><td>–</td>" in section(facts)
 
@@ -257,7 +264,7 @@ def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
     monkeypatch.setattr(score_maps, "load", lambda *_: method)
     records = images[:1]
     score_maps.score([np.zeros((*records[0].size, 3), np.uint8)], records, method, semples.Options(), SETTINGS, "cpu")
-    around = inspect.look_around(records, job)
+    around = inspect.summarise_surroundings(records, job)
     items = inspect.inspections(records, method, 3, job.root, None, "cpu")
     rows = dict(inspect.with_surroundings(items, around))
     assert rows[records[0].id]["jpeg"].size and rows[records[0].id]["beside"].tolist() == [0]
@@ -274,5 +281,5 @@ def test_one_loaded_method_serves_score_maps_surroundings_and_inner_maps(
 )
 def test_semples_describes_what_it_suppresses(changes: dict[str, Any], description: str) -> None:
     surroundings_of_pair = small(**changes).surroundings(batch().images, torch.tensor([[0, 0]]))
-    assert description in surroundings_of_pair.told
+    assert description in surroundings_of_pair.description
     assert surroundings_of_pair.match.shape == (1, 0 if "suppression_weight" in changes else 3)

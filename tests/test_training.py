@@ -74,8 +74,8 @@ def records_of(root: Path) -> list[ImageRecord]:
 
 def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
     images = TrainingImages(records_of(root), root, 2, AUGMENT, 0, None)
-    made = loop.Job(build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0)
-    return dataclasses.replace(made, **changes)
+    job = loop.Job(build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0)
+    return dataclasses.replace(job, **changes)
 
 
 def trained(job: loop.Job) -> bytes:

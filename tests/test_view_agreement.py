@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.audit import indicators
 from pipeline.core import plugins
 from pipeline.core.records import ImageRecord
-from pipeline.imaging.scoremaps import agreement_of_views, merge_views, upright
+from pipeline.imaging.scoremaps import merge_views, upright, view_agreement
 from pipeline.jobs import score_maps
 from pipeline.stage_order import STAGES
 from tests.test_evaluate import build, tallied
@@ -34,16 +34,16 @@ def made(seed: int, classes: int, grids: list[tuple[int, int]], flip: bool = Tru
 
 
 def agreed(views: list[Tensor], rule: str, size: tuple[int, int]) -> Tensor:
-    return agreement_of_views(views, rule=rule, size=size)  # type: ignore[arg-type]
+    return view_agreement(views, rule=rule, size=size)  # type: ignore[arg-type]
 
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, rules, st.integers(0, 4), st.lists(st.tuples(sides, sides), min_size=1, max_size=3), st.tuples(sides, sides))
-def test_agreement_is_a_share_per_class_of_maps_of_any_size(
+def test_agreement_is_a_fraction_per_class_of_maps_of_any_size(
     seed: int, rule: str, classes: int, grids: list[tuple[int, int]], size: tuple[int, int]
 ) -> None:
-    found = agreed(made(seed, classes, grids), rule, size)
-    assert found.shape == (classes,) and ((found >= 0) & (found <= 1)).all()
+    agreement = agreed(made(seed, classes, grids), rule, size)
+    assert agreement.shape == (classes,) and ((agreement >= 0) & (agreement <= 1)).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,9 +52,9 @@ def test_neither_the_order_of_views_nor_a_mirrored_image_changes_it(
     seed: int, rule: str, grids: list[tuple[int, int]], size: tuple[int, int]
 ) -> None:
     views = made(seed, 3, grids)
-    found = agreed(views, rule, size)
-    torch.testing.assert_close(agreed(views[::-1], rule, size), found, atol=1e-5, rtol=0)
-    torch.testing.assert_close(agreed([view.flip(0) for view in views], rule, size), found, atol=1e-4, rtol=0)
+    agreement = agreed(views, rule, size)
+    torch.testing.assert_close(agreed(views[::-1], rule, size), agreement, atol=1e-5, rtol=0)
+    torch.testing.assert_close(agreed([view.flip(0) for view in views], rule, size), agreement, atol=1e-4, rtol=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -63,9 +63,9 @@ def test_maps_that_the_mirror_image_and_all_scales_confirm_agree_fully(
     seed: int, rule: str, classes: int, grid: tuple[int, int], size: tuple[int, int]
 ) -> None:
     [plain] = made(seed, classes, [grid], flip=False)
-    seen = torch.cat([plain, plain.flip(-1)])
+    both_rows = torch.cat([plain, plain.flip(-1)])
     evidence = merge_views([plain], rule=rule, size=size).amax(dim=(1, 2)) > 0  # type: ignore[arg-type]
-    torch.testing.assert_close(agreed([seen, seen.clone()], rule, size), evidence.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(agreed([both_rows, both_rows.clone()], rule, size), evidence.float(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -82,8 +82,8 @@ def test_views_that_see_a_class_in_different_places_do_not_agree(rule: str) -> N
 
 @pytest.mark.parametrize("rule", ["irn", "afa", "weaktr"])
 def test_only_the_shape_of_a_view_counts_and_not_its_scale(rule: str) -> None:
-    one = torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3))
-    assert agreed([one, one * 7], rule, (5, 6)).tolist() == [pytest.approx(1, abs=1e-4)] * 2
+    view = torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3))
+    assert agreed([view, view * 7], rule, (5, 6)).tolist() == [pytest.approx(1, abs=1e-4)] * 2
 
 
 def test_overlap_is_the_sum_of_minima_over_the_sum_of_maxima() -> None:
@@ -113,8 +113,8 @@ def test_an_unknown_rule_is_an_error_that_names_the_allowed_ones() -> None:
 
 def test_the_mirrored_row_alone_is_turned_back() -> None:
     view = torch.arange(6.0).reshape(2, 1, 1, 3)
-    assert [one.flatten().tolist() for one in upright(view)] == [[0, 1, 2], [5, 4, 3]]
-    assert [one.flatten().tolist() for one in upright(view[1:])] == [[3, 4, 5]]
+    assert [upright_map.flatten().tolist() for upright_map in upright(view)] == [[0, 1, 2], [5, 4, 3]]
+    assert [upright_map.flatten().tolist() for upright_map in upright(view[1:])] == [[3, 4, 5]]
 
 
 def extracted(size: tuple[int, int], tags: tuple[int, ...], **changes: Any) -> np.ndarray:
@@ -131,8 +131,8 @@ CAM = built("cam", "vit", "scenes_vit").eval()
 
 @pytest.mark.parametrize("size", [(1, 1), (61, 83)])
 def test_extract_keeps_one_agreement_per_kept_class(size: tuple[int, int]) -> None:
-    found = extracted(size, (0, 2), flip=True, scales=(1.0, 1.5))
-    assert found.dtype == np.float16 and found.shape == (2,) and ((found >= 0) & (found <= 1)).all()
+    agreement = extracted(size, (0, 2), flip=True, scales=(1.0, 1.5))
+    assert agreement.dtype == np.float16 and agreement.shape == (2,) and ((agreement >= 0) & (agreement <= 1)).all()
     assert np.isnan(extracted(size, (0, 2), flip=False, scales=(1.0,))).tolist() == [True, True]
     assert extracted(size, (), flip=True, scales=(1.0,)).shape == (0,)
 

@@ -30,7 +30,8 @@ def in_the_order_of(given: np.ndarray) -> list[int]:
 
 
 def authors_anchors(maps: Tensor, offset: tuple[int, int]) -> Tensor:
-    """Of all anchors of an offset, those that the authors use for every offset: the last rows and both sides are left out."""
+    """Of all anchors of an offset, those that the authors use for every offset: the last rows and both sides are left
+    out."""
     rim = RADIUS - 1
     left = rim - max(0, -offset[1])
     right = maps.shape[-1] - (rim - max(0, offset[1]))
@@ -40,30 +41,30 @@ def authors_anchors(maps: Tensor, offset: tuple[int, int]) -> Tensor:
 def dense(affinities: list[Tensor], size: tuple[int, int]) -> Tensor:
     """The n × n matrix that is never made elsewhere."""
     numbers = torch.arange(size[0] * size[1]).view(size)
-    found = torch.eye(numbers.numel(), dtype=affinities[0].dtype)
+    whole = torch.eye(numbers.numel(), dtype=affinities[0].dtype)
     for affinity, offset in zip(affinities, pairs.offsets(RADIUS), strict=True):
         anchors, partners = pairs.ends(numbers, offset)
-        found[anchors, partners] = found[partners, anchors] = affinity
-    return found
+        whole[anchors, partners] = whole[partners, anchors] = affinity
+    return whole
 
 
 def test_affinity_of_a_pair_is_that_of_the_authors_edge_and_path() -> None:
     file = golden("irn_walk")
     padded = F.pad(tensor(file["irn_edge"]), (RADIUS, RADIUS, 0, RADIUS), value=1.0)
-    found = pairs.edge_affinities(padded, pairs.offsets(RADIUS))
+    affinities = pairs.edge_affinities(padded, pairs.offsets(RADIUS))
     for row, place in enumerate(in_the_order_of(file["irn_pair_offsets_dydx"])):
         offset = pairs.offsets(RADIUS)[place]
-        ours = authors_anchors(found[place], offset).reshape(-1)
+        ours = authors_anchors(affinities[place], offset).reshape(-1)
         np.testing.assert_allclose(ours.numpy(), file["irn_pair_affinity_padded"][row], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "beta", "steps"), [("", 10, 256), ("_beta10_exp0", 10, 1), ("_beta4_exp3", 4, 8)])
 def test_planes_walk_between_edges_as_the_authors_let_them(name: str, beta: int, steps: int) -> None:
     file = golden("irn_walk")
-    found = edge_walk(
+    walked = edge_walk(
         tensor(file["irn_cam"]), tensor(file["irn_edge"][0]), radius=int(file["irn_radius"]), beta=beta, steps=steps
     )
-    np.testing.assert_allclose(found.numpy(), file[f"irn_walk{name}"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(walked.numpy(), file[f"irn_walk{name}"], atol=2e-5, rtol=0)
 
 
 def test_affinity_of_features_is_that_of_the_authors() -> None:
@@ -77,13 +78,13 @@ def test_affinity_of_features_is_that_of_the_authors() -> None:
 
 def test_planes_walk_along_a_whole_matrix_as_the_authors_let_them() -> None:
     file = golden("irn_walk")
-    found = dense_walk(
+    walked = dense_walk(
         tensor(file["psa_scores_grid"]),
         tensor(file["psa_affinity_dense"]),
         beta=int(file["psa_beta"]),
         steps=2 ** int(file["psa_logt"]),
     )
-    np.testing.assert_allclose(found.numpy(), file["psa_walk_grid"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(walked.numpy(), file["psa_walk_grid"], atol=2e-5, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -91,10 +92,10 @@ def test_planes_walk_along_a_whole_matrix_as_the_authors_let_them() -> None:
 def test_the_sparse_walk_is_the_dense_one(gh: int, gw: int, steps: int, beta: float) -> None:
     generator = torch.Generator().manual_seed(gh * 10 + gw)
     planes, edge = torch.rand(2, gh, gw, generator=generator), torch.rand(gh, gw, generator=generator)
-    affinities = [one[0] for one in pairs.edge_affinities(edge[None], pairs.offsets(RADIUS))]
+    affinities = [affinity[0] for affinity in pairs.edge_affinities(edge[None], pairs.offsets(RADIUS))]
     whole = dense_walk(planes, dense(affinities, (gh, gw)), beta=beta, steps=steps)
-    found = pair_walk(planes, affinities, pairs.offsets(RADIUS), beta=beta, steps=steps)
-    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+    walked = pair_walk(planes, affinities, pairs.offsets(RADIUS), beta=beta, steps=steps)
+    torch.testing.assert_close(walked, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_a_constant_plane_stays_where_no_edge_is() -> None:
@@ -130,21 +131,21 @@ def test_pairs_and_their_loss_are_those_of_the_authors() -> None:
     file = golden("psa_affinity_labels")
     labels = tensor(file["psa_label_grid"])[None]
     affinity = tensor(file["psa_loss_affinity"]).requires_grad_()
-    found = []
+    pair_kinds = []
     for row, place in enumerate(in_the_order_of(file["psa_pair_offsets_dydx"])):
         offset = pairs.offsets(RADIUS)[place]
         kinds = [authors_anchors(kind, offset).reshape(1, -1) for kind in pairs.kinds(labels, offset)]
         for name, kind in zip(("bg_pos", "fg_pos", "neg"), kinds, strict=True):
             np.testing.assert_array_equal(kind[0].numpy(), file[f"psa_{name}"][row] > 0, err_msg=name)
-        found.append((kinds[0], kinds[1], kinds[2]))
-    loss = pairs.pair_loss([affinity[:, row] for row in range(affinity.shape[1])], found)
+        pair_kinds.append((kinds[0], kinds[1], kinds[2]))
+    loss = pairs.pair_loss([affinity[:, row] for row in range(affinity.shape[1])], pair_kinds)
     loss.backward()
     assert loss.item() == pytest.approx(float(file["psa_loss"]), abs=1e-5)
     assert affinity.grad is not None
     np.testing.assert_allclose(affinity.grad.numpy(), file["psa_loss_grad"], atol=1e-6, rtol=0)
 
 
-def test_pixels_of_two_refined_levels_are_labelled_as_irn_does() -> None:
+def test_pixels_of_two_refined_thresholds_are_labelled_as_irn_does() -> None:
     file = golden("psa_affinity_labels")
     values = np.array([0, *file["ir_class_ids"]], np.uint8)
     high, low = values[file["ir_fg_crf_argmax"]], values[file["ir_bg_crf_argmax"]]
@@ -165,7 +166,7 @@ def test_a_loss_without_any_pair_is_zero_and_has_a_gradient() -> None:
     labels = torch.full((1, 6, 6), IGNORE, dtype=torch.uint8)
     near = pairs.offsets(3)
     loss = pairs.pair_loss(
-        [pairs.feature_affinity(features, one) for one in near], [pairs.kinds(labels, one) for one in near]
+        [pairs.feature_affinity(features, offset) for offset in near], [pairs.kinds(labels, offset) for offset in near]
     )
     loss.backward()
     assert loss.item() == 0 and features.grad is not None and not features.grad.isnan().any()
@@ -184,6 +185,6 @@ def test_displacements_to_a_common_centre_cost_nothing() -> None:
     near = pairs.offsets(3)
     labels = torch.ones(1, 6, 6, dtype=torch.uint8)
     to_centre = torch.stack([2.5 - y, 2.5 - x])[None]
-    found = [pairs.kinds(labels, one) for one in near]
-    assert pairs.displacement_loss(to_centre, found, near).item() == pytest.approx(0, abs=1e-6)
-    assert pairs.displacement_loss(-to_centre, found, near).item() > 0.5
+    pair_kinds = [pairs.kinds(labels, offset) for offset in near]
+    assert pairs.displacement_loss(to_centre, pair_kinds, near).item() == pytest.approx(0, abs=1e-6)
+    assert pairs.displacement_loss(-to_centre, pair_kinds, near).item() > 0.5

@@ -74,9 +74,9 @@ def test_losses_and_gradients_are_those_of_the_authors(variant: str) -> None:
         np.testing.assert_allclose(losses[ours].item(), file[f"{variant}_loss_{theirs}"], atol=1e-5, rtol=0)
     torch.stack(list(losses.values())).sum().backward()
     gradients = {name.removeprefix("backbone.net."): p.grad for name, p in method.named_parameters()}
-    wanted = [name for name in file if name.startswith(f"{variant}_grad.")]
-    assert len(wanted) == 11
-    for name in wanted:
+    names = [name for name in file if name.startswith(f"{variant}_grad.")]
+    assert len(names) == 11
+    for name in names:
         ours = gradients[name.removeprefix(f"{variant}_grad.")].numpy()
         np.testing.assert_allclose(ours, file[name], atol=1e-4 * np.abs(file[name]).max(), rtol=0, err_msg=name)
     norm = gradients["head.weight"].norm().item()
@@ -164,9 +164,9 @@ def test_the_affinity_is_the_symmetric_patch_attention_and_only_computed_where_i
 def test_an_image_keeps_the_affinity_of_its_last_scale_with_its_grid() -> None:
     settings = Extract((1.0, 1.5), None, True, "weaktr", 4, 8, 0.5, True, "fp32", 64, "gzip", 0, {})
     record = ImageRecord("x", "", (32, 48), "train", (0, 2), b"")
-    found = score_maps.score([np.zeros((32, 48, 3), np.uint8)], [record], small().eval(), Options(), settings, "cpu")[0]
-    assert found["grid"].tolist() == [6, 9] and found["affinity"].shape == (54, 54)
-    np.testing.assert_array_equal(found["affinity"], found["affinity"].T)
+    maps = score_maps.score([np.zeros((32, 48, 3), np.uint8)], [record], small().eval(), Options(), settings, "cpu")[0]
+    assert maps["grid"].tolist() == [6, 9] and maps["affinity"].shape == (54, 54)
+    np.testing.assert_array_equal(maps["affinity"], maps["affinity"].T)
 
 
 def test_half_precision_changes_maps_and_losses_but_little() -> None:
@@ -253,10 +253,10 @@ def test_cocos_90_ids_become_its_80_classes() -> None:
         torch.arange(1.0, 91),
     )
     method = Method.from_official(state)
-    wanted = torch.tensor(coco_ids.COCO_USED_IDS, dtype=torch.float32)
-    assert len(wanted) == 80 and 91 not in wanted and 12 not in wanted
-    for found in (method.backbone.net.cls_token[0, :, 0], method.backbone.net.pos_embed[0, :80, 5], method.head.bias):
-        assert torch.equal(found, wanted)
+    used_ids = torch.tensor(coco_ids.COCO_USED_IDS, dtype=torch.float32)
+    assert len(used_ids) == 80 and 91 not in used_ids and 12 not in used_ids
+    for by_class in (method.backbone.net.cls_token[0, :, 0], method.backbone.net.pos_embed[0, :80, 5], method.head.bias):
+        assert torch.equal(by_class, used_ids)
     assert method.backbone.net.pos_embed.shape[1] == 80 + 196
 
 

@@ -71,12 +71,14 @@ def toy_recipe(method: str) -> dict[str, Any]:
 
 
 class Toy:
-    """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a folder."""
+    """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a
+    folder."""
 
     def __init__(self, root: Path, methods: Sequence[str] = ("cam",)) -> None:
         self.params = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
         self.params["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
-        self.params["methods"] = {key: self.params["methods"][key] for key in methods}
+        known = self.params["methods"]  # a method that no preset names runs on a ViT
+        self.params["methods"] = {key: known.get(key, {**known["cam"], "method": key}) for key in methods}
         self.recipes = {key: toy_recipe(key) for key in methods}
         for key, run in self.params["methods"].items():
             run |= {"recipe": f"recipes/{key}.yaml", "init": str(SCRATCH), "segmenter_init": str(SCRATCH)}
@@ -95,12 +97,14 @@ class Toy:
 
 
 def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """fit_refiner.<m> of the refiners that fit more than a level, cut down to toys. architecture: of the column's backbone family."""
+    """Section fit_refiner of the refiners that fit more than a threshold, cut down to toys. architecture: of the run's
+    backbone family."""
     training = {
         "seed": 0,
         "precision": "fp32",
         "augment": {
-            "size": 64, "scale_min": 0.8, "scale_max": 1.2, "area_min": None, "flip": 0.5, "jitter": 0.2, "rand_augment": None,
+            "size": 64, "scale_min": 0.8, "scale_max": 1.2, "area_min": None, "flip": 0.5, "jitter": 0.2,
+            "rand_augment": None,
             "erase": 0.0,
         },
         "schedule": {

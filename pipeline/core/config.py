@@ -1,8 +1,8 @@
 """params.yaml → frozen dataclasses without defaults; every wrong key is reported at once, before any work.
 
-Types of fields: bool, int, float, str, Any, Literal, dict[str, X], tuple[X, ...], tuple[X, Y], nested dataclasses, X | None, unions,
-and numbers with bounds: Annotated[float, pydantic.Field(gt=0, le=1)]. A union of dataclasses names the Literal field that tells
-them apart: Annotated[A | B, pydantic.Field(discriminator="source")].
+Types of fields: bool, int, float, str, Any, Literal, dict[str, X], tuple[X, ...], tuple[X, Y], nested dataclasses, X | None,
+unions, and numbers with bounds: Annotated[float, pydantic.Field(gt=0, le=1)]. A union of dataclasses names the Literal field
+that tells them apart: Annotated[A | B, pydantic.Field(discriminator="source")].
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def parse(kind: type[T], value: Any, where: str, file: Path = PARAMS_FILE) -> T:
 
 
 def json_schema(kind: type[Any], generator: type[GenerateJsonSchema] = GenerateJsonSchema) -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref (section_schema.py adds words)."""
+    """JSON schema (draft 2020-12) of what `parse` takes for the dataclass `kind`, without $ref (section_schema.py adds
+    words)."""
     schema = _adapter(kind).json_schema(schema_generator=generator)
     return _inlined(schema, schema.pop("$defs", {}))
 
@@ -90,7 +91,8 @@ def _validator(kind: type[Any]) -> SchemaValidator:
 
 
 def _for_yaml(schema: Any) -> Any:
-    """pydantic's strict core schema → one that takes a mapping for a dataclass and a list for a tuple, since YAML has no other."""
+    """pydantic's strict core schema → one that takes a mapping for a dataclass and a list for a tuple, since YAML has no
+    other."""
     if isinstance(schema, list):
         return [_for_yaml(part) for part in schema]
     if not isinstance(schema, dict):
@@ -112,7 +114,8 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
     return {key: _inlined(part, definitions) for key, part in schema.items()}
 
 
-# ---- errors in plain words ----------------------------------------------------------------------------------------------------
+# ---- errors in plain words
+# ----------------------------------------------------------------------------------------------------
 
 
 def _line(schema: dict[str, Any], value: Any, where: str, steps: list[Any], error: ErrorDetails) -> str:

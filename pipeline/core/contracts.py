@@ -1,15 +1,19 @@
-"""The waist: what every method, refiner, segmenter, data set and exporter must fill. Nothing here runs.
+"""The contract: what every method, refiner, segmenter, data set and exporter must provide, and what they exchange.
 
-Shape letters: b images, c classes of the data set, k classes present in one image, h w pixels of an image,
-gh gw cells of a score-map grid, n = gh * gw.
+Optional members are protocols of their own, which the jobs ask for with isinstance: of objects Scored and
+WithSurroundings; of plug-in modules LearnedRefiner, CheckedRefiner, AffinityRefiner and CheckedExporter.
+
+Shape letters: b images of a batch, c classes of the data set, k classes present in one image, h w pixels of an image,
+gh gw cells of a score-map grid, n = gh * gw, p pairs of an image and a class. Masks hold 0 background, i + 1 class i,
+255 ignore (core/labels.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,30 +42,34 @@ class Batch:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a training run stands: `step` of `steps` in phase number `phase`, both from 0."""
+    """Position in a training run: phase number and optimiser step within that phase, both from 0; steps of that phase."""
 
     phase: int
     step: int
     steps: int
 
     def reached(self, iters: float) -> bool:
-        """Whether a warm-up of so many steps, or below 1 of such a share of all steps, is over."""
+        """Whether a warm-up is over. iters: its length in steps if at least 1, else as a fraction of the phase's steps."""
         return self.step >= (iters if iters >= 1 else iters * self.steps)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training with its own optimiser.
+    """A part of training with an optimiser and a learning-rate schedule of its own.
 
-    epochs      passes over the training images; the loop makes round(epochs * n / batch_size) steps of them, at least one
-                unless epochs is 0
-    batch_size  images per step
-    shards      equal sub-batches of one step, each computed by itself and summed in order. It changes the
-                floating-point result, so it is a param; how many processes share the shards is not.
-    lr          peak learning rate; falls by `schedule` to lr * lr_floor after `warmup` steps of linear rise
-    restart     prefixes of state-dict names that go back to their initial weights as the phase starts; the rest carries over
-    keep_best   prefixes of state-dict names that end the phase as they were after the epoch of the highest `score`, the earliest
-                such one (Trainable); (): as the last step left them. An epoch that ends within a step counts from that step on
+    name          for logs and plots
+    epochs        passes over the training images; the loop makes round(epochs * images / batch_size) steps, at least 1
+                  unless epochs is 0
+    batch_size    images per step
+    shards        equal sub-batches of one step, computed separately and summed in order. It changes the floating-point
+                  result, so it is a param; how many processes share the shards does not, and is none
+    lr            peak learning rate, reached after `warmup` steps of linear rise; falls by `schedule` to lr * lr_floor
+    weight_decay  of the optimiser, before a group's weight_decay_factor
+    warmup        steps
+    restart       prefixes of state-dict names that are reset to their initial weights as the phase starts
+    keep_best     prefixes of state-dict names whose weights at the end of the phase are those of the epoch with the
+                  highest Scored.score, the earliest of equals; (): those of the last step. An epoch that ends within a
+                  step ends with that step
     """
 
     name: str
@@ -80,7 +88,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share a learning-rate factor: lr = phase.lr * lr_factor."""
+    """Parameters trained at lr = phase.lr * lr_factor and weight decay = phase.weight_decay * weight_decay_factor."""
 
     parameters: Sequence[Tensor]
     lr_factor: float
@@ -89,12 +97,13 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class ScoreMaps:
-    """What a method says about a batch of equally sized views (tensors) or about one image (arrays, b dropped).
+    """A method's output for a batch of images of equal size.
 
     scores      f32[b,c,gh,gw] evidence >= 0 per class; no background plane
-    affinity    f32[b,n,n] symmetric, of the cells of the network's stride, or None
-    tag_logits  f32[b,c] the network's own image-level opinion, before the sigmoid
-    decoded     f32[b,c+1,·,·] probabilities of the method's own decoder, plane 0 background; None where it has none
+    affinity    f32[b,n,n] symmetric, between the cells of a grid at the network's stride (Method.stride), or None
+    tag_logits  f32[b,c] image-level classification logits, before the sigmoid
+    decoded     f32[b,c+1,dh,dw] probabilities of the method's segmentation decoder, at its own resolution, plane 0
+                background; None where it has no decoder
     """
 
     scores: Tensor
@@ -105,26 +114,29 @@ class ScoreMaps:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a method that suppresses what surrounds its classes says about p pairs of an image and a class that it is tagged with.
+    """What a method suppresses beside p classes in their images, and how well it matches the images without the class.
 
-    match    f32[p,c] cosine of the image without the class, and what is suppressed beside each class; f32[p,0] where nothing is
-             suppressed, and then nobody need ask again
-    outside  f32[p,s,s] in 0..1 how much is left of the image where the class is taken out; the image stretched to the square
-    told     what is suppressed, in words for the report
+    match        f32[p,c] cosine between the image with the pair's class masked out, and what is suppressed beside each
+                 class of the data set; f32[p,0] where nothing is suppressed, whatever the images
+    outside      f32[p,s,s] in 0..1, the mask that takes the class out (1: pixel kept), over the image resized to s × s px
+    description  what is suppressed, in words for the report
     """
 
     match: Tensor
     outside: Tensor
-    told: str
+    description: str
 
 
 @dataclass(frozen=True)
 class ImageMaps:
-    """Score maps of one image as refiners and evaluate read them.
+    """Score maps of one image, as refiners and evaluate read them.
 
-    classes  i64[k] 0-based class positions, ascending; scores f32[k,gh,gw] in 0..1; size (h, w) px of the image
-    affinity f32[n,n] of all pairs of cells of `grid` (rows, columns), or None where the method kept none
-    id       of the image, for refiners that know more of it than its maps; "" where nobody asks
+    classes   i64[k] positions in the label space, ascending from 0
+    scores    f32[k,gh,gw] in 0..1, of these classes
+    size      (h, w) px of the image
+    affinity  f32[n,n] between the cells of `grid`, row by row, or None where the method kept none
+    grid      (rows, columns) of the affinity; (0, 0) without one
+    id        of the image, for refiners that read more about it; "" where no refiner does
     """
 
     classes: np.ndarray
@@ -136,116 +148,214 @@ class ImageMaps:
 
 
 class Trainable(Protocol):
-    """A torch module that the one training loop can train. One with a phase that has keep_best also has
-
-    score(batch: Batch) -> Tensor
-        f32[2], how good the weights are, told without masks: a sum over whatever the batch has, and of how many. The loop asks after
-        each epoch, in eval mode and without gradient, for the same training images each time, and divides the sums.
-    """
+    """A torch module that the common training loop can train."""
 
     def load_initial(self, family: Any, init: Path) -> None:
-        """Weights to start from, a file; family is the column's module of pipeline/nn. ValueError if they do not fit."""
+        """Loads the weights that training starts from.
+
+        family  the run's module of pipeline/nn, which reads files of its backbones
+        init    the weights file
+
+        FileNotFoundError; ValueError if the weights do not fit.
+        """
         ...
 
     def phases(self) -> list[Phase]: ...
 
-    def param_groups(self, phase: Phase) -> list[ParamGroup]: ...
+    def param_groups(self, phase: Phase) -> list[ParamGroup]:
+        """The parameters that this phase trains."""
+        ...
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """Weighted scalars by name; the loop minimises their sum. Each is a mean over the sub-batch."""
+        """Scalar losses by name, already weighted, each a mean over the sub-batch; the loop minimises their sum."""
+        ...
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """Optional member of a Trainable, required where a phase has keep_best: selects the epoch without ground truth."""
+
+    def score(self, batch: Batch) -> Tensor:
+        """f32[2]: a sum of scores over the batch, higher for better weights, and the number of summands.
+
+        The loop calls it after each epoch on the same training images without augmentation, in eval mode and without
+        gradient, and divides the total of the sums by the total of the numbers.
+        """
         ...
 
 
 class Method(Trainable, Protocol):
-    """Module-level names of pipeline/methods/<name>.py: Params, Options (frozen dataclasses) and Method.
+    """Entry of pipeline/methods/<name>/method.py, beside its frozen dataclasses Params (train.model) and Options
+    (extract.options).
 
-    A method that suppresses what surrounds its classes may also have
-
-    surroundings(images: Tensor, pairs: Tensor) -> Surroundings
-        of unmasked views f32[b,3,h,w] and pairs i64[p,2] of image in the batch and class, p >= 1. extract then looks once through the
-        train images, and the report shows, per class, those that match what is suppressed best.
+    stride  px per cell of the network's feature grid; sides of the images given to score_maps are multiples of it
     """
 
-    def __init__(self, labels: LabelSpace, params: Any, family: Any) -> None: ...
+    stride: int
+
+    def __init__(self, labels: LabelSpace, params: Any, schedule: Any, family: Any) -> None:
+        """schedule: training.settings.Schedule; family: the run's module of pipeline/nn."""
+        ...
 
     def score_maps(self, images: Tensor, options: Any, *, keep_affinity: bool = False) -> ScoreMaps:
-        """The affinity is only asked for where it is kept."""
+        """images f32[b,3,h,w] RGB in 0..1. The affinity may be None unless keep_affinity is True."""
         ...
 
     def inspect(self, images: Tensor) -> dict[str, Tensor]:
-        """Inner tensors by name. The report draws those of shape f32[b,c,gh,gw] as maps of each image's first class, and
-        f32[b,layers,heads] under a name that ends in `_weights` as a table."""
+        """Intermediate tensors by name, for the report.
+
+        f32[b,c,gh,gw] is drawn as the map of each image's first class; f32[b,layers,heads] under a name that ends in
+        `_weights` is shown as a table.
+        """
+        ...
+
+
+@runtime_checkable
+class WithSurroundings(Protocol):
+    """Optional member of a Method that suppresses what surrounds its classes (water around boats, say)."""
+
+    def surroundings(self, images: Tensor, pairs: Tensor) -> Surroundings:
+        """images f32[b,3,h,w] RGB in 0..1; pairs i64[p,2] (position in the batch, class of that image's tags), p >= 1.
+
+        extract asks for it on every training image once; the report shows the images that match best, by class.
+        """
         ...
 
 
 class Segmenter(Trainable, Protocol):
-    """Module-level names of pipeline/segmenters/<name>.py: Params, Options (frozen dataclasses) and Segmenter."""
+    """Entry of pipeline/segmenters/<name>/segmenter.py, beside its frozen dataclasses Params (retrain.model) and Options
+    (segment.options)."""
+
+    def __init__(self, labels: LabelSpace, params: Any, schedule: Any, family: Any) -> None:
+        """As Method's; family is the module of pipeline/nn with the segmenter's name."""
+        ...
 
     def segment(self, images: Tensor, options: Any) -> Tensor:
-        """f32[b,3,h,w] in 0..1 → f32[b,c+1,h,w] logits, plane 0 background."""
+        """f32[b,3,h,w] RGB in 0..1 → logits f32[b,c+1,h,w], plane 0 background."""
         ...
 
 
 class Refiner(Protocol):
-    """Module-level names of pipeline/refiners/<name>.py: FitParams, Params (frozen dataclasses), Refiner, NEEDS_AFFINITY = True
-    where it reads maps.affinity, and
+    """Score maps of an image → probabilities per pixel, by what RefinerModule.fit learned.
 
-    fit(params: FitParams, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]
-        sees every train image once (no ground truth), images(i) being the photograph u8[h,w,3] of the i-th of `maps`;
-        the state has at least `background` f32[1] > 0, the fitted background level.
-
-    check(params: FitParams), where there is something to check: ValueError, before anything is trained, if what the params name
-        outside the project is missing or not what they say.
-
-    A refiner that is learned also has a Trainable Network(params.model, params.schedule, family), whose FitParams are background,
-    seed, precision, augment, schedule, model and its own; and
-
-    training_labels(params: FitParams, image, maps, level) -> u8[h,w] mask values
-        what the network learns of one train image; 255 where it is not sure.
-
-    Its Refiner is given the trained network as a third argument.
+    A learned refiner (LearnedRefiner) is given its trained network, in eval mode, as a third argument.
     """
 
     def __init__(self, params: Any, state: Mapping[str, np.ndarray]) -> None: ...
 
-    def __call__(self, image: np.ndarray, maps: ImageMaps, level: float) -> np.ndarray:
-        """u8[h,w,3] and k >= 1 score maps → f32[k+1,h,w] probabilities, plane 0 background, at background `level`."""
+    def __call__(self, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
+        """image u8[h,w,3] RGB, maps with k >= 1 classes → f32[k+1,h,w] that sums to 1, plane 0 background.
+
+        threshold: a score above 0; below it, a class is background as far as the score maps alone decide.
+        """
         ...
+
+
+@runtime_checkable
+class RefinerModule(Protocol):
+    """pipeline/refiners/<name>/refiner.py. FitParams: frozen dataclass of section fit_refiner; Params: of refine.options."""
+
+    FitParams: type[Any]
+    Params: type[Any]
+    Refiner: Callable[..., Any]
+
+    def fit(self, params: Any, maps: Iterable[ImageMaps], images: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+        """The refiner's state, of which `threshold` f32[1] > 0 is part, from all training images without ground truth.
+
+        maps    of every training image once, streamed
+        images  position in `maps` → the image u8[h,w,3] RGB
+        """
+        ...
+
+
+@runtime_checkable
+class LearnedRefiner(RefinerModule, Protocol):
+    """A refiner with a network that the training loop trains, after `fit`.
+
+    FitParams  extends training.settings.LearnedFit
+    Network    a Trainable, built as Network(params.model, params.schedule, family)
+    """
+
+    Network: Callable[..., Any]
+
+    def training_labels(self, params: Any, image: np.ndarray, maps: ImageMaps, threshold: float) -> np.ndarray:
+        """What the network learns of one training image: u8[h,w] mask values, 255 where they are uncertain."""
+        ...
+
+
+@runtime_checkable
+class CheckedRefiner(RefinerModule, Protocol):
+    """A refiner whose FitParams name things outside the project, such as files."""
+
+    def check(self, params: Any) -> None:
+        """ValueError, before anything is trained, if one of them is missing or not what the params say."""
+        ...
+
+
+@runtime_checkable
+class AffinityMethod(Protocol):
+    """Module of a method whose score_maps have an affinity where it is asked for. HAS_AFFINITY: True."""
+
+    HAS_AFFINITY: bool
+
+
+@runtime_checkable
+class AffinityRefiner(RefinerModule, Protocol):
+    """A refiner that may read ImageMaps.affinity. NEEDS_AFFINITY: whether it fails without."""
+
+    NEEDS_AFFINITY: bool
 
 
 @dataclass(frozen=True)
 class Listing:
-    """One image as a data set lists it, before prepare has opened anything.
+    """An image as a data set lists it, before prepare opens any file.
 
-    path, mask_path are relative to dataset.root; tags are class names, or None where nobody tagged the image.
+    path   of the image file, relative to dataset.root
+    split  "train" or "val"
+    tags   class names, or None where the image was never tagged
+    mask   whether Dataset.truth has a mask of it
     """
 
     id: str
     path: Path
-    split: str  # "train" | "val"
+    split: str
     tags: tuple[str, ...] | None
     mask: bool
 
 
 class Dataset(Protocol):
-    """Module-level names of pipeline/datasets/<name>.py: Params and Dataset(root, params)."""
+    """Entry of pipeline/datasets/<name>/dataset.py, beside its frozen dataclass Params (dataset.options)."""
 
     labels: LabelSpace
 
+    def __init__(self, root: Path, params: Any) -> None:
+        """root: the folder of raw data, read-only."""
+        ...
+
     def listings(self) -> list[Listing]:
-        """Every image, in any order. Raises DatasetError listing all that is wrong with lists and tags; the error's own
-        `listings`, each id once, are what could be listed all the same."""
+        """All images, in any order. DatasetError (pipeline/listing.py) with every problem of the lists and tags; its
+        `listings` hold the images, with unique ids, that could be listed nevertheless."""
         ...
 
     def truth(self, listing: Listing) -> np.ndarray:
-        """u8[h,w] mask values. Only called where listing.mask is True."""
+        """u8[h,w] mask values of an image whose listing.mask is True."""
         ...
 
 
-class Exporter(Protocol):
-    """Module-level name of pipeline/exporters/<name>.py: write(masks, records, out). A module may also have check(), which
-    raises ValueError where something that it needs is missing; `stages.check` and export ask it before any work."""
+@runtime_checkable
+class ExporterModule(Protocol):
+    """pipeline/exporters/<name>.py: pseudo-masks in a format of other tools."""
 
-    def __call__(self, masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
-        """Streams (id, u8[h,w] mask values) in id order into folder `out`, which it makes where it is missing."""
+    def write(self, masks: Iterator[tuple[str, np.ndarray]], records: Records, out: Path) -> None:
+        """Writes the format into folder `out`, made where it is missing. masks: (id, u8[h,w] mask values) in id order,
+        streamed, each of an image in records."""
+        ...
+
+
+@runtime_checkable
+class CheckedExporter(ExporterModule, Protocol):
+    """An exporter that needs something beyond the project's own dependencies."""
+
+    def check(self) -> None:
+        """ValueError, before any training, if it is missing."""
         ...

@@ -1,4 +1,5 @@
-"""params.yaml and the recipes that it names → settings of one run. Plug-ins keep their own Params beside the code that uses them.
+"""params.yaml and the recipes that it names → settings of one run. Plug-ins keep their own Params beside the code that uses
+them.
 
 params.yaml holds what differs from user to user; a recipe holds the settings of one method for one kind of data.
 """
@@ -113,7 +114,8 @@ class Refine:
 
 @dataclass(frozen=True)
 class Export:
-    """Section export of params.yaml: which pixels become 255, and in which formats the masks are written beside the HDF5 store."""
+    """Section export of params.yaml: which pixels become 255, and in which formats the masks are written beside the HDF5
+    store."""
 
     ignore_below: Share
     ignore_disagreement: bool
@@ -127,7 +129,8 @@ class CrossValidate:
     """Section cross_validate: how far segmenters that never saw a pseudo-mask agree with it.
 
     folds        0: off; else the train images are cut into so many, and one segmenter is trained without each of them
-    temperature  of the soft-min over an image's pixels: small ones ask for the least believed pixels, large ones for the mean
+    temperature  of the soft-min over an image's pixels: small ones ask for the least believed pixels, large ones for the
+                 mean
     """
 
     folds: Count
@@ -184,7 +187,8 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Report:
-    """palette: colours of classes, VOC's or ones that colour-blind people tell apart; review: rows per method in review.csv."""
+    """palette: colours of classes, VOC's or ones that colour-blind people tell apart; review: rows per method in
+    review.csv."""
 
     title: str
     palette: Literal["voc", "safe"]
@@ -226,7 +230,8 @@ def runs(values: Mapping[str, Any]) -> list[str]:
     wrong = [name for name in names if not isinstance(name, str) or not RUN_NAME.fullmatch(name)]
     if wrong:
         raise config.ParamsError(
-            f"{PARAMS_FILE}: methods: {', '.join(map(repr, wrong))} cannot name a run; allowed are letters, digits, `-`, `_` and `.`, "
+            f"{PARAMS_FILE}: methods: {', '.join(map(repr, wrong))} cannot name a run; allowed are letters, digits, `-`, "
+            f"`_` and `.`, "
             f"the first a letter or a digit (edit {PARAMS_FILE})"
         )
     return names
@@ -234,8 +239,8 @@ def runs(values: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that params.yaml and its recipe say about one run. A section is parsed when it is asked for, so that a stage parses,
-    and imports, no other stage's."""
+    """All that params.yaml and its recipe say about one run. A section is parsed when it is asked for, so that a stage
+    parses, and imports, no other stage's."""
 
     name: str
     run: Run

@@ -51,7 +51,7 @@ class Schema:
 
 
 # classes are class indices from 0, scores their maps in 0..1 at stride 4; agreement, 0..1, of the views that were merged,
-# NaN of a single view (imaging.scoremaps.agreement_of_views); tag_logits of all classes; affinity of all pairs of cells of
+# NaN of a single view (imaging.scoremaps.view_agreement); tag_logits of all classes; affinity of all pairs of cells of
 # `grid` (rows, columns), [0,0] and grid (0, 0) where none is kept; decoded: mask values of the method's own decoder, [0,0]
 # where it has none
 SCORE_MAPS = Schema(
@@ -77,16 +77,16 @@ REFINED = Schema(
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, where there are corrected masks
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
-# of a segmenter that was not trained on the image: soft-min over pixels of its probabilities of the pseudo-mask's labels, and the
-# mean IoU of its mask with the pseudo-mask, both 0..1; NaN where the pseudo-mask is 255 throughout
+# of a segmenter that was not trained on the image: soft-min over pixels of its probabilities of the pseudo-mask's labels,
+# and the mean IoU of its mask with the pseudo-mask, both 0..1; NaN where the pseudo-mask is 255 throughout
 HELD_OUT = Schema("held_out", 2, {"soft_min": Field("<f4", ("1",)), "held_out_agreement": Field("<f4", ("1",))})
-# the mask of the last stage (split train: pseudo-mask, val: prediction), sampled at the nearest pixels, so small that the report
-# can compare the masks of all runs on all images
+# the mask of the last stage (split train: pseudo-mask, val: prediction), sampled at the nearest pixels, so small that the
+# report can compare the masks of all runs on all images
 SMALL_MASKS = Schema("small_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 # thumbnails of a selection of images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows,
-# columns) of the thumbnail; photograph is WebP, scores (the best class's, 0..255) a grey JPEG; maps is zlib of the mask values
-# u8[m,rows,columns] of the stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is
-# of full-size masks, NaN where there is no truth
+# columns) of the thumbnail; photograph is WebP, scores (the best class's, 0..255) a grey JPEG; maps is zlib of the mask
+# values u8[m,rows,columns] of the stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty;
+# miou is of full-size masks, NaN where there is no truth
 GALLERY = Schema(
     "gallery",
     1,
@@ -101,18 +101,19 @@ GALLERY = Schema(
         "miou": Field("<f4", ("stages",)),
     },
 )
-# pictures of some images' inside for the report. jpeg and panels, the maps' names in UTF-8 with commas, are empty where no maps are shown,
-# and weights are [0,0] where a method has none. told says in UTF-8 what the method suppresses beside its classes, empty where it does not.
-# The image is one of those that match best what is suppressed beside s classes: match is the cosine; means the mean cosine over all
-# images of that class and over those of others, images how many these are; strips one JPEG each, end to end, of strip_bytes
+# Intermediate maps of some images for the report. jpeg: the panels side by side; panels: their names in UTF-8, separated by
+# commas; both empty where no maps are shown. weights: [0,0] where a method has none. description: in UTF-8 what the method
+# suppresses beside its classes, empty where it suppresses nothing. beside: s classes for which the image is among the best
+# matches of what is suppressed; match: the cosine; means: mean cosine over all images of that class, and over those of
+# others; images: how many these are; strips: a JPEG per class, end to end, of strip_bytes
 INSPECTION = Schema(
     "inspection",
-    2,
+    3,
     {
         "jpeg": Field("|u1", ("bytes",)),
         "panels": Field("|u1", ("characters",)),
         "weights": Field("<f4", ("layers", "heads")),
-        "told": Field("|u1", ("letters",)),
+        "description": Field("|u1", ("letters",)),
         "beside": Field("<u2", ("s",)),
         "match": Field("<f4", ("s",)),
         "means": Field("<f4", ("s", "2")),

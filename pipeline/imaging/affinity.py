@@ -1,7 +1,7 @@
-"""Pairwise affinities of grid cells: spreading planes along them, and learning them from label maps (AFA, section 3; PSA; IRN).
+"""Pairwise affinities of grid cells: propagation, random walks, labels and a loss to learn them (AFA section 3; PSA; IRN).
 
 Shape letters: b images, k planes, gh gw cells of the grid, n = gh * gw; cell (y, x) has number y * gw + x.
-Cells are near when they are at most `radius` cells apart both vertically and horizontally.
+Two cells are near if they lie at most `radius` cells apart both vertically and horizontally.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pipeline.imaging.pairs import Offset, edge_affinities, ends, offsets
 def propagate(planes: Tensor, affinity: Tensor, *, radius: int, power: float, eps: float) -> Tensor:
     """planes f32[b,k,gh,gw], affinity f32[b,n,n] ≥ 0 → f32[b,k,gh,gw], one step (AFA section 3, step 4).
 
-    The affinity of cells that are not near is taken as 0, the rest is raised to `power`, and each column divided by its sum + eps;
-    then planes @ affinity. Only the rows of the grid that are near each other are ever touched. ValueError if the shapes disagree.
+    The affinity of cells that are not near is taken as 0, the rest is raised to `power`, and each column divided by its sum
+    + eps; then planes @ affinity. Only blocks of near grid rows are read, never the whole matrix. ValueError if the shapes
+    disagree.
     """
     b, k, gh, gw = planes.shape
     if affinity.shape != (b, gh * gw, gh * gw):
@@ -37,7 +38,7 @@ def propagate(planes: Tensor, affinity: Tensor, *, radius: int, power: float, ep
 
 
 def affinity_labels(labels: Tensor, *, radius: int, ignore: int = IGNORE) -> Tensor:
-    """u8[b,gh,gw] labels → u8[b,n,n]: 1 same label, 0 different, `ignore` where either is ignored or the cells are not near."""
+    """u8[b,gh,gw] labels → u8[b,n,n]: 1 same label, 0 different, `ignore` where either is ignored or they are not near."""
     b, gh, gw = labels.shape
     flat = labels.reshape(b, -1)
     rows, columns = _near(gh, radius, labels.device), _near(gw, radius, labels.device)
@@ -48,8 +49,9 @@ def affinity_labels(labels: Tensor, *, radius: int, ignore: int = IGNORE) -> Ten
 
 
 def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
-    """affinity f32[b,n,n] in 0..1, labels u8[b,n,n] of affinity_labels → half the mean distance from 1 over same pairs plus half the
-    mean over different pairs, each with one more pair in the denominator, so that no kind may be missing (AFA section 3)."""
+    """affinity f32[b,n,n] in 0..1, labels u8[b,n,n] of affinity_labels → half the mean of 1 - affinity over pairs labelled 1
+    plus half the mean of affinity over pairs labelled 0; 1 is added to both counts, so that either may be 0 (AFA
+    section 3)."""
     same, different = labels == 1, labels == 0
     return 0.5 * ((1 - affinity) * same).sum() / (same.sum() + 1) + 0.5 * (affinity * different).sum() / (
         different.sum() + 1
@@ -57,39 +59,41 @@ def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
 
 
 def edge_walk(planes: Tensor, edge: Tensor, *, radius: int, beta: float, steps: int) -> Tensor:
-    """planes f32[k,gh,gw], probabilities of a class boundary f32[gh,gw] → f32[k,gh,gw] after `steps` steps (IRN, section 4.3).
+    """planes f32[k,gh,gw], probabilities of a class boundary f32[gh,gw] → f32[k,gh,gw] after `steps` steps (IRN section
+    4.3).
 
-    Boundaries keep what lies on them: planes are first weighed by 1 - edge. IRN's exp_times is the logarithm of steps: 8 for 256.
+    As in IRN, planes are multiplied by 1 - edge first. IRN's exp_times is the binary logarithm of steps: 8 for 256.
     """
     pairs = offsets(radius)
-    affinities = [one[0] for one in edge_affinities(edge[None], pairs)]
+    affinities = [affinity[0] for affinity in edge_affinities(edge[None], pairs)]
     return pair_walk(planes * (1 - edge), affinities, pairs, beta=beta, steps=steps)
 
 
 def pair_walk(planes: Tensor, affinities: Sequence[Tensor], pairs: Sequence[Offset], *, beta: float, steps: int) -> Tensor:
-    """planes f32[k,gh,gw] times `steps` times the transitions (PSA, eq. 4): affinities f32[h',w'] per offset of imaging.pairs, both
-    ways, and 1 of each cell with itself, raised to beta, each column divided by its sum.
+    """planes f32[k,gh,gw] → f32[k,gh,gw] after `steps` products with the transition matrix (PSA, eq. 4).
 
-    The transitions to the power of `steps` would be n × n and dense; the planes alone are carried along instead. In double
-    precision: over 256 steps, rounding of a cell's sum adds up to 1e-4 in single.
+    affinities: f32[h',w'] per offset of imaging.pairs, for both directions; each cell has 1 with itself. The transition
+    matrix is affinity ** beta, each column divided by its sum. Its power would be n × n and dense, so the planes are
+    multiplied step by step.
+    In double precision: over 256 steps, rounding of a cell's sum adds up to 1e-4 in single.
     """
-    weights, walking = [affinity.double().pow(beta) for affinity in affinities], planes.double()
-    total = torch.ones_like(walking[:1])
+    weights, walked = [affinity.double().pow(beta) for affinity in affinities], planes.double()
+    total = torch.ones_like(walked[:1])
     for weight, offset in zip(weights, pairs, strict=True):
         for end in ends(total, offset):
             end += weight
     for _ in range(steps):
-        walked = walking.clone()
+        summed = walked.clone()
         for weight, offset in zip(weights, pairs, strict=True):
-            (to_anchors, to_partners), (anchors, partners) = ends(walked, offset), ends(walking, offset)
+            (to_anchors, to_partners), (anchors, partners) = ends(summed, offset), ends(walked, offset)
             to_anchors.addcmul_(partners, weight)
             to_partners.addcmul_(anchors, weight)
-        walking = walked / total
-    return walking.to(planes.dtype)
+        walked = summed / total
+    return walked.to(planes.dtype)
 
 
 def dense_walk(planes: Tensor, affinity: Tensor, *, beta: float, steps: int) -> Tensor:
-    """The same for a whole affinity f32[n,n] that is at hand, symmetric and 1 on the diagonal: f32[k,gh,gw] → f32[k,gh,gw].
+    """pair_walk for a dense affinity f32[n,n], symmetric and 1 on the diagonal: planes f32[k,gh,gw] → f32[k,gh,gw].
 
     ValueError if the shapes disagree. n² work per step and plane; never the n³ of a squared matrix.
     """
@@ -105,6 +109,6 @@ def dense_walk(planes: Tensor, affinity: Tensor, *, beta: float, steps: int) -> 
 
 
 def _near(length: int, radius: int, device: torch.device) -> Tensor:
-    """bool[length,length]."""
-    at = torch.arange(length, device=device)
-    return (at[:, None] - at).abs() <= radius
+    """bool[length,length]: True where two cells of a row lie at most `radius` apart."""
+    indices = torch.arange(length, device=device)
+    return (indices[:, None] - indices).abs() <= radius

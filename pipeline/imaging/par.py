@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement: planes drift towards neighbours of like colour (AFA, section 2). No learned weights, no ground truth.
+"""Pixel-adaptive refinement: each pixel becomes the mean of neighbours weighted by similar colour (AFA, section 2).
 
 Shape letters: b images, k planes, h w pixels, n = 8 * len(dilations) neighbours.
 """
@@ -18,17 +18,18 @@ from torch import Tensor
 
 from pipeline.core.config import AboveZero, Positive
 
-AROUND = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
-SMALLEST = 1e-8
-TILE = 512  # px: larger images are refined in squares, each with a rim as wide as colours can travel
+NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
+SMALLEST = 1e-8  # added to standard deviations
+TILE = 512  # px: larger images are refined in squares, each with a margin as wide as values can spread
 
 
 @dataclass(frozen=True)
 class ParSettings:
-    """scale        the image is refined at this share of its size, and the planes enlarged again (AFA: 0.5)
+    """scale        sides of the image that is refined over those of the original; the planes are enlarged again (AFA: 0.5)
     dilations    px at that size: distances of the neighbours
     iterations   AFA: 10 on VOC, 15 on COCO
-    w1, w2       width of the colour term, weight of the distance term
+    w1           width of the colour kernel, in standard deviations of the neighbours' colours
+    w2           weight of the distance kernel against the colour kernel
     """
 
     scale: Annotated[float, Field(ge=0.1, le=1)]
@@ -47,13 +48,13 @@ class ParSettings:
 
 
 def refine_image(image: np.ndarray, planes: Tensor, settings: ParSettings) -> Tensor:
-    """u8[h,w,3] and f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
+    """Image u8[h,w,3] and planes f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
     return refine_pixels(pixels, planes, settings)
 
 
 def refine_pixels(pixels: Tensor, planes: Tensor, settings: ParSettings) -> Tensor:
-    """f32[3,h,w] in 0..1 and f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
+    """Image f32[3,h,w] in 0..1 and planes f32[k,gh,gw] → f32[k,h,w], refined at settings.scale."""
     h, w = pixels.shape[-2:]
     small = F.interpolate(pixels[None], settings.size((h, w)), mode="bilinear", align_corners=False)
     refined = pixel_adaptive_refine(
@@ -74,49 +75,50 @@ def pixel_adaptive_refine(
 ) -> Tensor:
     """images f32[b,3,h,w] in 0..1, planes f32[b,k,gh,gw] → f32[b,k,h,w].
 
-    Planes are brought to the images' size (bilinear, align_corners True). Each iteration replaces a pixel by the weighted sum of 8
-    neighbours at each dilation (px), borders replicated: softmax over the neighbours of -(colour difference / their deviation / w1)²,
-    plus w2 times the same of their distances. Weights sum to 1 + w2. They depend on the image alone: any number of planes, for
-    instance those of several background levels, share them in one call.
+    Planes are brought to the images' size (bilinear, align_corners True). Each iteration replaces a pixel by the weighted
+    sum of 8 neighbours at each dilation (px), borders replicated. Weights are the softmax over the neighbours of -(d/σ/w1)²,
+    d being the colour difference and σ the standard deviation of the neighbours' colours, averaged over channels, plus
+    w2 times the same of their distances; they sum to 1 + w2. They depend on the image alone: planes of several thresholds
+    share them in one call.
     """
     h, w = images.shape[-2:]
     if planes.shape[-2:] != (h, w):
         planes = F.interpolate(planes, (h, w), mode="bilinear", align_corners=True)
-    rim = max(dilations) * iterations
+    margin = max(dilations) * iterations
     out = torch.empty_like(planes)
-    for image, given, result in zip(images, planes, out, strict=True):
-        for inner, outer, kept in _tiles(h, w, rim):
-            weights = _weights(image[(slice(None), *outer)], dilations, w1, w2)
-            refined = _iterate(given[(slice(None), *outer)], weights, dilations, iterations)
-            result[(slice(None), *inner)] = refined[(slice(None), *kept)]
+    for image, image_planes, result in zip(images, planes, out, strict=True):
+        for tile, padded_tile, inside in _tiles(h, w, margin):
+            weights = _weights(image[(slice(None), *padded_tile)], dilations, w1, w2)
+            refined = _iterate(image_planes[(slice(None), *padded_tile)], weights, dilations, iterations)
+            result[(slice(None), *tile)] = refined[(slice(None), *inside)]
     return out
 
 
 Window = tuple[slice, slice]
 
 
-def _tiles(h: int, w: int, rim: int) -> Iterator[tuple[Window, Window, Window]]:
-    """(where a tile's result goes, the same with its rim, the result inside the rim), px. One tile where the image is small."""
-    if h <= TILE + 2 * rim and w <= TILE + 2 * rim:
+def _tiles(h: int, w: int, margin: int) -> Iterator[tuple[Window, Window, Window]]:
+    """(tile in the image, tile with its margin in the image, tile inside its margin), px. A small image is one tile."""
+    if h <= TILE + 2 * margin and w <= TILE + 2 * margin:
         whole = slice(0, h), slice(0, w)
         yield whole, whole, whole
         return
     for top in range(0, h, TILE):
         for left in range(0, w, TILE):
-            inner = slice(top, min(top + TILE, h)), slice(left, min(left + TILE, w))
-            outer = tuple(
-                slice(max(0, s.start - rim), min(full, s.stop + rim)) for s, full in zip(inner, (h, w), strict=True)
+            tile = slice(top, min(top + TILE, h)), slice(left, min(left + TILE, w))
+            padded = tuple(
+                slice(max(0, s.start - margin), min(side, s.stop + margin)) for s, side in zip(tile, (h, w), strict=True)
             )
-            kept = tuple(slice(s.start - o.start, s.stop - o.start) for s, o in zip(inner, outer, strict=True))
-            yield inner, (outer[0], outer[1]), (kept[0], kept[1])
+            inside = tuple(slice(s.start - p.start, s.stop - p.start) for s, p in zip(tile, padded, strict=True))
+            yield tile, (padded[0], padded[1]), (inside[0], inside[1])
 
 
 def _shifts(dilations: Sequence[int]) -> list[tuple[int, int]]:
-    return [(dy * d, dx * d) for d in dilations for dy, dx in AROUND]
+    return [(dy * d, dx * d) for d in dilations for dy, dx in NEIGHBOURS]
 
 
 def _neighbours(planes: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """f32[c,h,w] → each neighbour in turn as a view f32[c,h,w]."""
+    """f32[c,h,w] → for each of the n neighbours a view f32[c,h,w] of its values."""
     most, (h, w) = max(dilations), planes.shape[-2:]
     padded = F.pad(planes[None], (most, most, most, most), mode="replicate")[0]
     for dy, dx in _shifts(dilations):
@@ -124,7 +126,7 @@ def _neighbours(planes: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _weights(image: Tensor, dilations: Sequence[int], w1: float, w2: float) -> Tensor:
-    """f32[3,h,w] → f32[n,h,w]. Differences are made anew for each of three passes: 3n planes never stand side by side."""
+    """f32[3,h,w] → f32[n,h,w]. Three passes compute the differences anew, so that 3n planes are never held at once."""
     count = 8 * len(dilations)
     mean = torch.zeros_like(image)
     for neighbour in _neighbours(image, dilations):
@@ -140,8 +142,8 @@ def _weights(image: Tensor, dilations: Sequence[int], w1: float, w2: float) -> T
         torch.sum((neighbour - image).square_().mul_(scale), dim=0, out=logit)
     weights = torch.softmax(logits.neg_(), dim=0)
     distances = torch.tensor([math.hypot(dy, dx) for dy, dx in _shifts(dilations)], device=image.device)
-    near = torch.softmax(-((distances / (distances.std() + SMALLEST) / w1) ** 2), dim=0)
-    return weights.add_(w2 * near[:, None, None])
+    distance_kernel = torch.softmax(-((distances / (distances.std() + SMALLEST) / w1) ** 2), dim=0)
+    return weights.add_(w2 * distance_kernel[:, None, None])
 
 
 def _iterate(planes: Tensor, weights: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Score maps of one image in a training batch → a label map to learn from, made with a low and a high background (AFA, section 3).
+"""Score maps of one training image → a label map, by a low and a high background threshold (AFA, section 3).
 
 Shape letters: k classes present in the image, h w pixels, gh gw cells.
 """
@@ -26,8 +26,9 @@ Window = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """low, high   background scores; above both a class is sure, between them it is ignored
-    par         the pixel-adaptive refinement of background and classes
+    """low    lower background threshold, 0..1: a pixel whose class does not exceed it is background
+    high   upper background threshold, 0..1: a pixel whose class exceeds it has that class; between the two it is ignored
+    par    pixel-adaptive refinement of background and classes
     """
 
     low: Annotated[float, Field(gt=0, le=1)]
@@ -41,10 +42,11 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class SpreadSettings(LabelSettings):
-    """The same of labels that are spread along an affinity, and
+    """Settings of labels that are spread along an affinity (imaging.affinity.propagate).
 
-    radius      cells of the affinity's grid that one step reaches
-    power, eps  of the affinity (imaging.affinity.propagate)
+    radius  cells of the affinity's grid, vertically and horizontally, that one propagation reaches
+    power   exponent of the affinity
+    eps     added to the affinity's column sums
     """
 
     radius: Count
@@ -53,19 +55,19 @@ class SpreadSettings(LabelSettings):
 
 
 def with_backgrounds(scores: Tensor, settings: LabelSettings) -> Tensor:
-    """f32[k,gh,gw] in 0..1 → f32[2,k+1,gh,gw]: under the low and the high background, softmax over background and classes."""
-    levels = scores.new_tensor([settings.low, settings.high]).view(2, 1, 1, 1).expand(2, 1, *scores.shape[1:])
-    return torch.cat([levels, scores.expand(2, *scores.shape)], dim=1).softmax(dim=1)
+    """f32[k,gh,gw] in 0..1 → f32[2,k+1,gh,gw]: softmax over [threshold, scores], of the low and of the high threshold."""
+    thresholds = scores.new_tensor([settings.low, settings.high]).view(2, 1, 1, 1).expand(2, 1, *scores.shape[1:])
+    return torch.cat([thresholds, scores.expand(2, *scores.shape)], dim=1).softmax(dim=1)
 
 
 def plain_planes(scores: Tensor, settings: LabelSettings) -> Tensor:
-    """f32[k,h,w] in 0..1 → what is refined of them, f32[2,k+1,·,·] (step 7)."""
+    """f32[k,h,w] in 0..1 → planes f32[2,k+1,·,·] at PAR's size (step 7)."""
     small = resized(scores[None], settings.par.size((scores.shape[-2], scores.shape[-1])))[0]
     return with_backgrounds(small, settings)
 
 
 def spread_planes(scores: Tensor, affinity: Tensor, grid: tuple[int, int], settings: SpreadSettings) -> Tensor:
-    """The same after one step along affinity f32[n,n] of the cells of `grid`, at the scores' own size (step 4)."""
+    """f32[k,h,w] in 0..1 → planes f32[2,k+1,h,w] after one propagation along f32[n,n] of the cells of `grid` (step 4)."""
     planes = with_backgrounds(resized(scores[None], grid)[0], settings)
     spread = propagate(
         planes.flatten(0, 1)[None], affinity[None], radius=settings.radius, power=settings.power, eps=settings.eps
@@ -77,19 +79,20 @@ def spread_planes(scores: Tensor, affinity: Tensor, grid: tuple[int, int], setti
 def refined_labels(
     pixels: Tensor, planes: Sequence[Tensor], classes: Tensor, window: Window, settings: LabelSettings
 ) -> list[Tensor]:
-    """Planes f32[2,k+1,·,·] of one image f32[3,h,w] in 0..1 → a label map u8[h,w] each: PAR, argmax, three-way rule (steps 5-6).
+    """Image f32[3,h,w] in 0..1 and a sequence of planes f32[2,k+1,·,·] (low and high threshold) → a label map u8[h,w] of
+    each: PAR, argmax, three-way rule (steps 5-6).
 
-    All share the refinement's weights. classes: i64[k] 0-based. window: the valid pixels; all others become 255.
+    All planes share PAR's weights. classes: i64[k] 0-based. window: the valid pixels; all others become 255.
     """
     stacked = [
-        F.interpolate(one, settings.par.size((pixels.shape[-2], pixels.shape[-1])), mode="bilinear", align_corners=True)
-        for one in planes
+        F.interpolate(pair, settings.par.size((pixels.shape[-2], pixels.shape[-1])), mode="bilinear", align_corners=True)
+        for pair in planes
     ]
     refined = refine_pixels(pixels, torch.cat(stacked).flatten(0, 1), settings.par)
-    found = refined.view(len(planes), 2, -1, *refined.shape[1:]).argmax(dim=2)
+    winners = refined.view(len(planes), 2, -1, *refined.shape[1:]).argmax(dim=2)
     values = F.pad(classes + 1, (1, 0)).to(torch.uint8)  # plane number → mask value
     labels = []
-    for low, high in values[found]:
+    for low, high in values[winners]:
         out = torch.full_like(low, IGNORE)
         out[window] = trinary_labels(low, high)[window]
         labels.append(out)

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) and random erasing (Zhong et al. 2020), every draw from the caller's generator.
 
-The operations and their ranges are those of the "increasing" set that WeakTr trains with (weaktr.md section 1.5): a larger magnitude
-always changes the picture more.
+The operations and their ranges are those of the "increasing" set that WeakTr trains with (weaktr.md section 1.5): a larger
+magnitude always changes the image more.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-HIGHEST = 10.0  # magnitudes end here
-CHANCE = 0.5  # of each operation that was drawn
-FILL = (124, 116, 104)  # ImageNet's mean, for what moves in from outside
-ERASED_AREA = (0.02, 1 / 3)  # share of the picture
+MAX_MAGNITUDE = 10.0
+PROBABILITY = 0.5  # that a drawn operation is applied
+FILL = (124, 116, 104)  # ImageNet's mean, for pixels from outside the image
+ERASED_AREA = (0.02, 1 / 3)  # fraction of the image
 ERASED_RATIO = (0.3, 1 / 0.3)  # height over width
 TRIES = 10
 MEAN = np.array([0.485, 0.456, 0.406]).reshape(3, 1, 1)
@@ -72,25 +72,27 @@ def rand_augment(
     """u8[h,w,3] → the same after `operations` operations drawn at random, each applied with probability 0.5 at a magnitude
     (0..10) drawn from a normal distribution around `magnitude` with standard deviation `spread`."""
     picture, names = Image.fromarray(image), list(OPERATIONS)
-    for at in rng.integers(0, len(names), operations):
-        applied, level, sign = rng.random() < CHANCE, rng.normal(magnitude, spread), rng.choice([-1.0, 1.0])
+    for index in rng.integers(0, len(names), operations):
+        applied, strength, sign = rng.random() < PROBABILITY, rng.normal(magnitude, spread), rng.choice([-1.0, 1.0])
         if applied:
-            picture = OPERATIONS[names[at]](picture, float(np.clip(level, 0, HIGHEST)) / HIGHEST, float(sign))
+            picture = OPERATIONS[names[index]](
+                picture, float(np.clip(strength, 0, MAX_MAGNITUDE)) / MAX_MAGNITUDE, float(sign)
+            )
     return np.asarray(picture)
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> None:
-    """f32[3,h,w] in 0..1: fills a random box with noise of ImageNet's mean and deviation, in place; nothing if none fits in ten
-    tries."""
+    """f32[3,h,w] in 0..1: fills a random box with noise of ImageNet's mean and deviation, in place; nothing if none fits in
+    ten tries."""
     h, w = pixels.shape[1:]
     for _ in range(TRIES):
         area = rng.uniform(*ERASED_AREA) * h * w
         ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
-        high, wide = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < high < h and 0 < wide < w:
-            top, left = int(rng.integers(0, h - high + 1)), int(rng.integers(0, w - wide + 1))
-            noise = MEAN + DEVIATION * rng.standard_normal((3, high, wide))
-            pixels[:, top : top + high, left : left + wide] = np.clip(noise, 0, 1)
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < height < h and 0 < width < w:
+            top, left = int(rng.integers(0, h - height + 1)), int(rng.integers(0, w - width + 1))
+            noise = MEAN + DEVIATION * rng.standard_normal((3, height, width))
+            pixels[:, top : top + height, left : left + width] = np.clip(noise, 0, 1)
             return
 
 
@@ -102,9 +104,9 @@ def area_box(rng: np.random.Generator, size: tuple[int, int], area_min: float) -
     for _ in range(TRIES):
         area = rng.uniform(area_min, 1.0) * h * w
         ratio = math.exp(rng.uniform(math.log(lowest), math.log(highest)))
-        wide, high = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if wide <= w and high <= h:
-            left, top = rng.uniform(0, w - wide), rng.uniform(0, h - high)
-            return left, top, left + wide, top + high
-    wide, high = min(w, h * highest), min(h, w / lowest)
-    return (w - wide) / 2, (h - high) / 2, (w + wide) / 2, (h + high) / 2
+        width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if width <= w and height <= h:
+            left, top = rng.uniform(0, w - width), rng.uniform(0, h - height)
+            return left, top, left + width, top + height
+    width, height = min(w, h * highest), min(h, w / lowest)
+    return (w - width) / 2, (h - height) / 2, (w + width) / 2, (h + height) / 2

@@ -30,8 +30,8 @@ class FixedThreshold:
 class OtsuThreshold:
     """A threshold found in the histogram of winning scores over all training images (Otsu 1979).
 
-    rule    otsu splits the histogram into the two groups that differ most; otsu3 into three, background, undecided and object, and
-            takes the upper border, since a CAM leaks widely into what surrounds an object at middling scores
+    rule    otsu splits the histogram into the two groups that differ most; otsu3 into three, background, undecided and
+            object, and takes the upper border, since a CAM leaks widely into what surrounds an object at middling scores
     factor  on the border that the rule finds
     """
 
@@ -69,7 +69,8 @@ def fit(threshold: FixedThreshold | OtsuThreshold, maps: Iterable[ImageMaps]) ->
 
 
 def winner_histogram(maps: Iterable[ImageMaps]) -> np.ndarray:
-    """i64[BINS]: how many grid cells have their best class's score in each bin of 0..1. Images without a class do not count."""
+    """i64[BINS]: how many grid cells have their best class's score in each bin of 0..1. Images without a class do not
+    count."""
     counts = np.zeros(BINS, np.int64)
     for image in maps:
         if len(image.classes):

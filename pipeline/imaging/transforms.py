@@ -1,4 +1,4 @@
-"""Photographs and masks as arrays → resized views, what networks read, augmented square crops. Pure: draws are the caller's rng's."""
+"""Photographs and masks as arrays → resized views, input tensors, augmented square crops. Random draws are the caller's."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def tensor_of(pixels: np.ndarray, device: str | torch.device) -> Tensor:
-    """One or more images u8[…,h,w,3] → f32[…,3,h,w] RGB in 0..1 on `device`, as networks read them."""
-    # channels stay innermost in memory, since convolutions may round otherwise in another layout; a copy, since Pillow's are read-only
+    """Images u8[…,h,w,3] RGB → f32[…,3,h,w] in 0..1 on `device`, the input of networks."""
+    # channels stay innermost in memory, since convolutions may round otherwise in another layout; a copy, since Pillow's are
+    # read-only
     return torch.tensor(pixels, device=device).movedim(-1, -3).float() / 255
 
 
@@ -51,27 +52,33 @@ def crop(
     box: tuple[float, float, float, float] | None = None,
     change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """One square crop for training.
+    """A square training crop of image u8[h,w,3] and mask u8[h,w] (or None).
 
-    image u8[h,w,3], mask u8[h,w] or None; the short side is scaled to size * scale px, then a window of size px is taken at the
-    relative place `at` (0..1 vertically, horizontally), or the image is placed there where it is smaller. Or, where a `box`
-    (left, top, right, bottom) px of the image is given, that box is stretched to the square. jitter f[3] holds the brightness,
-    contrast and saturation factors. `change`: u8[·,·,3] → the same size, on the pixels before jitter and flip; masks do not follow.
+    size, scale: the short side is scaled to size * scale px, then a window of size px is cut out.
+    at: relative position (vertical, horizontal) in 0..1 of that window, or of a smaller image in the crop.
+    box: (left, top, right, bottom) px of the image; if given, it is stretched to the square instead.
+    jitter: f[3], factors of brightness, contrast and saturation.
+    change: u8[·,·,3] → the same size, applied to the pixels before jitter and flip, and not to the mask.
     Returns image f32[3,size,size] in 0..1, valid bool[size,size] and mask u8[size,size] (IGNORE on padding) or None.
     """
     h, w = image.shape[:2]
-    seen, row, column = (size, size), 0, 0
+    inner, row, column = (size, size), 0, 0  # (h, w) px that the image covers in the crop, and their corner
     if box is None:
         factor = size * scale / min(h, w)
         scaled = max(1, round(h * factor)), max(1, round(w * factor))
-        seen = min(size, scaled[0]), min(size, scaled[1])
-        top, left = ((full - part) * place for full, part, place in zip(scaled, seen, at, strict=True))
-        box = (left / scaled[1] * w, top / scaled[0] * h, (left + seen[1]) / scaled[1] * w, (top + seen[0]) / scaled[0] * h)
+        inner = min(size, scaled[0]), min(size, scaled[1])
+        top, left = ((full - part) * place for full, part, place in zip(scaled, inner, at, strict=True))
+        box = (
+            left / scaled[1] * w,
+            top / scaled[0] * h,
+            (left + inner[1]) / scaled[1] * w,
+            (top + inner[0]) / scaled[0] * h,
+        )
         box = (box[0], box[1], min(box[2], w), min(box[3], h))
-        row, column = (int((size - part) * place) for part, place in zip(seen, at, strict=True))
-    window = (slice(row, row + seen[0]), slice(column, column + seen[1]))
+        row, column = (int((size - part) * place) for part, place in zip(inner, at, strict=True))
+    window = (slice(row, row + inner[0]), slice(column, column + inner[1]))
 
-    pixels = np.asarray(Image.fromarray(image).resize((seen[1], seen[0]), Image.Resampling.BILINEAR, box=box))
+    pixels = np.asarray(Image.fromarray(image).resize((inner[1], inner[0]), Image.Resampling.BILINEAR, box=box))
     if change is not None:
         pixels = change(pixels)
     canvas = np.broadcast_to(PADDING, (size, size, 3)).copy()
@@ -81,7 +88,7 @@ def crop(
     labels = None
     if mask is not None:
         labels = np.full((size, size), IGNORE, np.uint8)
-        labels[window] = np.asarray(Image.fromarray(mask).resize((seen[1], seen[0]), Image.Resampling.NEAREST, box=box))
+        labels[window] = np.asarray(Image.fromarray(mask).resize((inner[1], inner[0]), Image.Resampling.NEAREST, box=box))
     if flip:
         canvas, valid = canvas[:, ::-1], valid[:, ::-1]
         labels = labels if labels is None else labels[:, ::-1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.core import config, plugins, sections
 from pipeline.core.config import PARAMS_FILE, ParamsError
+from pipeline.core.contracts import AffinityMethod, AffinityRefiner
 from pipeline.core.sections import Settings
 from pipeline.jobs import export, extract, fit_refiner, refine, segment, train
 
@@ -77,8 +78,15 @@ def problems_of(settings: Settings) -> list[str]:
 
 
 def _affinity_is_kept(settings: Settings, extraction: sections.Extract) -> None:
-    refiner = settings.run.refiner
-    if getattr(plugins.load("refiners", refiner), "NEEDS_AFFINITY", False) and not extraction.keep_affinity:
+    """ParamsError where the method has none to keep, or the refiner needs one that is not kept."""
+    refiner, method = settings.run.refiner, settings.run.method
+    module = plugins.load("refiners", refiner)
+    if extraction.keep_affinity and not isinstance(plugins.load("methods", method), AffinityMethod):
+        raise ParamsError(
+            f"{settings.file}: extract.keep_affinity: got true, allowed is false, since method {method} has no affinity "
+            f"(edit {settings.file})"
+        )
+    if isinstance(module, AffinityRefiner) and module.NEEDS_AFFINITY and not extraction.keep_affinity:
         raise ParamsError(
             f"{settings.file}: extract.keep_affinity: got false, allowed is true, since refiner {refiner} needs it "
             f"(edit {settings.file})"

@@ -1,7 +1,9 @@
-"""Pseudo-masks + records → folds, a segmenter trained without each of them, and how well it agrees with the masks it never saw.
+"""Pseudo-masks + records → folds, a segmenter trained without each of them, and how well it agrees with the masks it never
+saw.
 
-The score is cleanlab's for semantic segmentation (cleanlab.segmentation.rank.get_label_quality_scores, method "softmin"; Lad and
-Mueller, Estimating label quality and errors in semantic segmentation data via any model, arXiv 2307.05080), written anew and streamed.
+The score is cleanlab's for semantic segmentation (cleanlab.segmentation.rank.get_label_quality_scores, method "softmin"; Lad
+and Mueller, Estimating label quality and errors in semantic segmentation data via any model, arXiv 2307.05080), written anew
+and streamed.
 """
 
 from __future__ import annotations
@@ -49,8 +51,10 @@ class Job:
 
 
 def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, held_out: Path, engine: Engine) -> None:
-    """Stage cross_validate: one training per fold, and how its segmenter agrees with the fold's pseudo-masks. With folds 0 a store of
-    no images."""
+    """Stage cross_validate: one training per fold, and how its segmenter agrees with the fold's pseudo-masks.
+
+    With folds 0 the store has no images.
+    """
     chosen, segmentation = settings.section(CrossValidate, "cross_validate"), segment_settings(settings)
     labels = records_file.read(records).labels
     if not chosen.folds:
@@ -83,7 +87,7 @@ def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, he
 
 
 def segment_settings(settings: Settings) -> Segment:
-    """Section segment, but one view: scale 1, not mirrored, without a CRF. Its probabilities are asked for, not its edges."""
+    """Section segment with one view, not mirrored, and no CRF: probabilities are needed, not edges."""
     return dataclasses.replace(settings.section(Segment, "segment"), scales=(1.0,), flip=False, crf=None)
 
 
@@ -97,11 +101,15 @@ def folds_of(ids: Iterable[str], folds: int) -> list[list[str]]:
 
 
 def plan(all_images: loop.Job, folds: int, file: Path) -> list[Fold]:
-    """One training per fold, each as `all_images`, retrain's own, but without the fold's images. ParamsError for too many folds."""
+    """One training per fold: `all_images`, which is retrain's own, without the fold's images.
+
+    ParamsError for more folds than images.
+    """
     by_id = {record.id: record for record in all_images.images.records}
     if folds > len(by_id):
         raise config.ParamsError(
-            f"{file}: cross_validate.folds: got {folds}, allowed is 0 (off) or 2 up to the number of images with a pseudo-mask, "
+            f"{file}: cross_validate.folds: got {folds}, allowed is 0 (off) or 2 up to the number of images with a "
+            f"pseudo-mask, "
             f"{len(by_id)} (edit {file})"
         )
     return [

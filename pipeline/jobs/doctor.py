@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.core import sections
 from pipeline.core.config import ParamsError
 from pipeline.jobs import check
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
 MIN_FREE_GIB = 5
 
@@ -58,7 +58,7 @@ def package(module: str, distribution: str) -> Callable[[], Finding]:
 
     def finding() -> Finding:
         try:
-            mend()  # torchvision beside a CPU-only torch
+            define_missing_operators()  # torchvision beside a CPU-only torch
             importlib.import_module(module)
         except Exception as error:
             return Finding(distribution, f"cannot be imported: {error}", "rm -rf .venv && make setup")

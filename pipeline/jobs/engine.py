@@ -33,7 +33,10 @@ class Engine(Protocol):
     def each(
         self, function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
     ) -> Iterator[Out]:
-        """function(item) for every item, results in the order of `items`. device: where the function computes; unit: images an item."""
+        """function(item) for every item, results in the order of `items`.
+
+        device: where the function computes; unit: images per item
+        """
         ...
 
     def progress(self, items: Iterable[Out], total: int, what: str) -> Iterator[Out]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.core import plugins, store
 from pipeline.core import records as records_file
+from pipeline.core.contracts import CheckedExporter
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Export, Settings
@@ -139,7 +140,8 @@ def exporters(formats: Sequence[str]) -> dict[str, ModuleType]:
             continue
         try:
             modules[name] = plugins.load("exporters", name)
-            getattr(modules[name], "check", lambda: None)()
+            if isinstance(modules[name], CheckedExporter):
+                modules[name].check()
         except ValueError as error:
             problems.append(str(error))
     if problems:

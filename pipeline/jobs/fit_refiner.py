@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.core import plugins, store
 from pipeline.core import records as records_file
+from pipeline.core.contracts import CheckedRefiner, LearnedRefiner
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Settings
@@ -80,11 +81,11 @@ def params_of(settings: Settings) -> Any:
 
 
 def check(settings: Settings, params: Any) -> None:
-    """ValueError if a learned refiner's augmentation would change pixels whose labels do not follow, or the refiner says no."""
+    """ValueError if the augmentation would change pixels whose labels do not follow, or the refiner's own check fails."""
     refiner = plugins.load("refiners", settings.run.refiner)
-    if hasattr(refiner, "check"):
+    if isinstance(refiner, CheckedRefiner):
         refiner.check(params)
-    if has_network(settings.run.refiner) and (params.augment.rand_augment is not None or params.augment.erase > 0):
+    if isinstance(refiner, LearnedRefiner) and (params.augment.rand_augment is not None or params.augment.erase > 0):
         raise ValueError(
             f"{settings.file}: fit_refiner.augment: rand_augment must be null and erase 0, since labels would not follow "
             f"(edit {settings.file})"
@@ -115,7 +116,7 @@ def label_part(item: tuple[int, Sequence[ImageRecord]], job: LabelJob) -> int:
 
 
 def build(name: str, params: Any, family: str, init: Path) -> Any:
-    """The network with its initial weights, the same in every process. A top-threshold function, so that ranks can call it."""
+    """The network with its initial weights, the same in every process; at the top level, so that ranks can call it."""
     import torch
 
     from pipeline.training.data import seed_of

@@ -1,4 +1,4 @@
-"""A trained method + images → pictures of its inner maps, its weights by layer and head, and what it suppresses, for the report."""
+"""A trained method + images → pictures of its inner maps, its weights by layer and head, and what it suppresses."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import numpy as np
 import torch
 
 from pipeline.core import store
-from pipeline.core.contracts import Surroundings
+from pipeline.core.contracts import Surroundings, WithSurroundings
 from pipeline.core.records import ImageRecord, Records, read_image, sample
 from pipeline.imaging import planes, sheet, transforms
 from pipeline.jobs import score_maps
 from pipeline.jobs.engine import Engine, Part
 
 HEIGHT = 128  # px of a strip
-LONGEST = 512  # px of the long side that a method looks inside at: inner maps grow with its fourth power
+LONGEST = 512  # px of the long side of an inspected image: affinities grow with its fourth power
 WEIGHTS = "_weights"  # inner tensors whose names end so are tables by layer and head
 BEST = 4  # images of each class that match best what the method suppresses beside it
 
 
 def write(path: Path, records: Records, parts: Sequence[Part], job: score_maps.Job, *, engine: Engine, what: str) -> None:
-    """Writes INSPECTION: a few images' inner maps and, of a method with surroundings, what it suppresses beside each class."""
+    """Writes INSPECTION: inner maps of a few images and, of a method with surroundings, what it suppresses by class."""
     count = job.settings.inspect
     method = score_maps.load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
     pictures = inspections(
         chosen(records.images, count), method, len(job.labels), job.root, job.settings.long_side, job.device
     )
-    if looks_around(method, count):
-        look = partial(look_around, job=job)
-        seen = engine.each(look, [tagged(part) for part in parts], what=what, device=job.device)
-        pictures = with_surroundings(pictures, together(seen))
+    if shows_surroundings(method, count):
+        summarise = partial(summarise_surroundings, job=job)
+        summaries = engine.each(summarise, [tagged(part) for part in parts], what=what, device=job.device)
+        pictures = with_surroundings(pictures, merged(summaries))
     store.write_part(
         path, store.INSPECTION, pictures, labels=job.labels, part=0, parts=1, params_digest="", compression="gzip"
     )
@@ -53,133 +53,136 @@ def chosen(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
 def inspections(
     records: Sequence[ImageRecord], method: Any, classes: int, root: Path, long_side: int | None, device: str
 ) -> Iterator[store.Item]:
-    """INSPECTION items: the maps of each image's first class at scale 1 (long side at most LONGEST), each over its own maximum."""
+    """INSPECTION items: maps of each image's first class at scale 1, long side at most LONGEST, over their maximum."""
     for record in records:
         assert record.tags  # as `chosen` gives them
         photograph = read_image(record, root)
         batch = transforms.tensor_of(_view(photograph, method, long_side), device)[None]
         with torch.inference_mode():  # as where score maps are made: memory that the method keeps is not for other modes
-            found = {name: value[0].float().cpu().numpy() for name, value in method.inspect(batch).items()}
-        maps = {name: value[record.tags[0]] for name, value in found.items() if value.ndim == 3 and len(value) == classes}
-        tables = [value for name, value in found.items() if name.endswith(WEIGHTS)]
+            inner = {name: value[0].float().cpu().numpy() for name, value in method.inspect(batch).items()}
+        maps = {name: value[record.tags[0]] for name, value in inner.items() if value.ndim == 3 and len(value) == classes}
+        tables = [value for name, value in inner.items() if name.endswith(WEIGHTS)]
         small = _small(photograph)
         panels = [small, *(sheet.over(small, _relative(plane, small.shape[:2])) for plane in maps.values())]
         item = store.empty(store.INSPECTION) | {
             "jpeg": np.frombuffer(sheet.strip(panels, HEIGHT, smooth=len(panels)), np.uint8),
-            "panels": _letters(",".join(["photograph", *maps])),
+            "panels": _utf8(",".join(["photograph", *maps])),
         }
         yield record.id, item | ({"weights": tables[0].astype(np.float32)} if tables else {})
 
 
 @dataclass
-class Around:
-    """What images look like without their classes, beside what is suppressed. Arrays are [c,2]: images of a class, and all others.
+class SurroundingsSummary:
+    """How well images without their classes match what is suppressed beside each class, summed over images.
 
-    told   what is suppressed, in words; "" where no image was looked at
-    sums   f64 of cosines: of an image of the class, where that is taken out; of another, the mean over all of its classes taken out
-    images i64 that were summed up
-    best   by class: minus the cosine, id and JPEG of the BEST images with the highest cosine, ties by id
+    description  what is suppressed, in words; "" where no image was looked at
+    sums         f64[c,2] of cosines: images of the class with it masked out, and images of other classes, each the mean over
+                 its classes masked out one at a time
+    images       i64[c,2] numbers of summands
+    best         by class: (minus the cosine, id, JPEG) of the BEST images of the class with the highest cosine, ties by id
     """
 
-    told: str
+    description: str
     sums: np.ndarray
     images: np.ndarray
     best: dict[int, list[tuple[float, str, bytes]]]
 
     @classmethod
-    def none(cls, classes: int) -> Around:
+    def empty(cls, classes: int) -> SurroundingsSummary:
         return cls("", np.zeros((classes, 2)), np.zeros((classes, 2), np.int64), {})
 
-    def offer(self, label: int, cosine: float, image_id: str) -> bool:
+    def is_among_best(self, label: int, cosine: float, image_id: str) -> bool:
         """Whether the image is among the best of its class so far."""
         rivals = self.best.get(label, [])
         return len(rivals) < BEST or (-cosine, image_id) < rivals[-1][:2]
 
-    def add(self, label: int, one: tuple[float, str, bytes]) -> None:
-        self.best[label] = sorted([*self.best.get(label, []), one])[:BEST]
+    def add(self, label: int, entry: tuple[float, str, bytes]) -> None:
+        self.best[label] = sorted([*self.best.get(label, []), entry])[:BEST]
 
 
-def looks_around(method: Any, inspect: int) -> bool:
-    """Whether the method says what it suppresses beside its classes, and anybody wants to know. inspect: extract.inspect."""
-    return inspect > 0 and getattr(method, "surroundings", None) is not None
+def shows_surroundings(method: Any, inspect: int) -> bool:
+    """Whether the report shows what the method suppresses beside its classes. inspect: extract.inspect."""
+    return inspect > 0 and isinstance(method, WithSurroundings)
 
 
-def look_around(records: Sequence[ImageRecord], job: score_maps.Job) -> Around:
+def summarise_surroundings(records: Sequence[ImageRecord], job: score_maps.Job) -> SurroundingsSummary:
     """Of one part: all `tagged` images once, at scale 1, the long side at most LONGEST. Nothing depends on other parts."""
     method = score_maps.load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
-    found = Around.none(len(job.labels))
+    summary = SurroundingsSummary.empty(len(job.labels))
     for batch in score_maps.alike(records, job.settings.views_per_batch):
         photographs = [read_image(record, job.root) for record in batch]
         views = np.stack([_view(photograph, method, job.settings.long_side) for photograph in photographs])
         pairs = [(row, label) for row, record in enumerate(batch) for label in record.tags or ()]
         with torch.inference_mode():
-            seen: Surroundings = method.surroundings(
+            surroundings: Surroundings = method.surroundings(
                 transforms.tensor_of(views, job.device), torch.tensor(pairs, device=job.device)
             )
-        found.told = seen.told
-        if not seen.match.shape[1]:  # nothing is suppressed
+        summary.description = surroundings.description
+        if not surroundings.match.shape[1]:  # nothing is suppressed
             break
-        match, outside = seen.match.float().cpu().numpy(), seen.outside.float().cpu().numpy()
-        _count(found, batch, pairs, match)
+        match, outside = surroundings.match.float().cpu().numpy(), surroundings.outside.float().cpu().numpy()
+        _count(summary, batch, pairs, match)
         for place, (row, label) in enumerate(pairs):
             cosine, record = float(match[place, label]), batch[row]
-            if found.offer(label, cosine, record.id):
-                found.add(label, (-cosine, record.id, _without(photographs[row], outside[place])))
-    return found
+            if summary.is_among_best(label, cosine, record.id):
+                summary.add(label, (-cosine, record.id, _without_class(photographs[row], outside[place])))
+    return summary
 
 
-def _count(found: Around, batch: Sequence[ImageRecord], pairs: Sequence[tuple[int, int]], match: np.ndarray) -> None:
+def _count(
+    summary: SurroundingsSummary, batch: Sequence[ImageRecord], pairs: Sequence[tuple[int, int]], match: np.ndarray
+) -> None:
     rows = np.array([row for row, _ in pairs])
     for row, record in enumerate(batch):
-        each = match[rows == row].astype(np.float64)  # [classes of the image, c]
+        cosines = match[rows == row].astype(np.float64)  # [classes of the image, c]
         own = np.zeros(match.shape[1], bool)
         own[list(record.tags or ())] = True
-        found.sums[own, 0] += [each[place, label] for place, label in enumerate(record.tags or ())]
-        found.sums[~own, 1] += each.mean(axis=0)[~own]
-        found.images += np.stack([own, ~own], axis=1)
+        summary.sums[own, 0] += [cosines[place, label] for place, label in enumerate(record.tags or ())]
+        summary.sums[~own, 1] += cosines.mean(axis=0)[~own]
+        summary.images += np.stack([own, ~own], axis=1)
 
 
-def together(parts: Iterable[Around]) -> Around:
+def merged(parts: Iterable[SurroundingsSummary]) -> SurroundingsSummary:
     """Of all parts, in their order."""
-    whole: Around | None = None
+    total: SurroundingsSummary | None = None
     for part in parts:
-        whole = whole or Around.none(len(part.sums))
-        whole.told = whole.told or part.told
-        whole.sums += part.sums
-        whole.images += part.images
-        for label, some in part.best.items():
-            for one in some:
-                whole.add(label, one)
-    return whole or Around.none(0)
+        total = total or SurroundingsSummary.empty(len(part.sums))
+        total.description = total.description or part.description
+        total.sums += part.sums
+        total.images += part.images
+        for label, entries in part.best.items():
+            for entry in entries:
+                total.add(label, entry)
+    return total or SurroundingsSummary.empty(0)
 
 
-def with_surroundings(items: Iterable[store.Item], found: Around) -> Iterator[store.Item]:
-    """INSPECTION items in id order: those given, and those that `found` shows. Bounded by the classes, not by the images."""
+def with_surroundings(items: Iterable[store.Item], summary: SurroundingsSummary) -> Iterator[store.Item]:
+    """INSPECTION items in id order: those given, and those that `summary` shows, whose number the classes bound."""
     rows = {image_id: dict(item) for image_id, item in items}
     shown: dict[str, list[tuple[int, float, bytes]]] = {}
-    for label in sorted(found.best):
-        for lower, image_id, jpeg in found.best[label]:
+    for label in sorted(summary.best):
+        for lower, image_id, jpeg in summary.best[label]:
             shown.setdefault(image_id, []).append((label, -lower, jpeg))
-    means = found.sums / np.maximum(found.images, 1)
+    means = summary.sums / np.maximum(summary.images, 1)
     for image_id in sorted({*rows, *shown}):
         labels, cosines, jpegs = zip(*shown.get(image_id, []), strict=True) if image_id in shown else ((), (), ())
         yield (
             image_id,
             rows.get(image_id, store.empty(store.INSPECTION))
             | {
-                "told": _letters(found.told),
+                "description": _utf8(summary.description),
                 "beside": np.array(labels, np.uint16),
                 "match": np.array(cosines, np.float32),
                 "means": means[list(labels)].astype(np.float32).reshape(-1, 2),
-                "images": found.images[list(labels)].astype(np.uint32).reshape(-1, 2),
+                "images": summary.images[list(labels)].astype(np.uint32).reshape(-1, 2),
                 "strips": np.frombuffer(b"".join(jpegs), np.uint8),
                 "strip_bytes": np.array([len(jpeg) for jpeg in jpegs], np.uint32),
             },
         )
 
 
-def _without(photograph: np.ndarray, outside: np.ndarray) -> bytes:
-    """JPEG of photograph u8[h,w,3] | what is left of it, where outside f32[s,s] is 0 the mean colour that stands for nothing."""
+def _without_class(photograph: np.ndarray, outside: np.ndarray) -> bytes:
+    """JPEG of photograph u8[h,w,3] | the same without the class: the mean colour where outside f32[s,s] is 0."""
     small = _small(photograph)
     left = planes.upsample(outside[None], (small.shape[0], small.shape[1]))[0][..., None]
     shown = left * small + (1 - left) * 255 * transforms.PADDING
@@ -194,10 +197,10 @@ def _view(photograph: np.ndarray, method: Any, long_side: int | None) -> np.ndar
 
 def _small(photograph: np.ndarray) -> np.ndarray:
     h, w = photograph.shape[:2]
-    return transforms.resize(photograph, (HEIGHT, max(1, min(sheet.WIDEST * HEIGHT, round(w * HEIGHT / h)))))
+    return transforms.resize(photograph, (HEIGHT, max(1, min(sheet.MAX_ASPECT * HEIGHT, round(w * HEIGHT / h)))))
 
 
-def _letters(text: str) -> np.ndarray:
+def _utf8(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), np.uint8)
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from pipeline.core import config, plugins, store
 from pipeline.core import records as records_file
-from pipeline.core.contracts import ImageMaps
+from pipeline.core.contracts import ImageMaps, LearnedRefiner
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Refine, Settings
@@ -71,7 +71,8 @@ def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     affinity = item["affinity"].astype(np.float32) if item["affinity"].size else None
     rows, columns = (int(side) for side in item["grid"])
     return ImageMaps(
-        item["classes"].astype(np.int64), item["scores"].astype(np.float32), record.size, affinity, (rows, columns), record.id
+        item["classes"].astype(np.int64), item["scores"].astype(np.float32), record.size, affinity, (rows, columns),
+        record.id
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageReco
 
 def has_network(name: str) -> bool:
     """Whether refiner `name` is learned by the training loop."""
-    return hasattr(plugins.load("refiners", name), "Network")
+    return isinstance(plugins.load("refiners", name), LearnedRefiner)
 
 
 def network_state(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -93,7 +94,7 @@ def network_state(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: str = "{}") -> None:
-    """safetensors with the refiner's name and FitParams (JSON); one metadata key, since several would come in random order."""
+    """safetensors with the refiner's name and FitParams (JSON) under one metadata key: several come in random order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(
@@ -123,7 +124,7 @@ def load(job: Job) -> tuple[Any, float]:
     """The refiner, ready to be called, and its threshold."""
     state = read_state(job.state, job.refiner)
     module, threshold = plugins.load("refiners", job.refiner), float(state["threshold"][0])
-    if not has_network(job.refiner):
+    if not isinstance(module, LearnedRefiner):
         return module.Refiner(job.params, state), threshold
     import torch  # refiners without a network do not pay for it
 

@@ -1,4 +1,4 @@
-"""Stage report: metrics, curves and galleries of all runs → one page; and a page of what changed since a git revision."""
+"""Stage report: metrics, curves and galleries of all runs → one page; and a page of the differences from a git revision."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def run(values: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
     page.write(paths["report"], records_file.read(paths["records"]), sections.runs(values), inputs, settings)
 
 
-def compared(values: Mapping[str, Any], revision: str, paths: Mapping[str, Path]) -> Path:
-    """Writes against.html beside the folder `report`, not inside it, since that is a cached out; returns where it lies."""
+def write_comparison(values: Mapping[str, Any], revision: str, paths: Mapping[str, Path]) -> Path:
+    """Writes against.html beside the folder `report`, not inside it, since that is a cached out; returns its path."""
     report, read = paths["report"], compare.revision(revision)
-    changes = compare.compare(sections.runs(values), paths["metrics"], paths["audit"], read)
+    comparisons = compare.compare(sections.runs(values), paths["metrics"], paths["audit"], read)
     out = report.with_name("against.html")
-    out.write_text(compare.render(revision, changes, f"{report.name}/index.html"), encoding="utf-8")
+    out.write_text(compare.render(revision, comparisons, f"{report.name}/index.html"), encoding="utf-8")
     return out

@@ -15,7 +15,7 @@ TITLE = "A recipe of tag2mask: the settings of one method, stage by stage (docs/
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12). Which method, refiner and segmenter a recipe is for stands in params.yaml: any is allowed."""
+    """JSON schema (draft 2020-12). params.yaml says which method, refiner and segmenter a recipe is for: any is allowed."""
     training = _section(Training)
     extract, refine, segment = _section(sections.Extract), _section(sections.Refine), _section(sections.Segment)
     properties = {

@@ -160,7 +160,7 @@ def _item(
     return {
         "classes": classes.numpy().astype(np.uint16),
         "scores": merged.numpy().astype(np.float16),
-        "agreement": scoremaps.agreement_of_views(views, rule=settings.merge, size=grid).cpu().numpy().astype(np.float16),
+        "agreement": scoremaps.view_agreement(views, rule=settings.merge, size=grid).cpu().numpy().astype(np.float16),
         "tag_logits": logits.float().cpu().numpy(),
         "affinity": np.zeros((0, 0), np.float16)
         if affinity is None

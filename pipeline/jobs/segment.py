@@ -68,7 +68,7 @@ def run(settings: Settings, *, records: Path, segmenter: Path, predictions: Path
 
 
 def job_of(settings: Settings, weights: Path, *, root: Path, labels: LabelSpace, out: Path, device: str) -> Job:
-    """How to segment images under `root` with the run's segmenter. ValueError if `weights` are not of it and of these classes."""
+    """How to segment images under `root`. ValueError if `weights` are not of the run's segmenter and these classes."""
     segmentation, name = settings.section(Segment, "segment"), settings.run.segmenter
     training_of(name, weights, labels)
     return Job(

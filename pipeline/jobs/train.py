@@ -53,7 +53,8 @@ def build(kind: str, plugin: str, family: str, labels: LabelSpace, training: Tra
 def job(
     settings: Settings, kind: str, *, records: Path, init: Path, masks: Path | None, engine: Engine
 ) -> tuple[loop.Job, dict[str, str]]:
-    """The job of one stage run and the metadata of its model. kind: methods or segmenters. ValueError where nothing can be trained on.
+    """The job of one stage run and the metadata of its model. kind: methods or segmenters. ValueError where nothing can be
+    trained on.
 
     Tags train on the images that somebody tagged; masks train on exactly the images that have one.
     """

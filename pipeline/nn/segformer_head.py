@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """1×1 projection of a map, kept as a linear layer under the published name."""
+    """1×1 projection of a map, as a linear layer under the published name."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -21,7 +21,11 @@ class Linear(nn.Module):
 
 
 class SegFormerHead(nn.Module):
-    """Parameters are named as in SegFormer's and AFA's checkpoints."""
+    """dims: channels of the maps; planes: of the logits; width: channels of the projections; dropout: rate 0..1 of whole
+    channels.
+
+    Parameters are named as in SegFormer's and AFA's checkpoints.
+    """
 
     def __init__(self, dims: Sequence[int], planes: int, *, width: int, dropout: float) -> None:
         super().__init__()
@@ -34,11 +38,11 @@ class SegFormerHead(nn.Module):
         self.linear_pred = nn.Conv2d(width, planes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps [b,dim,h,w], finest first → f32[b,planes,h,w] of the finest."""
+        """Maps [b,dim,·,·], finest first → logits f32[b,planes,h,w] at the finest map's size."""
         size = features[0].shape[-2:]
-        same = [
+        projected = [
             F.interpolate(self.get_submodule(f"linear_c{stage}")(maps), size, mode="bilinear", align_corners=False)
             for stage, maps in reversed(list(enumerate(features, start=1)))
         ]
-        fused = F.relu(self.linear_fuse["bn"](self.linear_fuse["conv"](torch.cat(same, dim=1))))
+        fused = F.relu(self.linear_fuse["bn"](self.linear_fuse["conv"](torch.cat(projected, dim=1))))
         return self.linear_pred(self.dropout(fused))

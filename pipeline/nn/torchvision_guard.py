@@ -1,4 +1,4 @@
-"""Makes `import timm` work where torchvision was built for CUDA and torch was not."""
+"""Operators of torchvision that a torch without CUDA lacks, without which `import timm` fails."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SCHEMAS = (
 _library: torch.library.Library | None = None  # the schemas live as long as this object
 
 
-def mend() -> None:
-    """Defines the two operators whose absence kills `import torchvision`. Call before the first import of timm.
+def define_missing_operators() -> None:
+    """Defines the two operators without which `import torchvision` fails. Call before the first import of timm.
 
     Does nothing where torch has CUDA, torchvision is missing, its extension loads, or the schemas are there already.
     """

@@ -1,4 +1,4 @@
-"""Weights files of backbones → tensors, and their way into a module; input normalisation."""
+"""Weights files → tensors → modules, with errors that name the keys; input normalisation and padding."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.core.problems import listed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SCRATCH = ".txt"  # an `init` that ends so starts from random weights
-HUB = ".hub"  # an `init` that ends so holds the name of a timm model to fetch from its hub
+SCRATCH = ".txt"  # suffix of an `init` that stands for random weights
+HUB = ".hub"  # suffix of an `init` that holds the name of a timm model, whose weights are fetched from timm's hub
 
 
 class Normalise(nn.Module):
-    """f32[b,3,h,w] RGB in 0..1 → the range that the backbone was trained on."""
+    """f32[b,3,h,w] RGB in 0..1 → (images - mean) / std per channel."""
 
     mean: Tensor
     std: Tensor
@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
             f"initial weights {path} are missing: put the file there (timm names its safetensors on the Hugging Face hub "
-            "`model.safetensors`), or name another in methods.<m>.init or segmenter_init of params.yaml"
+            "`model.safetensors`), or name another in methods.<run>.init or segmenter_init of params.yaml"
         )
     if path.suffix == ".safetensors":
         state: Mapping[str, object] = load_file(path)
@@ -58,11 +58,11 @@ def load_exactly(
     tensors: Mapping[str, Tensor],
     source: str,
     spoken: Callable[[str], str] = str,
-    advice: str = "check architecture in params.yaml",
+    advice: str = "check architecture in the recipe",
 ) -> None:
-    """Every key of the module and no other. ValueError lists the keys that miss, are unknown, or have another shape.
+    """Loads a state dict with every key of the module and no other. ValueError lists what is missing, unknown or misshapen.
 
-    spoken: our key names → those of the file, for the error, which ends with the advice.
+    source: the file's name for the error; spoken: our key names → the file's, for the error; advice: the error's last words.
     """
     own = module.state_dict()
     problems = [f"{spoken(name)} is missing" for name in own if name not in tensors]
@@ -84,25 +84,24 @@ def load_whole(
     renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     published_name: Callable[[str], str] = str,
 ) -> bool:
-    """Loads a file that holds the whole module rather than a bare backbone; false where it does not: then the backbone is for
-    the caller to load.
+    """Loads a file of the whole module, backbone and heads. False for a bare backbone, which the caller then loads.
 
-    mark: a key that only whole files have. Files of ours have `backbone.` keys; of others, `renamed` gives ours, and
-    `published_name` turns ours back for errors.
+    mark: a key that only files of the whole module have. Keys that begin with `backbone.` are ours; other keys are the
+    authors', which `renamed` maps to ours; `published_name` maps ours back for errors.
     """
     if init.suffix in (SCRATCH, HUB):
         return False
     tensors = read_weights(init)
     if mark not in tensors:
         return False
-    own = renamed is None or any(name.startswith("backbone.") for name in tensors)
-    given = tensors if own or renamed is None else renamed(tensors)
-    load_exactly(module, given, str(init), spoken=str if own else published_name)
+    ours = renamed is None or any(name.startswith("backbone.") for name in tensors)
+    state = tensors if ours or renamed is None else renamed(tensors)
+    load_exactly(module, state, str(init), spoken=str if ours else published_name)
     return True
 
 
 def pad_to_stride(images: Tensor, backbone: Any) -> Tensor:
-    """f32[b,3,h,w] → both sides multiples of the backbone's stride: padded right and bottom with what the network sees as 0."""
+    """f32[b,3,h,w] → both sides multiples of the backbone's stride: padded right and bottom with the mean."""
     h, w = images.shape[-2:]
     ph, pw = -h % backbone.stride, -w % backbone.stride
     if not ph and not pw:
@@ -113,8 +112,8 @@ def pad_to_stride(images: Tensor, backbone: Any) -> Tensor:
 
 
 def unwrapped(state: Mapping[str, object]) -> dict[str, Tensor]:
-    """A checkpoint's content → its state dict: the wrappers {"model": …} and {"state_dict": …} are opened, and the `module.` of
-    data-parallel training is cut off."""
+    """A checkpoint's content → its state dict: out of the wrappers {"model": …} and {"state_dict": …}, without the prefix
+    `module.` of data-parallel training."""
     for wrapper in ("model", "state_dict"):
         inner = state.get(wrapper)
         if isinstance(inner, Mapping):
@@ -123,7 +122,7 @@ def unwrapped(state: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Loads the backbone's keys; classifier heads and other extras in the file are left. ValueError lists what misses."""
+    """Loads the backbone's keys; other keys of the file are not read. ValueError lists missing keys and other shapes."""
     own = net.state_dict()
     missing = [name for name in own if name not in tensors]
     wrong = [
@@ -134,7 +133,7 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: Path) -
     if missing or wrong:
         raise ValueError(
             f"{source} does not fit this backbone: {len(missing)} keys are missing {missing[:5]}, "
-            f"{len(wrong)} have another shape {wrong[:5]}; check architecture and init in params.yaml"
+            f"{len(wrong)} have another shape {wrong[:5]}; check architecture in the recipe and init in params.yaml"
         )
     net.load_state_dict({name: tensors[name] for name in own})
 

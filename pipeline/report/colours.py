@@ -1,4 +1,4 @@
-"""Number of classes → their colours in the page, as CSS texts."""
+"""Number of classes → their colours in the page, as CSS colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import colorsys
 
 from pipeline.imaging import palette
 
-# Okabe and Ito (2008), https://jfly.uni-koeln.de/color/: told apart with any kind of colour blindness; without their black
+# Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, without black: distinguishable with any kind of colour blindness
 SAFE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 SHADES = (1.0, 0.6, 1.4)  # lightness of the 1st, 2nd and 3rd seven: with more than 21 classes, colours repeat
 

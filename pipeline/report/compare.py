@@ -1,4 +1,4 @@
-"""Figures of another git revision, through DVC, and those of now → a page of gains and losses by method, class, image."""
+"""Figures of another git revision, read through DVC, and current ones → a page of differences by run, class and image."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from pipeline import metrics_file
-from pipeline.report import page
 from pipeline.report import rows as audit_rows
+from pipeline.report import run_metrics, templates
 from pipeline.stage_order import STAGES
 
 TEMPLATE = "against.html.jinja"
-SHOWN = 30  # images that gained most, and as many that lost most
-LEAST = 0.005  # of mIoU or score: smaller changes of an image are none
+LISTED = 30  # images with the largest gains, and as many with the largest losses
+MIN_CHANGE = 0.005  # of mIoU or score: an image with a smaller change counts as unchanged
+
+Pair = tuple[float | None, float | None]  # a figure of the revision and the current one; None where there is none
 
 
 class Reader(Protocol):
@@ -30,12 +28,12 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Image:
-    """One image at one stage, before and now; what is the figure: miou, or score where one of the two has no truth."""
+class ImageChange:
+    """One image at one stage. figure: "mIoU", or "score" where either has no ground truth; before, now: its values, 0..1."""
 
     id: str
     stage: str
-    what: str
+    figure: str
     before: float
     now: float
 
@@ -45,18 +43,24 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One method: figures by stage and by (stage, class) as (before, now); its images; how many are in one of the two only.
+class RunComparison:
+    """A run at the revision and now.
 
-    note: how the schema of the revision's metrics differs from that of now, in a sentence; "" where it does not.
+    stages     stage → mIoU
+    classes    stage → class → IoU
+    gained     images with the largest gains, descending; at most LISTED
+    lost       images with the largest losses, descending; at most LISTED
+    counts     images that gained, lost, are unchanged
+    unmatched  rows of the revision alone, current rows alone
+    note       how the schema of the revision's metrics differs from the current one, in a sentence; "" where it does not
     """
 
-    stages: Mapping[str, tuple[float | None, float | None]]
-    classes: Mapping[str, Mapping[str, tuple[float | None, float | None]]]
-    gained: Sequence[Image]
-    lost: Sequence[Image]
-    counts: tuple[int, int, int]  # images that gained, lost, stayed
-    alone: tuple[int, int]  # rows before only, now only
+    stages: Mapping[str, Pair]
+    classes: Mapping[str, Mapping[str, Pair]]
+    gained: Sequence[ImageChange]
+    lost: Sequence[ImageChange]
+    counts: tuple[int, int, int]
+    unmatched: tuple[int, int]
     note: str
 
 
@@ -81,27 +85,27 @@ def revision(rev: str) -> Reader:
     return read
 
 
-def compare(methods: Sequence[str], metrics: Path, audit: Path, read: Reader) -> dict[str, Compared | None]:
-    """Method → what changed; None where the revision lacks it. FileNotFoundError if it lacks all of them.
+def compare(methods: Sequence[str], metrics: Path, audit: Path, read: Reader) -> dict[str, RunComparison | None]:
+    """Run → its comparison; None where the revision lacks it. FileNotFoundError if it lacks all of them.
 
     A revision's metrics may be of an older version: IoU of stages and classes have the same keys in all versions.
     """
-    found: dict[str, Compared | None] = {}
-    for method, now in page.read_metrics(metrics, methods).items():
+    comparisons: dict[str, RunComparison | None] = {}
+    for method, now in run_metrics.read(metrics, methods).items():
         try:
             before = json.loads(read(metrics / f"{method}.json"))
         except FileNotFoundError:
-            found[method] = None
+            comparisons[method] = None
             continue
         note = metrics_file.version_difference(before)
-        found[method] = _compared(before, now, *_rows(audit / f"{method}.csv", read), note)
-    if not any(found.values()):
+        comparisons[method] = _comparison(before, now, *_rows(audit / f"{method}.csv", read), note)
+    if not any(comparisons.values()):
         raise FileNotFoundError(f"the revision has no metrics of {', '.join(methods)} under {metrics}")
-    return found
+    return comparisons
 
 
 def _rows(path: Path, read: Reader) -> tuple[Iterable[audit_rows.Row], Iterable[audit_rows.Row]]:
-    """Rows before and now; none before where the revision is older than these tables."""
+    """Rows of the revision, current rows; neither where the revision has no such table."""
     try:
         text = read(path)
     except FileNotFoundError:
@@ -109,57 +113,53 @@ def _rows(path: Path, read: Reader) -> tuple[Iterable[audit_rows.Row], Iterable[
     return audit_rows.parse(io.StringIO(text, newline=""), f"{path} of the revision"), audit_rows.read(path)
 
 
-def _compared(
+def _comparison(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
     rows: Iterable[audit_rows.Row],
     rows_now: Iterable[audit_rows.Row],
     note: str,
-) -> Compared:
+) -> RunComparison:
     stages = [stage for stage in STAGES if stage in before["stages"] or stage in now["stages"]]
-    pairs = {stage: tuple(facts["stages"].get(stage, {}) for facts in (before, now)) for stage in stages}
-    images, alone = _images(rows, rows_now)
-    moved = [one for one in images if abs(one.change) >= LEAST]
-    gained = sorted((one for one in moved if one.change > 0), key=lambda one: (-one.change, one.id, one.stage))
-    lost = sorted((one for one in moved if one.change < 0), key=lambda one: (one.change, one.id, one.stage))
-    return Compared(
+    pairs = {stage: tuple(figures["stages"].get(stage, {}) for figures in (before, now)) for stage in stages}
+    images, unmatched = _images(rows, rows_now)
+    changed = [image for image in images if abs(image.change) >= MIN_CHANGE]
+    changed.sort(key=lambda image: (-abs(image.change), image.id, image.stage))
+    gained, lost = [image for image in changed if image.change > 0], [image for image in changed if image.change < 0]
+    return RunComparison(
         stages={stage: (a.get("miou"), b.get("miou")) for stage, (a, b) in pairs.items()},
         classes={stage: dict(_classes(a.get("classes", {}), b.get("classes", {}))) for stage, (a, b) in pairs.items()},
-        gained=gained[:SHOWN],
-        lost=lost[:SHOWN],
-        counts=(len(gained), len(lost), len(images) - len(moved)),
-        alone=alone,
+        gained=gained[:LISTED],
+        lost=lost[:LISTED],
+        counts=(len(gained), len(lost), len(images) - len(changed)),
+        unmatched=unmatched,
         note=note,
     )
 
 
-def _classes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float | None, float | None]]]:
+def _classes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Pair]]:
     for name in [*now, *(name for name in before if name not in now)]:
         yield name, (before.get(name, {}).get("iou"), now.get(name, {}).get("iou"))
 
 
-def _images(rows: Iterable[audit_rows.Row], rows_now: Iterable[audit_rows.Row]) -> tuple[list[Image], tuple[int, int]]:
-    """Final masks of images that both have, and how many only one has."""
+def _images(rows: Iterable[audit_rows.Row], rows_now: Iterable[audit_rows.Row]) -> tuple[list[ImageChange], tuple[int, int]]:
+    """Changes of the final masks that both have, and the numbers of rows of the revision alone and of current rows alone."""
     old = {(row.id, row.stage): row for row in rows if row.stage in audit_rows.REVIEWED}
-    found, new = [], 0
+    changes, new = [], 0
     for row in rows_now:
         if row.stage not in audit_rows.REVIEWED:
             continue
-        was = old.pop((row.id, row.stage), None)
-        if was is None:
+        before = old.pop((row.id, row.stage), None)
+        if before is None:
             new += 1
-        elif was.miou is not None and row.miou is not None:
-            found.append(Image(row.id, row.stage, "IoU", was.miou, row.miou))
-        elif was.score is not None and row.score is not None:
-            found.append(Image(row.id, row.stage, "score", was.score, row.score))
-    return found, (len(old), new)
+        elif before.miou is not None and row.miou is not None:
+            changes.append(ImageChange(row.id, row.stage, "mIoU", before.miou, row.miou))
+        elif before.score is not None and row.score is not None:
+            changes.append(ImageChange(row.id, row.stage, "score", before.score, row.score))
+    return changes, (len(old), new)
 
 
-def render(rev: str, found: Mapping[str, Compared | None], report: str) -> str:
-    """The page as text; `report` is the address of the report's page, which images are linked to."""
-    environment = Environment(
-        loader=FileSystemLoader(page.WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": page.figure, "stage": page.stage_name, "part": lambda text: quote(text, safe="")}
-    style = Markup((page.WEB / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template(TEMPLATE).render(rev=rev, found=found, report=report, style=style)
+def render(rev: str, comparisons: Mapping[str, RunComparison | None], report: str) -> str:
+    """The page as text; report: address of the report's page, which images are linked to."""
+    template = templates.environment().get_template(TEMPLATE)
+    return template.render(rev=rev, comparisons=comparisons, report=report, style=templates.style(), min_change=MIN_CHANGE)

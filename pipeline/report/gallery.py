@@ -1,7 +1,7 @@
-"""Gallery stores of all columns → blocks of pictures that the page loads when it shows them, and a table of small facts.
+"""Gallery stores of all runs → blocks of pictures that the page loads when it shows them, and a table of figures.
 
-A block holds the pictures of some images for all methods. What the page needs before any picture is loaded (ids, tags, figures) is
-one small row per image, so that memory grows with the rows and not with the pictures.
+A block holds the pictures of PER_BLOCK images for all methods. What the page needs before any picture is loaded (ids, tags,
+figures) is a small row per image, so that memory grows with the rows and not with the pictures.
 """
 
 from __future__ import annotations
@@ -25,18 +25,24 @@ DIGITS = 4
 
 
 class Gallery:
-    """The stores of some columns. `ids` are all their images, those first that the first column knows least well."""
+    """Stores of the runs `methods` in `folder`. ValueError if the records lack an image.
+
+    ids: all their images; first those of the first run, ascending by the mIoU of their last stage, without mIoU at the end;
+    then those that only later runs have.
+    """
 
     def __init__(self, folder: Path, methods: Sequence[str], records: Records) -> None:
         self.stores = {method: store.Store(folder / f"{method}.h5", store.GALLERY) for method in methods}
         self.records = records.by_id()
-        unknown = sorted({i for one in self.stores.values() for i in one.ids} - set(self.records))
+        ids = {image_id for gallery in self.stores.values() for image_id in gallery.ids}
+        unknown = sorted(ids - set(self.records))
         if unknown:
             raise ValueError(f"{folder} shows images that the records lack: {', '.join(unknown[:5])}; run `dvc repro`")
         self.miou, self.kinds, self.present, self.sizes = (
-            {method: one.column(name) for method, one in self.stores.items()} for name in ("miou", "kind", "present", "size")
+            {method: gallery.column(name) for method, gallery in self.stores.items()}
+            for name in ("miou", "kind", "present", "size")
         )
-        self.ids = sorted({i for one in self.stores.values() for i in one.ids}, key=self._rank)
+        self.ids = sorted(ids, key=self._rank)
 
     def _rank(self, image_id: str) -> tuple[int, float, str]:
         for at, miou in enumerate(self.miou.values()):
@@ -49,20 +55,25 @@ class Gallery:
         """Name of a mask in the gallery → stage of the pipeline, for the split of this image."""
         return {stage_order.without_split(stage): stage for stage in stage_order.OF_SPLIT[self.records[image_id].split]}
 
-    def table(self, found: Mapping[str, Mapping[tuple[str, str], audit_rows.Row]]) -> dict[str, Any]:
-        """Small facts as columns that run over `ids`; `found` is method → (id, stage) → its row of audit/<run>.csv."""
-        some = {i: next(method for method, one in self.stores.items() if i in one) for i in self.ids}
+    def table(self, rows: Mapping[str, Mapping[tuple[str, str], audit_rows.Row]]) -> dict[str, Any]:
+        """What the page's script knows of the images before any picture is loaded: lists of values over `ids`.
+
+        rows: method → (id, stage) → row of audit/<run>.csv.
+        """
+        first_store = {i: next(gallery for gallery in self.stores.values() if i in gallery) for i in self.ids}
+        first_sizes = {i: next(sizes[i] for sizes in self.sizes.values() if i in sizes) for i in self.ids}
         return {
             "ids": self.ids,
             "splits": [self.records[i].split for i in self.ids],
             "tags": [None if self.records[i].tags is None else list(self.records[i].tags or ()) for i in self.ids],
-            "sizes": [self.sizes[some[i]][i].tolist() for i in self.ids],
-            "truth": [int(self.stores[some[i]].shape_of(i, "truth") != (0,)) for i in self.ids],
+            "sizes": [first_sizes[i].tolist() for i in self.ids],
+            "truth": [int(first_store[i].shape_of(i, "truth") != (0,)) for i in self.ids],
             "per_block": PER_BLOCK,
-            "methods": {method: self._of_method(method, found.get(method, {})) for method in self.stores},
+            "methods": {method: self._of_method(method, rows.get(method, {})) for method in self.stores},
         }
 
-    def _of_method(self, method: str, found: Mapping[tuple[str, str], audit_rows.Row]) -> dict[str, Any]:
+    def _of_method(self, method: str, rows: Mapping[tuple[str, str], audit_rows.Row]) -> dict[str, Any]:
+        """kinds: bits WORST and RANDOM of audit/gallery.py, -1 for images that the run lacks; stages: figures by stage."""
         kinds = [int(self.kinds[method][i][0]) if i in self.kinds[method] else -1 for i in self.ids]
         figures: dict[str, dict[str, list[Any]]] = {}
         for at, image_id in enumerate(self.ids):
@@ -72,24 +83,24 @@ class Gallery:
             for position, name in enumerate(stage_order.GALLERY):
                 if not present[position] or name not in names:
                     continue
-                kept = figures.setdefault(names[name], {})
-                row = found.get((image_id, names[name]))
+                of_stage = figures.setdefault(names[name], {})
+                row = rows.get((image_id, names[name]))
                 miou = float(self.miou[method][image_id][position])
-                self._put(kept, "miou", at, None if math.isnan(miou) else round(miou, DIGITS))
+                self._put(of_stage, "miou", at, None if math.isnan(miou) else round(miou, DIGITS))
                 if row is None:
                     continue
-                for what in ("score", "method_agreement", "both"):
-                    value = getattr(row, what)
-                    self._put(kept, what, at, None if value is None else round(value, DIGITS))
-                self._put(kept, "reasons", at, list(row.reasons) or None)
+                for column in ("score", "method_agreement", "score_and_agreement"):
+                    value = getattr(row, column)
+                    self._put(of_stage, column, at, None if value is None else round(value, DIGITS))
+                self._put(of_stage, "reasons", at, list(row.reasons) or None)
         return {"kinds": kinds, "stages": figures}
 
-    def _put(self, kept: dict[str, list[Any]], name: str, at: int, value: Any) -> None:
+    def _put(self, columns: dict[str, list[Any]], name: str, at: int, value: Any) -> None:
         if value is not None:
-            kept.setdefault(name, [None] * len(self.ids))[at] = value
+            columns.setdefault(name, [None] * len(self.ids))[at] = value
 
     def write(self, folder: Path) -> list[Path]:
-        """data-0000.js …: a call of tag2mask.block each; one block is in memory at a time."""
+        """data-0000.js …: in each a call of tag2mask.block; one block is in memory at a time."""
         paths = []
         for block, at in enumerate(range(0, len(self.ids), PER_BLOCK)):
             path = folder / f"data-{block:04d}.js"
@@ -99,21 +110,21 @@ class Gallery:
         return paths
 
     def _pictures(self, image_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = {"methods": {}}
-        for method, one in self.stores.items():
-            if image_id not in one:
+        """Pictures of an image as base64: photograph and truth, and by method its score map, and its masks in one text."""
+        pictures: dict[str, Any] = {"methods": {}}
+        for method, gallery in self.stores.items():
+            if image_id not in gallery:
                 continue
-            if "photograph" not in found:
-                found |= {name: _text(one.read(image_id, name)) for name in ("photograph", "truth")}
-            present = [
-                name for name, there in zip(stage_order.GALLERY, self.present[method][image_id], strict=True) if there
-            ]
-            maps = {name: _text(one.read(image_id, name)) for name in ("scores", "maps")}
-            found["methods"][method] = {**maps, "present": present}
-        return found
+            if "photograph" not in pictures:
+                pictures |= {name: _base64(gallery.read(image_id, name)) for name in ("photograph", "truth")}
+            flags = self.present[method][image_id]
+            present = [stage for stage, flag in zip(stage_order.GALLERY, flags, strict=True) if flag]
+            maps = {name: _base64(gallery.read(image_id, name)) for name in ("scores", "maps")}
+            pictures["methods"][method] = {**maps, "present": present}
+        return pictures
 
 
-def _text(data: np.ndarray) -> str:
+def _base64(data: np.ndarray) -> str:
     return base64.b64encode(data.tobytes()).decode("ascii")
 
 

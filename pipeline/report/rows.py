@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.stage_order import LAST
 
-COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; quality indicators and others may follow
+COLUMNS = ("id", "stage", "miou", "score", "reasons")  # what is read; quality indicators and further columns may follow
 REVIEWED = tuple(LAST.values())
 HEADER = ("id", "method", "stage", "score", "method_agreement", "reasons")
 # runs that a mask must be compared with before its method agreement counts: with only two runs, both masks of a pair have
@@ -29,7 +29,7 @@ class Row:
     reasons           quality indicators that are out of their limits, and empty:<class>, coverage:<class>
     method_agreement  mean IoU of a mask of a REVIEWED stage with the masks of the other runs that have the image, mean over
                       these runs, 0..1; None where no other run has the image, and at other stages
-    compared          how many these runs are
+    compared          number of these other runs
     """
 
     id: str
@@ -41,7 +41,7 @@ class Row:
     compared: int = 0
 
     @property
-    def both(self) -> float | None:
+    def score_and_agreement(self) -> float | None:
         """Mean of score and method agreement, for pseudo-masks compared with MIN_COMPARED other runs, else None.
 
         There it ranks images better by their mIoU than the score alone does, by the measurements in docs/audit.md.
@@ -57,8 +57,8 @@ class Row:
 
     @property
     def quality(self) -> float | None:
-        """What rows are ranked by: the first of `both`, score and mIoU that the row has."""
-        return next((value for value in (self.both, self.score, self.miou) if value is not None), None)
+        """What rows are ranked by: the first of score_and_agreement, score and mIoU that the row has."""
+        return next((value for value in (self.score_and_agreement, self.score, self.miou) if value is not None), None)
 
 
 def read(path: Path) -> Iterator[Row]:
@@ -70,7 +70,7 @@ def read(path: Path) -> Iterator[Row]:
 
 
 def parse(file: Iterable[str], name: str) -> Iterator[Row]:
-    """Lines of such a table → rows; `name` is for errors."""
+    """Lines of such a table → rows; name: of the table, for errors."""
     lines = csv.DictReader(file)
     missing = [column for column in COLUMNS if column not in (lines.fieldnames or ())]
     if missing:
@@ -95,21 +95,21 @@ def worst(rows: Iterable[Row], count: int) -> list[Row]:
     return heapq.nsmallest(count, ranked, key=lambda row: (row.quality, row.id, row.stage))
 
 
-def write_review(path: Path, found: Mapping[str, Sequence[Row]]) -> None:
+def write_review(path: Path, worst_rows: Mapping[str, Sequence[Row]]) -> None:
     """review.csv: method → its worst rows. Texts that a spreadsheet would take for a formula start with an apostrophe."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
-        for method, rows in found.items():
+        for method, rows in worst_rows.items():
             for row in rows:
                 texts = (row.id, method, row.stage)
                 score = row.score if row.score is not None else row.miou
                 writer.writerow(
-                    [*map(safe_cell, texts), _shown(score), _shown(row.method_agreement), safe_cell("|".join(row.reasons))]
+                    [*map(safe_cell, texts), _cell(score), _cell(row.method_agreement), safe_cell("|".join(row.reasons))]
                 )
 
 
-def _shown(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.5f}"
 
 

@@ -1,4 +1,4 @@
-"""metrics/*.json → a table in the terminal. `python -m pipeline.report.summary metrics`."""
+"""metrics/<run>.json → a table in the terminal. `python -m pipeline.report.summary metrics`."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.core import sections
-from pipeline.report.page import figure, read_metrics, setbacks, shown_stages, splits_of
+from pipeline.report import run_metrics
+from pipeline.report.templates import figure, stage_name
 
 
 @click.command()
 @click.argument("metrics", type=click.Path(path_type=Path, exists=True))
 def main(metrics: Path) -> None:
-    """Prints mIoU per stage of every run of params.yaml, and says where the results lie."""
+    """Prints mIoU per stage of every run of params.yaml, stages that lower it, and where the results lie."""
     methods = list(sections.read()["methods"])
-    found = read_metrics(metrics, methods)
-    stages = shown_stages(found)
-    table = Table(title="mIoU per stage (predictions and what ends in val: split val; all others: train)")
+    figures_of_runs = run_metrics.read(metrics, methods)
+    stages = run_metrics.shown_stages(figures_of_runs)
+    table = Table(title="mIoU per stage (predictions and stages that end in val: split val; all others: split train)")
     table.add_column("method")
     for stage in stages:
-        table.add_column(stage.replace("_", " "), justify="right")
-    for method, facts in found.items():
-        table.add_row(method, *(figure(facts["stages"].get(stage, {}).get("miou")) for stage in stages))
-    nothing = found[methods[0]].get("background_only", {})
-    splits = splits_of(found)
-    table.add_row("background only", *(figure(nothing.get(splits[stage])) for stage in stages), style="dim")
+        table.add_column(stage_name(stage), justify="right")
+    for method, figures in figures_of_runs.items():
+        table.add_row(method, *(figure(figures["stages"].get(stage, {}).get("miou")) for stage in stages))
+    background_only = figures_of_runs[methods[0]].get("background_only", {})
+    splits = run_metrics.splits_of(figures_of_runs)
+    table.add_row("background only", *(figure(background_only.get(splits[stage])) for stage in stages), style="dim")
     console = Console(width=110)
     console.print(table)
-    for method, facts in found.items():
-        threshold = facts["threshold"]
+    for method, figures in figures_of_runs.items():
+        threshold = figures["threshold"]
         if "regret" in threshold:
             console.print(
-                f"{method}: threshold {threshold['chosen']}, chosen without masks, "
-                f"costs the score maps {threshold['regret']} mIoU (regret)"
+                f"{method}: threshold {threshold['chosen']}, chosen without ground truth; regret {threshold['regret']} "
+                "mIoU of the score maps, compared with the oracle threshold"
             )
-        for before, after, had, has in setbacks(facts):
-            console.print(
-                f"{method} loses: {before.replace('_', ' ')} {figure(had)} → {after.replace('_', ' ')} {figure(has)}"
-            )
+        for before, after, miou_before, miou_after in run_metrics.miou_drops(figures):
+            drop = f"{figure(miou_before)} ({stage_name(before)}) to {figure(miou_after)} ({stage_name(after)})"
+            console.print(f"{method}: mIoU drops from {drop}")
         console.print(f"masks:   artifacts/{method}/pseudo_masks (HDF5; docs/pseudo_masks.md says how to read it)")
         console.print(f"metrics: {metrics}/{method}.json")
     console.print("report:  report/index.html")

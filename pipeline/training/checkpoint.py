@@ -1,4 +1,4 @@
-"""Modules ↔ safetensors files whose metadata says how to build them again."""
+"""Modules ↔ safetensors files with metadata from which they are built again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METADATA_KEY = "tag2mask"  # one key only: safetensors writes several in random 
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes path whole or not at all. A model's metadata has `plugin`, and as JSON `labels` and `section`."""
+    """Writes `path` as a whole, or not at all. A model's metadata has `plugin`, and as JSON `labels` and `section`."""
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     clean = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -23,7 +23,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """ValueError if the file was not written by save_tensors."""
+    """The metadata that save_tensors wrote. ValueError if the file has none."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
@@ -32,10 +32,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def load_into(module: torch.nn.Module, path: Path) -> None:
-    """Strict: RuntimeError names missing and unexpected keys."""
+    """Loads the file's tensors strictly: RuntimeError names missing and unexpected keys."""
     module.load_state_dict(read_tensors(path))

@@ -1,4 +1,4 @@
-"""Records (+ pseudo-masks) → batches. Every draw is seeded by (seed, phase, epoch, id), so workers and ranks do not matter."""
+"""Records (+ pseudo-masks) → batches. Augmentation depends on (seed, phase, epoch, id), not on workers or ranks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pipeline.training.settings import Augment
 
 
 def seed_of(*key: object) -> int:
-    """63-bit seed from any values that print the same on every host."""
+    """63-bit seed from values whose str() is the same on every host."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode("utf-8")).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One image's turn in training: its place in the records, and in which pass over them."""
+    """An image as it is drawn for a batch: its index in the records, and the number of the pass over them."""
 
     index: int
     epoch: int
 
 
 def order(seed: int, phase: int, count: int, batch_size: int, step: int) -> list[Draw]:
-    """The draws of one step: shuffled passes over `count` images, one after the other, with no image left out."""
+    """The draws of step `step`: shuffled passes over `count` images follow one another, and each pass has every image."""
     draws = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, count)
@@ -45,7 +45,9 @@ _LAST_ORDER: dict[tuple[int, int, int, int], np.ndarray] = {}
 def _shuffled(seed: int, phase: int, epoch: int, count: int) -> np.ndarray:
     key = (seed, phase, epoch, count)
     if key not in _LAST_ORDER:
-        if len(_LAST_ORDER) >= 4:  # a step touches two epochs at most; tiny sets a few more
+        if (
+            len(_LAST_ORDER) >= 4
+        ):  # a step draws from two epochs at most, from more where a batch is larger than the data set
             _LAST_ORDER.clear()
         _LAST_ORDER[key] = np.random.default_rng(seed_of("order", seed, phase, epoch)).permutation(count)
     return _LAST_ORDER[key]
@@ -53,7 +55,10 @@ def _shuffled(seed: int, phase: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What the loop draws from. masks: the pseudo-masks to learn, or None where tags alone train."""
+    """Records of training images under `root`, with their augmentation.
+
+    classes: number of tags; masks: pseudo-masks, or None where images are trained with their tags alone.
+    """
 
     records: Sequence[ImageRecord]
     root: Path

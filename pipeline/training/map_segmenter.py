@@ -1,4 +1,4 @@
-"""A segmenter whose decoder reads the feature maps of a backbone: all of it but the two. What segmenters/mit.py and resnet.py share."""
+"""Backbone + decoder of feature maps → a segmenter; segmenters/mit and segmenters/resnet bring the two."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pipeline.training.settings import Schedule
 class MapSegmenter(nn.Module):
     """Trainable. decoder: feature maps, finest first → f32[b,c+1,·,·]; its learning rate is the schedule's.
 
-    encoder_lr_factor: learning rate of the backbone over the decoder's; 0 freezes it. balanced: half the loss from background, half
-    from the rest (AFA section 3); else every pixel weighs the same.
+    encoder_lr_factor: learning rate of the backbone over the decoder's; 0 freezes it.
+    balanced: half the loss from background, half from the rest (AFA section 3); else every pixel weighs the same.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MapSegmenter(nn.Module):
             self.backbone.requires_grad_(False)
 
     def load_initial(self, family: Any, init: Path) -> None:
-        """The encoder's weights, or those of a whole segmenter.safetensors of ours."""
+        """Loads the encoder's weights, or a segmenter.safetensors of this pipeline."""
         mark = next(name for name in self.state_dict() if name.startswith("decoder."))
         if not load_whole(self, init, mark):
             family.load_initial(self.backbone, init)

@@ -17,10 +17,11 @@ MOMENTUM = 0.9
 
 
 def decayed(parameters: Iterable[nn.Parameter], factor: float) -> list[ParamGroup]:
-    """Groups at `factor` times the learning rate, none where it is 0. Matrices are decayed, vectors (biases and norms) are not."""
-    chosen = list(parameters) if factor > 0 else []
-    kinds = (([p for p in chosen if p.ndim > 1], 1.0), ([p for p in chosen if p.ndim <= 1], 0.0))
-    return [ParamGroup(kind, factor, decay) for kind, decay in kinds if kind]
+    """Groups at `factor` times the learning rate, [] where it is 0. Matrices and kernels are decayed, vectors (biases,
+    norms) not."""
+    trained = list(parameters) if factor > 0 else []
+    groups = (([p for p in trained if p.ndim > 1], 1.0), ([p for p in trained if p.ndim <= 1], 0.0))
+    return [ParamGroup(group, factor, decay) for group, decay in groups if group]
 
 
 def make(phase: Phase, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
@@ -40,21 +41,21 @@ def make(phase: Phase, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
 
 
 def lr_factor(phase: Phase, step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then the phase's schedule down to its floor."""
+    """Learning rate at `step` (from 0) of `steps` over its peak: linear warm-up, then the phase's schedule to its floor."""
     if step < phase.warmup:
         return (step + 1) / phase.warmup
     t = (step - phase.warmup) / max(1, steps - phase.warmup)
     if phase.schedule == "poly":
-        share = (1 - t) ** POLY_POWER
+        fraction = (1 - t) ** POLY_POWER
     elif phase.schedule == "linear":
-        share = 1 - t
+        fraction = 1 - t
     elif phase.schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * t))
+        fraction = 0.5 * (1 + math.cos(math.pi * t))
     elif t < ONE_CYCLE_RISE:
         return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * 0.5 * (1 - math.cos(math.pi * t / ONE_CYCLE_RISE))
     else:
-        share = 0.5 * (1 + math.cos(math.pi * (t - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE)))
-    return phase.lr_floor + (1 - phase.lr_floor) * share
+        fraction = 0.5 * (1 + math.cos(math.pi * (t - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE)))
+    return phase.lr_floor + (1 - phase.lr_floor) * fraction
 
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:

@@ -1,4 +1,4 @@
-"""The part of train.<m> and retrain.<m> that every trainable shares: seed, precision, augmentation, schedule."""
+"""The part of the sections train and retrain that every trainable shares: seed, precision, augmentation, schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from pipeline.imaging.threshold import FitParams
 
 @dataclass(frozen=True)
 class RandAugment:
-    """operations drawn per image; magnitude 0..10 of each, normally distributed with standard deviation spread."""
+    """operations  drawn per image
+    magnitude   mean of the operations' magnitudes, 0..10
+    spread      their standard deviation
+    """
 
     operations: Positive
     magnitude: Annotated[float, Field(ge=0, le=10)]
@@ -23,17 +26,19 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class Augment:
-    """How a photograph becomes a square training crop.
+    """Photograph → square training crop.
 
-    size        px of the crop's side
-    scale_min, scale_max   the short side becomes size * uniform(scale_min, scale_max) before the crop; what falls
-                short of the crop is padded and marked invalid
-    area_min    null, or: the crop is a random share area_min..1 of the photograph with sides 3:4 to 4:3, stretched to the square
-                (as ImageNet classifiers train); the scales are not used then
-    flip        probability of a horizontal flip
-    jitter      strength of brightness, contrast and saturation changes: factors uniform in 1 ± jitter
-    rand_augment   null, or its settings; for tags only, since its operations move pixels and masks would not follow
-    erase       probability that a random box becomes noise (tags only)
+    size          px, side of the crop
+    scale_min     the short side becomes size * uniform(scale_min, scale_max) px before the crop; where that is smaller than
+                  the crop, it is padded and the padding marked invalid
+    scale_max     upper end of that range
+    area_min      null, or the least fraction of the photograph's area: a random box of area_min..1 of it with sides 3:4 to
+                  4:3 is stretched to the square (Szegedy et al. 2015), and the scales are not used
+    flip          probability of a horizontal flip
+    jitter        factors of brightness, contrast and saturation are uniform in 1 ± jitter
+    rand_augment  null, or settings of RandAugment; only where no masks are trained on: its operations move pixels, masks
+                  would not follow
+    erase         probability that a random box becomes noise; only where no masks are trained on
     """
 
     size: Positive
@@ -52,12 +57,18 @@ class Augment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One phase's optimisation.
+    """Optimisation of a phase.
 
-    epochs      passes over the images; 0 leaves the initial weights as they are (to use a published checkpoint)
-    batch_size  images per step, a multiple of shards
-    lr_floor    share of lr at which the schedule ends
-    warmup      steps of linear rise
+    epochs        passes over the images; 0 leaves the initial weights as they are (to use a published checkpoint)
+    batch_size    images per step, a multiple of shards
+    shards        equal sub-batches whose gradients are summed in a step; a setting of the numerics, whatever the number of
+                  processes
+    lr            peak learning rate
+    weight_decay  of matrices and kernels; biases and norms are not decayed
+    optimiser     adamw, or sgd with Nesterov momentum 0.9
+    schedule      course of the learning rate after warm-up
+    warmup        steps of linear rise
+    lr_floor      fraction of lr at which the schedule ends
     """
 
     epochs: NonNegative
@@ -93,7 +104,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Training:
-    """One section train.<m> or retrain.<m>; `model` goes to the plug-in's own Params."""
+    """Section train or retrain; `model` is parsed by the Params of the method or segmenter."""
 
     seed: Count
     precision: Literal["fp32", "bf16", "fp16"]
@@ -104,4 +115,4 @@ class Training:
 
 @dataclass(frozen=True)
 class LearnedFit(Training, FitParams):
-    """The part of fit_refiner that every learned refiner shares: the threshold, and its network's training as in section train."""
+    """The part of section fit_refiner that every learned refiner shares: the threshold and its network's training."""

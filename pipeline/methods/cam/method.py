@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from pipeline.core.config import NonNegative, Positive
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import LabelSpace
-from pipeline.imaging.pooling import Pool, pooled
+from pipeline.imaging.pooling import Pool, pooled, valid_cells
 from pipeline.training.optim import decayed
 from pipeline.training.settings import Schedule
 
 
 @dataclass(frozen=True)
 class Params:
-    """train.<m>.model.
+    """train.model.
 
-    architecture        a name of the backbone family (timm's, or scenes_vit)
-    image_size          px; grid of the position embeddings, usually augment.size
-    pool                cells → image: gap mean of all, gmp maximum, topk mean of the highest topk_share
-    topk_share          share of the cells, at least one cell; only topk uses it
+    architecture        a network of the backbone family: timm's name, or the demo's own (scenes_vit, scenes_mit,
+                        scenes_resnet)
+    image_size          px; a ViT's position embeddings are made for this side, usually augment.size
+    pool                class map → logit: gap mean of all cells, gmp maximum, topk mean of the highest topk_share
+    topk_share          fraction of the cells, at least one cell; only topk uses it
     backbone_lr_factor  learning rate of the backbone over the head's; 0 freezes it
+    drop_path           largest rate of stochastic depth, 0..0.9
     """
 
     architecture: str
@@ -40,11 +42,11 @@ class Params:
 
 @dataclass(frozen=True)
 class Options:
-    """extract.<m>.options: plain CAM has none."""
+    """extract.options: plain CAM has none."""
 
 
 class Method(nn.Module):
-    """family: a module of pipeline/nn (create, load_initial)."""
+    """family: the module `backbone` of a folder of pipeline/nn (create, load_initial)."""
 
     def __init__(self, labels: LabelSpace, params: Params, schedule: Schedule, family: Any) -> None:
         super().__init__()
@@ -70,13 +72,13 @@ class Method(nn.Module):
         """Multi-label soft margin (IRN, PSA) on the pooled class map; padding takes no part in the pooling."""
         del clock
         maps = self._class_map(batch.images)
-        seen = F.adaptive_max_pool2d(batch.valid[:, None].float(), maps.shape[-2:])[:, 0] > 0
-        return {"classification": F.multilabel_soft_margin_loss(self._pooled(maps, seen), batch.tags)}
+        valid = valid_cells(batch.valid, (maps.shape[-2], maps.shape[-1]))
+        return {"classification": F.multilabel_soft_margin_loss(self._pooled(maps, valid), batch.tags)}
 
     @torch.no_grad()
     def score_maps(self, images: Tensor, options: Options, *, keep_affinity: bool = False) -> ScoreMaps:
         """CAM_c = ReLU(w_c · f) (Zhou et al. 2016, eq. 2, with the ReLU of PSA). Shapes as in contracts.ScoreMaps."""
-        del options, keep_affinity  # it has none
+        del options, keep_affinity  # plain CAM has neither
         maps = self._class_map(images).float()
         return ScoreMaps(maps.relu(), None, self._pooled(maps, None))
 
@@ -87,6 +89,7 @@ class Method(nn.Module):
         return {"class_map": maps, "logits": self._pooled(maps, None)}
 
     def _class_map(self, images: Tensor) -> Tensor:
+        """f32[b,3,h,w] in 0..1 → S_c = w_c · f, f32[b,c,gh,gw]."""
         if self.params.backbone_lr_factor == 0:
             with torch.no_grad():
                 features = self.backbone(images)
@@ -94,5 +97,5 @@ class Method(nn.Module):
             features = self.backbone(images)
         return self.head(features)
 
-    def _pooled(self, maps: Tensor, seen: Tensor | None) -> Tensor:
-        return pooled(maps, seen, pool=self.params.pool, topk_share=self.params.topk_share)
+    def _pooled(self, maps: Tensor, valid: Tensor | None) -> Tensor:
+        return pooled(maps, valid, pool=self.params.pool, topk_share=self.params.topk_share)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from pipeline.core import store
 from pipeline.methods.semples.sentences import Tokeniser
 from pipeline.nn import weights
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 import open_clip  # noqa: E402
 
 Normalisation = Literal["clip", "imagenet"]

@@ -41,10 +41,10 @@ from pipeline.core.config import AboveZero, NonNegative, Positive, Share
 from pipeline.methods.semples import masking
 from pipeline.methods.semples.clip import Critic
 from pipeline.methods.semples.sentences import Tokeniser
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 from pipeline.nn.vit.class_tokens import ClassTokenVit
 
-mend()
+define_missing_operators()
 from open_clip.transformer import TextTransformer  # noqa: E402
 
 VIEW_KINDS = ("whole", "region", "region", "outside")  # drawn with equal probability

@@ -39,6 +39,8 @@ NETWORK = ("backbone.", "head.", "class_weight", "class_bias", network.FUSION)  
 REFINED = ("head.", network.FUSION)  # of them those that are refined: the ViT stays as it is
 PAIRS_AT_ONCE = 32  # pairs whose masked images the critic embeds together in inspect and surroundings
 
+HAS_AFFINITY = True
+
 
 @dataclass(frozen=True)
 class Options:

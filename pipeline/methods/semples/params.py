@@ -50,21 +50,22 @@ class Prompts(PromptParams):
 class Params(network.CamParams):
     """train.model: the network's params, which must be those of the run in `init`, and
 
-    fusion_features      interleaved (published), or heads: each head's own, and the fusion learns anew (nn/vit/fusion.py)
-    critic               a published image-text model, or null: then local_critic is trained
-    critic_normalisation of the images that `critic` is shown: clip, its own statistics, or imagenet, as in the authors'
-    program
-    local_critic         null, or the image-text model to train
-    templates            sentences with {} for a class name; a class' vector is the mean over all, prompts stand in the first
-    names                class → its names in sentences, where they are not its own: {person: [player]}
-    masks                how score maps become masks
-    prompt               what is suppressed
-    background_weight    of the loss that masked-out images do not match their class (published 2.4 on VOC, 0.75 on COCO)
-    text_weight          of the loss that a prompt is unlike its class' text (published 0.02, 0.01)
-    suppression_weight   of the loss that masked-in images do not match the prompt (published 0.05, 0.2); 0: no prompt is
-                         learned
-    select               weights that phase refine ends with: last, those of its last step, or critic, those after its epoch
-                         of the highest `Method.score`. Neither looks at a mask (published: the epoch with the best masks)
+    fusion_features       interleaved (published), or heads: each head's own, and the fusion learns anew (nn/vit/fusion.py)
+    critic                a published image-text model, or null: then local_critic is trained
+    critic_normalisation  of the images that `critic` is shown: clip, its own statistics, or imagenet, as in the authors'
+                          program
+    local_critic          null, or the image-text model to train
+    templates             sentences with {} for a class name; a class' vector is the mean over all, prompts stand in the
+                          first
+    names                 class → its names in sentences, where they are not its own: {person: [player]}
+    masks                 how score maps become masks
+    prompt                what is suppressed
+    background_weight     of the loss that masked-out images do not match their class (published 2.4 on VOC, 0.75 on COCO)
+    text_weight           of the loss that a prompt is unlike its class' text (published 0.02, 0.01)
+    suppression_weight    of the loss that masked-in images do not match the prompt (published 0.05, 0.2); 0: no prompt is
+                          learned
+    select                weights that phase refine ends with: last, those of its last step, or critic, those after its epoch
+                          of the highest `Method.score`. Neither looks at a mask (published: the epoch with the best masks)
     """
 
     fusion_features: HeadSplit

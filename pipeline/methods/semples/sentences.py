@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 
 PLACEHOLDER = "{}"  # in a template: where a class name, or the prompt, goes

@@ -24,6 +24,8 @@ from pipeline.nn.vit.fusion import AttentionRows
 from pipeline.training.optim import decayed
 from pipeline.training.settings import Schedule
 
+HAS_AFFINITY = True
+
 
 @dataclass(frozen=True)
 class Params(network.CamParams):

@@ -14,8 +14,12 @@ from pipeline.nn.mit.encoder import SIZES, MixTransformer, Size
 
 
 class Backbone(nn.Module):
-    """dim: channels of the last map; dims: of all four; stride: px per cell of the last map, strides: of all four; blocks, heads:
-    attention of the last stage."""
+    """A Mix Transformer behind ImageNet's normalisation.
+
+    dim, dims        channels of the last map, and of all four
+    stride, strides  px per cell of the last map, and of all four
+    blocks, heads    attention blocks of the last stage, and heads of each
+    """
 
     def __init__(self, net: MixTransformer, size: Size) -> None:
         super().__init__()
@@ -38,20 +42,18 @@ class Backbone(nn.Module):
 
 
 def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
-    """A backbone with random weights; it has no position embeddings, so image_size does not matter. ValueError lists the sizes."""
+    """A backbone with random weights. image_size is not used (no position embeddings). ValueError lists the names."""
     del image_size
     if architecture not in SIZES:
-        raise ValueError(
-            f"there is no MiT {architecture!r}; there are {', '.join(SIZES)} (edit architecture in params.yaml)"
-        )
+        raise ValueError(f"there is no MiT {architecture!r}; there are {', '.join(SIZES)} (edit architecture in the recipe)")
     return Backbone(MixTransformer(SIZES[architecture], drop_path), SIZES[architecture])
 
 
 def architecture_of(tensors: Mapping[str, Tensor]) -> str:
-    """Name of the size whose channels and numbers of blocks a state dict has. ValueError lists the sizes."""
+    """Architecture whose channels and numbers of blocks a state dict has. ValueError lists the architectures."""
     for name, size in SIZES.items():
-        patches = [tensors.get(f"patch_embed{stage}.proj.weight") for stage in range(1, 5)]
-        dims = tuple(0 if weight is None else len(weight) for weight in patches)
+        projections = [tensors.get(f"patch_embed{stage}.proj.weight") for stage in range(1, 5)]
+        dims = tuple(0 if weight is None else len(weight) for weight in projections)
         depths = tuple(
             len({key.split(".")[1] for key in tensors if key.startswith(f"block{stage}.")}) for stage in range(1, 5)
         )
@@ -61,10 +63,10 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_initial(backbone: Backbone, init: Path) -> None:
-    """SegFormer's ImageNet weights or an AFA checkpoint (its encoder) from a local file, or none (.txt file)."""
+    """Loads SegFormer's ImageNet weights or an AFA checkpoint's encoder from a local file; nothing for a .txt file."""
     if init.suffix == weights.SCRATCH and init.is_file():
         return
     if init.suffix == weights.HUB:
-        raise ValueError(f"{init}: timm's hub has no MiT; name a local file in methods.<m>.init of params.yaml")
+        raise ValueError(f"{init}: timm's hub has no MiT; name a local file in methods.<run>.init of params.yaml")
     tensors = weights.read_weights(init)
     weights.load_matching(backbone.net, {name.removeprefix("encoder."): value for name, value in tensors.items()}, init)

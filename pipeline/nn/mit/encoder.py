@@ -1,4 +1,4 @@
-"""Mix Transformer, SegFormer's encoder (Xie et al. 2021): images → four feature maps and, where asked, queries and keys.
+"""Mix Transformer, SegFormer's encoder (Xie et al. 2021): images → four feature maps, queries and keys of the last stage.
 
 Parameters are named as in SegFormer's and AFA's checkpoints. As in AFA (section 1), the last stage keeps its resolution.
 Shape letters: b images, n tokens of a stage's grid.
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 from timm.layers.drop import DropPath  # noqa: E402
 
 KERNELS = (7, 3, 3, 3)
@@ -25,8 +25,14 @@ BLOCK_EPS = 1e-6  # of norms in blocks and after stages; the others have torch's
 
 @dataclass(frozen=True)
 class Size:
-    """Of the four stages: channels, number of blocks, strides, attention heads, and how many times coarser than its own the
-    grid is on which a stage's keys and values lie."""
+    """Sizes of the four stages.
+
+    dims        channels
+    depths      number of blocks
+    strides     of the patch embedding, relative to the stage before
+    heads       of the attention
+    reductions  stride of the grid of keys and values relative to that of the queries
+    """
 
     dims: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
@@ -47,7 +53,7 @@ SIZES = {
     "mit_b3": Size((64, 128, 320, 512), (3, 4, 18, 3)),
     "mit_b4": Size((64, 128, 320, 512), (3, 8, 27, 3)),
     "mit_b5": Size((64, 128, 320, 512), (3, 6, 40, 3)),
-    # the demo's: its pictures are small, so its last two maps lie at stride 8
+    # the demo's: its images are small, so its last two maps lie at stride 8
     "scenes_mit": Size((32, 64, 96, 128), (1, 1, 2, 2), (4, 2, 1, 1), (1, 2, 4, 4), (8, 4, 2, 1)),
 }
 
@@ -61,7 +67,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """→ tokens [b,n,dim] and their grid."""
+        """Maps → tokens [b,n,dim] and their grid (rows, columns)."""
         maps = self.proj(maps)
         return self.norm(maps.flatten(2).transpose(1, 2)), (maps.shape[-2], maps.shape[-1])
 
@@ -80,13 +86,13 @@ class Attention(nn.Module):
             self.sr = None
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """→ [b,n,dim], and the queries [b,heads,n,dim/heads] and keys that made it."""
+        """Tokens [b,n,dim] → [b,n,dim], and queries and keys [b,heads,·,dim/heads]."""
         b, n, dim = tokens.shape
         q = self.q(tokens).view(b, n, self.heads, -1).transpose(1, 2)
         coarse = tokens
         if self.sr is not None:
             maps = tokens.transpose(1, 2).reshape(b, dim, *grid)
-            missing = [max(0, side - have) for side, have in zip(self.sr.kernel_size, grid, strict=True)]
+            missing = [max(0, kernel - side) for kernel, side in zip(self.sr.kernel_size, grid, strict=True)]
             maps = F.pad(maps, (0, missing[1], 0, missing[0]))  # images below 32 px, which the original refuses
             coarse = self.norm(self.sr(maps).flatten(2).transpose(1, 2))
         k, v = self.kv(coarse).view(b, coarse.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -95,7 +101,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with a depthwise 3×3 convolution between them, which stands for position embeddings."""
+    """Two layers with a depthwise 3×3 convolution between them, which takes the place of position embeddings."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -132,7 +138,7 @@ class MixTransformer(nn.Module):
         for stage in range(4):
             dim, depth, before = size.dims[stage], size.depths[stage], sum(size.depths[:stage])
             heads, reduction = size.heads[stage], size.reductions[stage]
-            blocks = [Block(dim, heads, reduction, rates[before + at]) for at in range(depth)]
+            blocks = [Block(dim, heads, reduction, rates[before + index]) for index in range(depth)]
             self.add_module(f"patch_embed{stage + 1}", PatchEmbed(channels[stage], dim, KERNELS[stage], size.strides[stage]))
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=BLOCK_EPS))

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.nn import weights
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 import timm  # noqa: E402
 from timm.models.resnet import ResNet  # noqa: E402
 
@@ -22,17 +22,18 @@ from pipeline.nn.resnet.scenes_resnet import scenes_resnet  # noqa: E402
 
 OUTPUT_STRIDE = 16  # IRN: the last stage keeps its resolution
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-# IRN's classifier holds each tensor under up to three names (methods/baselines.md section 6)
+# IRN's checkpoint has each tensor under up to three names (methods/baselines.md section 6)
 STAGE = re.compile(r"^(?:backbone\.(\d)|stage(\d))\.(\d)\.(.+)$")
 STAGE1 = {"0": "conv1", "1": "bn1", "4": "layer1"}  # the others hold one layer each
 
 
 class Backbone(nn.Module):
-    """A ResNet whose batch norms keep their pre-trained statistics, as those of all of the field's classifiers do.
+    """A ResNet whose batch norms keep their pre-trained statistics (as in PSA and IRN).
 
-    dim     channels of the map; stride: px per cell, image sides must be multiples of it
-    dims    channels, and strides px per cell, of `feature_maps`
-    splits  places at which a pass can be cut: place i lies after group i of splits + 1, the stem being part of the first
+    dim, stride    channels and px per cell of the last map; image sides must be multiples of stride
+    dims, strides  the same of each of `feature_maps`
+    splits         number of positions at which a pass can be cut: position i (from 1) lies after group i of splits + 1
+                   groups, the stem being part of the first
     """
 
     def __init__(self, net: ResNet | ResNet38d) -> None:
@@ -43,9 +44,10 @@ class Backbone(nn.Module):
             self.dims, self.strides = resnet38d.TAP_DIMS, resnet38d.TAP_STRIDES
             self.splits = len(resnet38d.GROUPS) - 1
         else:
-            told: list[dict[str, Any]] = net.feature_info
-            self.dims = tuple(int(one["num_chs"]) for one in told)
-            self.strides = (2 * int(told[0]["reduction"]), *(int(one["reduction"]) for one in told[1:]))  # after max-pool
+            stages: list[dict[str, Any]] = net.feature_info
+            self.dims = tuple(int(stage["num_chs"]) for stage in stages)
+            stem, *layers = (int(stage["reduction"]) for stage in stages)
+            self.strides = (2 * stem, *layers)  # the stem's map is taken after max-pool
             self.splits = len(LAYERS) - 1
         self.dim, self.stride = self.dims[-1], self.strides[-1]
 
@@ -65,28 +67,28 @@ class Backbone(nn.Module):
         maps = self.normalise(images)
         if isinstance(self.net, ResNet38d):
             return self.net.taps(maps)
-        found = [self._stem(maps)]
+        features = [self._stem(maps)]
         for name in LAYERS:
-            found.append(self.net.get_submodule(name)(found[-1]))
-        return found
+            features.append(self.net.get_submodule(name)(features[-1]))
+        return features
 
     def trunk(self, images: Tensor, positions: Sequence[int]) -> list[tuple[Tensor, None]]:
-        """States [b,·,·,·] after the groups of `positions` (1 … splits, any order), and the final map as the last; one pass.
+        """One pass → states after the groups of `positions` (1 … splits, any order), then the state after the last group.
 
-        A state is a map and, for a ViT, the tokens that belong to no cell; a ResNet has none.
+        A state is (maps [b,·,·,·], extra tokens); the latter are a ViT's tokens that belong to no cell, None for a ResNet.
         """
-        maps, at, states = self.normalise(images), 0, {}
+        maps, previous, states = self.normalise(images), 0, {}
         for position in sorted({*positions, self.splits + 1}):
-            maps, at = self._groups(maps, at, position), position
+            maps, previous = self._groups(maps, previous, position), position
             states[position] = maps
         return [(states[position], None) for position in (*positions, self.splits + 1)]
 
     def rest(self, state: tuple[Tensor, None], position: int) -> Tensor:
-        """The groups after `position`, on a state of that place or on any cut-out of it → f32[b,dim,·,·]."""
+        """The groups after `position` on a state of that position, or on a crop of one → f32[b,dim,·,·]."""
         return self._groups(state[0], position, self.splits + 1)
 
     def leading(self, groups: int) -> list[nn.Parameter]:
-        """Parameters of the first so many groups."""
+        """Parameters of the first `groups` groups."""
         if isinstance(self.net, ResNet38d):
             modules = self.net.members(range(groups))
         else:
@@ -107,15 +109,15 @@ class Backbone(nn.Module):
 
 
 def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
-    """A backbone with random weights; image_size does not matter to a ResNet.
+    """A backbone with random weights; image_size is not used.
 
-    architecture: resnet38d, scenes_resnet or a ResNet of timm, whose stride other than 16 is told as in `resnet50@8`. ValueError
-    where timm has no such model.
+    architecture: resnet38d, scenes_resnet or a ResNet of timm, at stride 16 unless another is given as in `resnet50@8`.
+    ValueError where timm has no such model.
     """
     del image_size
     if architecture == "resnet38d":
         if drop_path > 0:
-            raise ValueError("resnet38d has dropout of its own and no stochastic depth: set drop_path to 0 in params.yaml")
+            raise ValueError("resnet38d has dropout of its own and no stochastic depth: set drop_path to 0 in the recipe")
         return Backbone(ResNet38d())
     if architecture == "scenes_resnet":
         return Backbone(scenes_resnet(drop_path))
@@ -123,8 +125,8 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
     if not timm.is_model(name) or stride not in ("", "8", "16", "32"):
         near = ", ".join(timm.list_models("resnet*")[:8])
         raise ValueError(
-            f"timm has no model {architecture!r}; there are {near} …, with @8 or @32 behind the name for another stride than "
-            f"{OUTPUT_STRIDE}, and resnet38d, scenes_resnet (edit architecture in params.yaml)"
+            f"timm has no model {architecture!r}; there are {near} …, with @8 or @32 behind the name for "
+            f"another stride than {OUTPUT_STRIDE}, and resnet38d, scenes_resnet (edit architecture in the recipe)"
         )
     try:
         net = timm.create_model(
@@ -134,18 +136,18 @@ def create(architecture: str, image_size: int, *, drop_path: float) -> Backbone:
             output_stride=int(stride or OUTPUT_STRIDE),
             drop_path_rate=drop_path,
         )
-    except TypeError:  # other networks know no output_stride
+    except TypeError:  # other networks take no output_stride
         net = None
     if not isinstance(net, ResNet):
-        raise ValueError(f"{architecture} is no ResNet; for a ViT set methods.<m>.backbone to vit in params.yaml")
+        raise ValueError(f"{architecture} is no ResNet; for a ViT set methods.<run>.backbone to vit in params.yaml")
     return Backbone(net)
 
 
 def load_initial(backbone: Backbone, init: Path) -> None:
-    """Initial weights from a local file, from timm's hub (.hub file), or none (.txt file).
+    """Loads weights from a local file or from timm's hub (.hub file); nothing where init is a .txt file.
 
-    A file has timm's key names, which are torchvision's, PSA's (resnet38d) or one of IRN's aliases. Counters of batch norms may be
-    missing, as they are in old files: fixed norms do not read them.
+    Key names are timm's, which are torchvision's, PSA's (resnet38d) or IRN's aliases. Counters of batch norms may be
+    missing, as in old files: fixed norms do not read them.
     """
     if init.suffix == weights.SCRATCH and init.is_file():
         return
@@ -158,14 +160,14 @@ def load_initial(backbone: Backbone, init: Path) -> None:
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """IRN's key names (resnet50.*, else stage1.* … stage4.* or backbone.0.* … backbone.3.*) → timm's; others stay as they are."""
+    """IRN's key names (resnet50.*, else stage1.* … stage4.* or backbone.0.* … backbone.3.*) → timm's; others unchanged."""
     plain = {name.removeprefix("resnet50."): value for name, value in tensors.items() if name.startswith("resnet50.")}
     return plain or {_renamed(name): value for name, value in tensors.items()}
 
 
 def _renamed(name: str) -> str:
-    found = STAGE.match(name)
-    if found is None:
+    match = STAGE.match(name)
+    if match is None:
         return name
-    stage = int(found[2] or int(found[1]) + 1)
-    return f"{STAGE1.get(found[3], found[3]) if stage == 1 else f'layer{stage}'}.{found[4]}"
+    stage = int(match[2] or int(match[1]) + 1)
+    return f"{STAGE1.get(match[3], match[3]) if stage == 1 else f'layer{stage}'}.{match[4]}"

@@ -1,4 +1,4 @@
-"""ResNet38d, the wide network of PSA and SEAM (methods/baselines.md section 1): normalised f32[b,3,h,w] → f32[b,4096,h/8,w/8].
+"""ResNet38d, the wide network of PSA and SEAM (methods/baselines.md section 1): f32[b,3,h,w] → f32[b,4096,h/8,w/8].
 
 Pre-activation blocks named as in PSA's checkpoints. The last two groups are dilated instead of strided. 105 M parameters.
 """
@@ -33,8 +33,8 @@ def _conv(before: int, after: int, kernel: int, *, stride: int = 1, dilation: in
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions, each behind a norm; the shortcut is the raw input where shapes agree, else a 1×1 convolution of the
-    normed one."""
+    """Two 3×3 convolutions, each behind a norm; the shortcut is the raw input where shapes agree, else a 1×1 convolution of
+    the normed one."""
 
     def __init__(
         self, before: int, middle: int, after: int, *, stride: int = 1, dilations: tuple[int, int] = (1, 1)
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.conv_branch1 = None if (before, stride) == (after, 1) else _conv(before, after, 1, stride=stride)
 
     def forward(self, maps: Tensor, normed: Tensor | None = None) -> Tensor:
-        """normed: `self.normed(maps)` where somebody has it already."""
+        """normed: `self.normed(maps)` where the caller has computed it."""
         normed = self.normed(maps) if normed is None else normed
         shortcut = maps if self.conv_branch1 is None else self.conv_branch1(normed)
         middle = F.relu(self.bn_branch2b1(self.conv_branch2a(normed)))
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
         self.conv_branch1 = _conv(before, after, 1)
 
     def forward(self, maps: Tensor, normed: Tensor | None = None) -> Tensor:
-        """normed: `self.normed(maps)` where somebody has it already."""
+        """normed: `self.normed(maps)` where the caller has computed it."""
         normed = self.normed(maps) if normed is None else normed
         middle = self._dropped(F.relu(self.bn_branch2b1(self.conv_branch2a(normed))))
         middle = self._dropped(F.relu(self.bn_branch2b2(self.conv_branch2b1(middle))))
@@ -94,9 +94,9 @@ class ResNet38d(nn.Module):
             ("b3", 3, 128, 256, 256),
             ("b4", 6, 256, 512, 512),
         ):
-            for at in range(blocks):
-                block = Block(after if at else before, middle, after, stride=1 if at else 2)
-                self.add_module(f"{name}_{at}" if at else name, block)
+            for index in range(blocks):
+                block = Block(after if index else before, middle, after, stride=1 if index else 2)
+                self.add_module(f"{name}_{index}" if index else name, block)
         self.b5 = Block(512, 512, 1024, dilations=(1, 2))
         self.b5_1, self.b5_2 = (Block(1024, 512, 1024, dilations=(2, 2)) for _ in range(2))
         self.b6 = Bottleneck(1024, 2048, dilation=4, dropout=DROPOUT["b6"])
@@ -104,27 +104,28 @@ class ResNet38d(nn.Module):
         self.bn7 = nn.BatchNorm2d(DIM, BN_EPS)
 
     def group(self, number: int, maps: Tensor) -> Tensor:
-        """Runs group `number` (from 0)."""
+        """Maps before group `number` (from 0) → maps after it."""
         for name in GROUPS[number]:
             maps = self.get_submodule(name)(maps)
         return F.relu(self.bn7(maps)) if number + 1 == len(GROUPS) else maps
 
     def members(self, numbers: Sequence[int]) -> list[nn.Module]:
-        """The modules of some groups."""
+        """The modules of the groups `numbers` (from 0), in order."""
         names = [name for number in numbers for name in GROUPS[number]]
         return [self.get_submodule(name) for name in names] + ([self.bn7] if len(GROUPS) - 1 in numbers else [])
 
     def taps(self, images: Tensor) -> list[Tensor]:
-        """What the first norm and ReLU of b3, b4, b5 and b6 give (the latter two are PSA's conv4 and conv5), and the last map."""
-        found, maps = [], self.group(0, images)
+        """Maps after the first norm and ReLU of b3, b4, b5 and b6 (the latter two are PSA's conv4 and conv5), then the last
+        map."""
+        features, maps = [], self.group(0, images)
         for number in range(1, len(GROUPS) - 1):
             first, *others = self.members([number])
             normed = first.normed(maps)  # pyright: ignore[reportCallIssue] # a Block or a Bottleneck
-            found.append(normed)
+            features.append(normed)
             maps = first(maps, normed)
             for block in others:
                 maps = block(maps)
-        return [*found, self.group(len(GROUPS) - 1, maps)]
+        return [*features, self.group(len(GROUPS) - 1, maps)]
 
     def forward(self, images: Tensor) -> Tensor:
         for number in range(len(GROUPS)):

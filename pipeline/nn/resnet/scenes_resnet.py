@@ -1,26 +1,26 @@
-"""The demo's ResNet: timm's class with basic blocks and few channels, stride 8, 1.0 M parameters. Architecture scenes_resnet."""
+"""The demo's ResNet: timm's class with basic blocks and few channels, stride 8, 1.0 M parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 from timm.models.resnet import BasicBlock, ResNet  # noqa: E402
 from torch import nn  # noqa: E402
 
 STRIDE = 8
 CHANNELS = (32, 64, 96, 128)
 LAYERS = (2, 2, 2, 2)
-STEM_WIDTH = 16  # three 3×3 convolutions stand for the 7×7 one, as texture is what tells the demo's classes apart
+STEM_WIDTH = 16  # three 3×3 convolutions in place of the 7×7 one: the demo's classes differ by texture
 
 
 def scenes_resnet(drop_path: float) -> ResNet:
-    """Random weights; data/weights/pretrain.py made those that ship. Maps at strides 4, 4, 8, 8, 8.
+    """Random weights; data/weights/pretrain.py trained those that ship. Maps at strides 4, 4, 8, 8, 8.
 
-    timm dilates the stages that keep their resolution. Here they are not: the last map's field of view covers a picture of 128 px
-    as it is, and dilated kernels would mostly see the border of PPL's cells, which are 8 cells wide.
+    timm dilates the stages that keep their resolution. Here they are not: the last map's field of view covers an image of
+    128 px without, and in PPL's patches of 8 × 8 cells dilated kernels would read mostly padding.
     """
     block: Any = BasicBlock  # timm annotates the class as an instance
     net = ResNet(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.nn import weights
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 import timm  # noqa: E402
 from timm.layers.pos_embed import resample_abs_pos_embed  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402

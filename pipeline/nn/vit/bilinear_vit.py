@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 NORM_EPS = 1e-5  # timm's ViTs have 1e-6

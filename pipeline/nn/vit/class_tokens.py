@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn import weights
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 from pipeline.nn.vit import backbone
 
-mend()
+define_missing_operators()
 from timm.layers.attention import Attention  # noqa: E402
 from timm.layers.pos_embed import resample_abs_pos_embed  # noqa: E402
 

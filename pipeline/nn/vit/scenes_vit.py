@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.nn.torchvision_guard import mend
+from pipeline.nn.torchvision_guard import define_missing_operators
 
-mend()
+define_missing_operators()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 STRIDE = 8

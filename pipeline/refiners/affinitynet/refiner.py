@@ -1,4 +1,5 @@
-"""AffinityNet (PSA, Ahn & Kwak 2018): a network learns from confident labels how alike neighbours are; score maps walk along it.
+"""AffinityNet (PSA, Ahn & Kwak 2018): a network learns from confident labels how alike neighbours are; score maps walk along
+it.
 
 fit_refiner makes the labels by two dense CRFs and trains Network in the common loop; docs/refiners.md.
 """
@@ -34,8 +35,8 @@ Power = Annotated[float, Field(gt=0, le=128)]
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels that the network learns from (PSA, section 3.2): a class where one wins against the background of the low power, background
-    where none wins against that of the high power, 255 elsewhere.
+    """Labels that the network learns from (PSA, section 3.2): a class where one wins against the background of the low
+    power, background where none wins against that of the high power, 255 elsewhere.
 
     powers  low and high power of the background's score 1 - best class (PSA: 4 and 32; SEAM: 4 and 24)
     crf     refines the labels of both
@@ -69,7 +70,8 @@ class Model:
 
 @dataclass(frozen=True)
 class FitParams(LearnedFit):
-    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the network."""
+    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the
+    network."""
 
     labels: Labels
     model: Model
@@ -137,8 +139,8 @@ class Network(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any]) -> Network:
-        """The authors' ResNet38 AffinityNet (f8_3 … f9) → a network with the published settings. ValueError lists keys that miss,
-        are unknown, or do not fit."""
+        """The authors' ResNet38 AffinityNet (f8_3 … f9) → a network with the published settings. ValueError lists keys that
+        miss, are unknown, or do not fit."""
         new = {f"f8_{3 + tap}.weight": f"taken.{tap}.weight" for tap in range(3)} | {"f9.weight": "joined.weight"}
         given = {new.get(name, f"backbone.net.{name}"): value for name, value in unwrapped(state_dict).items()}
         made = cls(PUBLISHED_MODEL, PUBLISHED_SCHEDULE, plugins.load("nn", "resnet"))

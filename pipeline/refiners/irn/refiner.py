@@ -36,8 +36,8 @@ FINE_GROUPS, COARSE_GROUPS = (8, 16), 16
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels that the network learns from: after a CRF, a class where one wins at the high threshold, background where none wins at the
-    low one, 255 elsewhere.
+    """Labels that the network learns from: after a CRF, a class where one wins at the high threshold, background where none
+    wins at the low one, 255 elsewhere.
 
     factors   low and high threshold, as factors of the run's own. IRN: threshold 0.15, factors 1/3 and 2
     gt_prob   of the labels that both CRFs start from
@@ -74,7 +74,8 @@ class Model:
 
 @dataclass(frozen=True)
 class FitParams(LearnedFit):
-    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the network."""
+    """Section fit_refiner: beside the threshold and the training, the labels that the network learns from, and the
+    network."""
 
     labels: Labels
     model: Model
@@ -183,8 +184,9 @@ class Network(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any]) -> Network:
-        """The authors' IRNet (stage1 …, fc_edge*, fc_dp*) → a network with the published settings; aliases of one tensor, path
-        indices and the instances' mean_shift are dropped. ValueError lists keys that miss, are unknown, or do not fit."""
+        """The authors' IRNet (stage1 …, fc_edge*, fc_dp*) → a network with the published settings; aliases of one tensor,
+        path indices and the instances' mean_shift are dropped. ValueError lists keys that miss, are unknown, or do not
+        fit."""
         made = cls(PUBLISHED_MODEL, PUBLISHED_SCHEDULE, plugins.load("nn", "resnet"))
         load_exactly(made, renamed(unwrapped(state_dict)), "this state dict")
         return made.eval()
@@ -207,8 +209,8 @@ class Network(nn.Module):
         return decayed(new, 1.0) + decayed(moved, self.params.displacement_lr_factor)
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """How badly pairs of known cells are told apart by the edges between them (IRN, eq. 8), and how badly displacements tell
-        them (eq. 5 and 6), half each as published; pixels of 255 and padding are in no pair."""
+        """How badly pairs of known cells are told apart by the edges between them (IRN, eq. 8), and how badly displacements
+        tell them (eq. 5 and 6), half each as published; pixels of 255 and padding are in no pair."""
         del clock
         assert batch.masks is not None  # the loop was given labels
         maps, grid = self._maps(batch.images)
@@ -267,8 +269,8 @@ class Refiner:
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' key names → ours. Their stages hold torchvision's layers: stage1 the stem (0 conv1, 1 bn1), stage2 to stage5
-    layer1 to layer4; resnet50.* and backbone.* repeat them."""
+    """The authors' key names → ours. Their stages hold torchvision's layers: stage1 the stem (0 conv1, 1 bn1), stage2 to
+    stage5 layer1 to layer4; resnet50.* and backbone.* repeat them."""
     tensors_of_ours: dict[str, Tensor] = {}
     branches = {f"fc_edge{tap}": f"edges.{tap - 1}" for tap in range(1, 6)}
     branches |= {f"fc_dp{tap}": f"displacement.fine.{tap - 1}" for tap in (1, 2)}

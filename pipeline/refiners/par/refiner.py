@@ -23,7 +23,8 @@ __all__ = ["FitParams", "Params", "Refiner", "fit"]
 class Params:
     """refine.options.
 
-    planes  softmax: probabilities are the softmax of [threshold, scores] (AFA, which flattens them); share: their shares of the sum
+    planes  softmax: probabilities are the softmax of [threshold, scores] (AFA, which flattens them); share: their shares of
+            the sum
     par     the refinement
     """
 

@@ -1,8 +1,8 @@
 """Files of segments from outside, as SAM's automatic mask generator writes them → the segments of an image.
 
-`index` reads such a file once and keeps where each image's segments lie in it, with their sha256; `read` then reads one image's
-at a time. So memory does not grow with the file, no image id becomes a path that was not listed, and a file that has changed
-since is an error, never a stale result in the cache. docs/refiners.md has the layouts.
+`index` reads such a file once and keeps where each image's segments lie in it, with their sha256; `read` then reads one
+image's at a time. So memory does not grow with the file, no image id becomes a path that was not listed, and a file that has
+changed since is an error, never a stale result in the cache. docs/refiners.md has the layouts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FILE_HINT = (
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """Segments from outside. path: a folder of <id>.json, or a JSON Lines file; sha256: of that file, or of a folder's listing."""
+    """Segments from outside. path: a folder of <id>.json, or a JSON Lines file; sha256: of that file, or of a folder's
+    listing."""
 
     source: Literal["file"]
     path: str
@@ -58,7 +59,8 @@ class Place(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One image of a file of segments. size: (h, w) px, None where it has no segment; problem: why they cannot be read, or None."""
+    """One image of a file of segments. size: (h, w) px, None where it has no segment; problem: why they cannot be read, or
+    None."""
 
     place: Place
     size: tuple[int, int] | None
@@ -75,10 +77,11 @@ class Piece(NamedTuple):
 
 
 def run_lengths(counts: Any, pixels: int) -> np.ndarray:
-    """COCO's `counts`, compressed (text) or not (a list) → i64[·] run lengths, outside first, that sum to `pixels`. ValueError.
+    """COCO's `counts`, compressed (text) or not (a list) → i64[·] run lengths, outside first, that sum to `pixels`.
+    ValueError.
 
-    Compressed: a character less 48 holds 5 bits of a signed number, lowest first, then whether more follow; from the fourth number
-    on, each is the difference to the last but one.
+    Compressed: a character less 48 holds 5 bits of a signed number, lowest first, then whether more follow; from the fourth
+    number on, each is the difference to the last but one.
     """
     if isinstance(counts, str):
         codes = np.frombuffer(counts.encode("utf-8"), np.uint8).astype(np.int64) - 48
@@ -144,8 +147,8 @@ def _json_files(folder: Path) -> list[str]:
 def _pieces(path: Path, digest: Any) -> Iterator[Piece]:
     """Each image of a folder or of a JSON Lines file.
 
-    digest: a hashlib object, updated by all that is read: the bytes of a file; of a folder what `sha256sum` prints of its files,
-    sorted by name.
+    digest: a hashlib object, updated by all that is read: the bytes of a file; of a folder what `sha256sum` prints of its
+    files, sorted by name.
     """
     if path.is_dir():
         for name in _json_files(path):
@@ -167,8 +170,8 @@ def _checked_path(file: SegmentFile) -> Path:
     path = Path(file.path)
     if not path.is_dir() and not path.is_file():
         raise ValueError(
-            f"fit_refiner.<m>.segments.path: there is no file or folder {path}; {FILE_HINT}, or choose another source "
-            "(edit params.yaml)"
+            f"fit_refiner.segments.path: there is no file or folder {path}; {FILE_HINT}, or choose another source "
+            "(edit the recipe)"
         )
     return path
 
@@ -178,8 +181,9 @@ def _check_digest(file: SegmentFile, digest: Any) -> None:
     actual = digest.hexdigest()
     if actual != file.sha256:
         raise ValueError(
-            f"fit_refiner.<m>.segments.sha256: params.yaml has {file.sha256!r}, but {file.path} has {actual}; if that is the file "
-            "you mean, write this digest there, so that results follow the file (edit params.yaml)"
+            f"fit_refiner.segments.sha256: the recipe has {file.sha256!r}, but {file.path} has {actual}; if that is "
+            f"the file "
+            "you mean, write this digest there, so that results follow the file (edit the recipe)"
         )
 
 
@@ -242,13 +246,14 @@ def _mismatch(image_id: str, size: tuple[int, int], entry: Entry | None) -> str 
     if entry.problem:
         return f"{image_id!r}: {entry.problem}"
     if entry.size is not None and entry.size != size:
-        return f"{image_id!r}: segments of {entry.size[0]} × {entry.size[1]} px, but the image has {size[0]} × {size[1]} (h × w)"
+        (h, w), (rows, columns) = entry.size, size
+        return f"{image_id!r}: segments of {h} × {w} px, but the image has {rows} × {columns} (h × w)"
     return None
 
 
 def as_state(places: Mapping[str, Place]) -> dict[str, np.ndarray]:
-    """Places by image id as arrays, sorted by id: `ids` u8[·] UTF-8, separated by null characters; `place` i64[n,2] offset and
-    length in bytes; `sha256` u8[n,32]."""
+    """Places by image id as arrays, sorted by id: `ids` u8[·] UTF-8, separated by null characters; `place` i64[n,2] offset
+    and length in bytes; `sha256` u8[n,32]."""
     ids = sorted(places)
     return {
         "ids": np.frombuffer("\0".join(ids).encode("utf-8"), np.uint8),

@@ -1,7 +1,8 @@
-"""Class-agnostic segments, each given one label by the score maps inside it (SAM-based seeding of FMA-WSSS, which SemPLeS takes).
+"""Class-agnostic segments, each given one label by the score maps inside it (SAM-based seeding of FMA-WSSS, which SemPLeS
+takes).
 
-Segments are superpixels of the image, or masks from a file. Shape letters: s segments, k classes present in the image, h w its
-pixels, n images.
+Segments are superpixels of the image, or masks from a file. Shape letters: s segments, k classes present in the image, h w
+its pixels, n images.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Params:
     """refine.options.
 
     normalise  minmax: each class's mean scores go from 0 to 1 over the image's segments (FMA-WSSS); none: means as they are
-    power      background's score is (1 - best class)^power. A number is the power at the fitted threshold (FMA-WSSS: 0.6 to 1.0 on VOC
-               and COCO). null: the power at which a segment whose best class just reaches the threshold ties with background
+    power      background's score is (1 - best class)^power. A number is the power at the fitted threshold (FMA-WSSS: 0.6 to
+               1.0 on VOC and COCO). null: the power at which a segment whose best class just reaches the threshold ties with
+               background
     uncovered  pixels in no segment: background (FMA-WSSS), or what the score maps say there against the threshold
     """
 

@@ -50,5 +50,6 @@ def superpixels(image: np.ndarray, source: Felzenszwalb | Slic) -> np.ndarray:
     if isinstance(source, Felzenszwalb):
         return felzenszwalb(image, scale=source.scale, sigma=source.sigma, min_size=source.min_size, channel_axis=-1)
     return slic(
-        image, n_segments=source.n_segments, compactness=source.compactness, sigma=source.sigma, start_label=0, channel_axis=-1
+        image, n_segments=source.n_segments, compactness=source.compactness, sigma=source.sigma, start_label=0,
+        channel_axis=-1
     )  # fmt: skip

@@ -45,8 +45,8 @@ def means_of_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def power_at(threshold: float) -> float:
-    """The power at which (1 - threshold)^power = threshold: a segment whose best class scores exactly the threshold, in 0..1, ties
-    with background."""
+    """The power at which (1 - threshold)^power = threshold: a segment whose best class scores exactly the threshold, in
+    0..1, ties with background."""
     inside = min(max(threshold, LOWEST), HIGHEST)
     return float(np.log(inside) / np.log1p(-inside))
 
@@ -55,7 +55,8 @@ def votes(means: np.ndarray, *, normalise: str, power: float) -> np.ndarray:
     """Mean scores f64[s,k] → f64[s,k+1] in 0..1, plane 0 the background's score (1 - best class)^power. The highest wins.
 
     normalise: "minmax" scales each class over the image's segments to 0..1; "none" leaves the means as they are.
-    A class whose means hardly differ is left as it is under minmax, where FMA-WSSS makes it 0: a single segment has no spread.
+    A class whose means hardly differ is left as it is under minmax, where FMA-WSSS makes it 0: a single segment has no
+    spread.
     """
     scores = np.clip(means, 0, 1)
     if normalise == "minmax" and len(scores):

@@ -27,11 +27,12 @@ NEEDS_AFFINITY = True  # stages/check.py then tells before anything is trained i
 class Params:
     """refine.options.
 
-    planes  softmax: probabilities are the softmax of [threshold, scores] (AFA, which flattens them); share: their shares of the sum
+    planes  softmax: probabilities are the softmax of [threshold, scores] (AFA, which flattens them); share: their shares of
+            the sum
     radius  cells of the affinity's grid that one step reaches (AFA: 8)
     power   of the affinity; higher keeps to the most alike (AFA: 2)
-    eps     added to each cell's sum of affinities: cells that resemble nothing fade. AFA has 0.1 for its sigmoid affinities; those of
-            attention, whose rows sum to 1 over all cells, need about 1e-6
+    eps     added to each cell's sum of affinities: cells that resemble nothing fade. AFA has 0.1 for its sigmoid affinities;
+            those of attention, whose rows sum to 1 over all cells, need about 1e-6
     par     null, or the pixel-adaptive refinement that follows
     """
 
@@ -51,7 +52,8 @@ class Refiner:
         """f32[k+1,h,w] that sums to 1, plane 0 background. ValueError where the score maps have no affinity."""
         if maps.affinity is None:
             raise ValueError(
-                "refiner walk needs an affinity and the score maps have none: set extract.keep_affinity to true in the recipe "
+                "refiner walk needs an affinity and the score maps have none: set extract.keep_affinity to true in the "
+                "recipe "
                 "(weaktr has an affinity, cam has none), or choose refiner par"
             )
         full = torch.from_numpy(planes.with_background(maps.scores, threshold))[None]

@@ -1,7 +1,7 @@
 // Addresses, keys, panels, theme and provenance.
 
-// #method/stage/id opens an image, #method/stage/ the gallery at that stage; others are places on the page.
-function follow() {
+// #method/stage/id opens an image, #method/stage/ the gallery at that stage; other addresses are elements of the page.
+function followAddress() {
   const parts = location.hash.slice(1).split("/");
   if (parts.length < 3) {
     const panel = parts[0].startsWith("method-") ? parts[0].slice(7) : null;
@@ -10,21 +10,31 @@ function follow() {
   }
   let [method, stage, id] = parts;
   try { [method, stage, id] = parts.map(decodeURIComponent); } catch { id = parts[2]; }
-  if (!facts.methods.includes(method) || !facts.stages.includes(stage)) { say(`There is no ${method} at ${stage} in this report.`); return; }
+  if (!report.methods.includes(method) || !report.stages.includes(stage)) {
+    showStatus(`This report has no stage ${stage} of a method ${method}.`);
+    return;
+  }
   state.method = method;
   setStage(stage);
   update();
-  if (id === "") { byId("gallery").scrollIntoView(); byId("gallery").focus({ preventScroll: true }); return; }
+  if (id === "") { goToGallery(); return; }
   const at = positions.get(id);
-  if (at === undefined) { say(`The gallery has no picture of ${id}.`); byId("gallery").scrollIntoView(); return; }
+  if (at === undefined) { showStatus(`The gallery has no picture of ${id}.`); byId("gallery").scrollIntoView(); return; }
   openImage(at);
 }
 
-const say = (words) => { byId("count").textContent = words; };
+const showStatus = (text) => { byId("count").textContent = text; };
+
+function goToGallery() {
+  byId("gallery").scrollIntoView();
+  byId("gallery").focus({ preventScroll: true });
+}
 
 function showPanel(group, name) {
   for (const panel of document.querySelectorAll(`[data-panel-of="${group}"]`)) panel.hidden = panel.dataset.name !== name;
-  for (const button of document.querySelectorAll(`[data-panels="${group}"] button`)) button.setAttribute("aria-pressed", String(button.dataset.panel === name));
+  for (const button of document.querySelectorAll(`[data-panels="${group}"] button`)) {
+    button.setAttribute("aria-pressed", String(button.dataset.panel === name));
+  }
 }
 
 for (const group of document.querySelectorAll("[data-panels]")) {
@@ -39,8 +49,8 @@ const THEMES = ["system", "light", "dark"];
 function setTheme(name) {
   document.documentElement.dataset.theme = name;
   byId("theme").textContent = `Theme: ${name}`;
-  memory.set("theme", name);
-  drawSpread();
+  storage.set("theme", name);
+  drawHistogram();
 }
 
 const nextTheme = () => setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
@@ -50,17 +60,17 @@ const help = byId("help");
 byId("help-open").addEventListener("click", () => help.showModal());
 byId("help-close").addEventListener("click", () => help.close());
 
-let before = null; // the layer that e or t came from
+let previousLayer = null; // that e or t was pressed at
 
-function flip(layer) {
+function toggleLayer(layer) {
   if (!layersOf(split()).includes(layer)) return;
-  if (state.layer === layer) setLayer(before ?? nameOf(state.stage));
-  else { before = state.layer; setLayer(layer); }
+  if (state.layer === layer) setLayer(previousLayer ?? nameOf(state.stage));
+  else { previousLayer = state.layer; setLayer(layer); }
 }
 
 function nextMethod() {
-  const at = facts.methods.indexOf(state.method);
-  state.method = facts.methods[(at + 1) % facts.methods.length];
+  const at = report.methods.indexOf(state.method);
+  state.method = report.methods[(at + 1) % report.methods.length];
   update();
 }
 
@@ -72,11 +82,11 @@ const KEYS = {
   ArrowLeft: () => (viewer.open ? step(-1) : turnPage(-1)),
   ArrowRight: () => (viewer.open ? step(1) : turnPage(1)),
   d: nextTheme,
-  e: () => flip("error"),
-  g: () => { if (!viewer.open) { byId("gallery").scrollIntoView(); byId("gallery").focus({ preventScroll: true }); } },
+  e: () => toggleLayer("error"),
+  g: () => { if (!viewer.open) goToGallery(); },
   m: nextMethod,
-  s: () => { state.beside = !state.beside; update({ keepPage: true }); },
-  t: () => flip("truth"),
+  s: () => { state.sideBySide = !state.sideBySide; update({ keepPage: true }); },
+  t: () => toggleLayer("truth"),
 };
 
 document.addEventListener("keydown", (event) => {
@@ -91,13 +101,17 @@ document.addEventListener("keydown", (event) => {
   action();
 });
 
-function provenanceTable(found) {
-  const versions = [...new Set(found.flatMap((one) => Object.keys(one.versions ?? {})))].sort();
+function provenanceTable(records) {
+  const versions = [...new Set(records.flatMap((record) => Object.keys(record.versions ?? {})))].sort();
   const short = (text) => (text ?? "–").slice(0, 12);
-  const head = ["stage", "seconds", "MiB", "MiB, largest child", "device", "python", ...versions, "params", "code"];
-  const rows = found.map((one) => [
-    one.stage, one.seconds?.toFixed(1), one.peak_memory_mib, one.peak_memory_mib_largest_child, one.device, one.python,
-    ...versions.map((name) => one.versions?.[name]), short(one.params_digest), short(one.code_digest),
+  const head = [
+    "stage", "seconds", "peak MiB", "peak MiB of the largest child process", "device", "python", ...versions,
+    "params digest", "code digest",
+  ];
+  const rows = records.map((record) => [
+    record.stage, record.seconds?.toFixed(1), record.peak_memory_mib, record.peak_memory_mib_largest_child, record.device,
+    record.python, ...versions.map((name) => record.versions?.[name]),
+    short(record.params_digest), short(record.code_digest),
   ]);
   const cell = (value, at) => element(at === 0 ? "th" : "td", at === 0 ? { scope: "row" } : {}, String(value ?? "–"));
   return element(
@@ -108,15 +122,16 @@ function provenanceTable(found) {
 
 byId("provenance-load").addEventListener("click", async () => {
   try {
-    const found = await script("../provenance/provenance.js", "provenance");
-    byId("provenance-table").replaceChildren(provenanceTable(found));
-    byId("provenance-note").textContent = `${found.length} runs`;
+    const records = await script("../provenance/provenance.js", "provenance");
+    byId("provenance-table").replaceChildren(provenanceTable(records));
+    byId("provenance-note").textContent = `${records.length} stages`;
   } catch {
-    byId("provenance-note").textContent = "provenance/provenance.js is not there: this report has been moved, or no stage has run here.";
+    byId("provenance-note").textContent =
+      "provenance/provenance.js is not there: this report was moved, or no stage was run here.";
   }
 });
 
-setTheme(THEMES.includes(memory.get("theme")) ? memory.get("theme") : "system");
-window.addEventListener("hashchange", follow);
+setTheme(THEMES.includes(storage.get("theme")) ? storage.get("theme") : "system");
+window.addEventListener("hashchange", followAddress);
 update();
-follow();
+followAddress();

@@ -1,22 +1,22 @@
 "use strict";
-// Small tools. Texts of data only ever become text nodes or property values, never markup.
+// Helpers of the DOM, formats and storage. Texts of data become text nodes or property values, never markup.
 
 const byId = (id) => document.getElementById(id);
 
 function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (name === "class") made.className = value;
-    else if (name.includes("-") || name === "role") made.setAttribute(name, value);
-    else made[name] = value;
+    if (name === "class") node.className = value;
+    else if (name.includes("-") || name === "role") node.setAttribute(name, value);
+    else node[name] = value;
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
-  return made;
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
 }
 
-const spoken = (name) => name.replaceAll("_", " ");
+const readable = (name) => name.replaceAll("_", " ");
 const figure = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const percent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.1 ? 1 : 0)} %`;
 
 function bytesOf(base64) {
   const text = atob(base64);
@@ -30,8 +30,8 @@ async function inflated(base64) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// What is remembered between visits; a browser may forbid it for files.
-const memory = {
+// Kept between visits; a browser may forbid it for files.
+const storage = {
   get(name) { try { return localStorage.getItem(`tag2mask ${name}`); } catch { return null; } },
-  set(name, value) { try { localStorage.setItem(`tag2mask ${name}`, value); } catch { /* then it is forgotten */ } },
+  set(name, value) { try { localStorage.setItem(`tag2mask ${name}`, value); } catch { /* then it is not kept */ } },
 };

@@ -1,18 +1,21 @@
-// The facts of all images, and the blocks of pictures that are loaded when something of them is shown.
+// Figures of all images, and the blocks of pictures, which are loaded when one of their images is shown.
 
-const facts = JSON.parse(byId("facts").textContent);
-const images = facts.images;
+const report = JSON.parse(byId("report-data").textContent);
+const images = report.images;
 const positions = new Map(images.ids.map((id, at) => [id, at]));
 const blocks = new Map();
-const arrived = new Map();
-const MOST_BLOCKS = 40; // kept at a time, so that memory does not grow with the data set
+const pending = new Map(); // name of a script → function that takes its data
+const MAX_BLOCKS = 40; // in memory at a time, so that it does not grow with the data set
 
-window.tag2mask = { block(number, items) { arrived.get(number)?.(items); }, provenance(found) { arrived.get("provenance")?.(found); } };
+window.tag2mask = {
+  block(number, items) { pending.get(number)?.(items); },
+  provenance(records) { pending.get("provenance")?.(records); },
+};
 
 function script(source, name) {
   return new Promise((resolve, reject) => {
     const tag = element("script", { src: source });
-    arrived.set(name, resolve);
+    pending.set(name, resolve);
     tag.addEventListener("error", () => reject(new Error(`${source} is missing beside this page`)));
     tag.addEventListener("load", () => tag.remove());
     document.head.append(tag);
@@ -21,10 +24,10 @@ function script(source, name) {
 
 function block(number) {
   if (!blocks.has(number)) {
-    const inside = byId(`block-${number}`);
+    const inline = byId(`block-${number}`);
     const name = `data-${String(number).padStart(4, "0")}.js`;
-    blocks.set(number, inside ? Promise.resolve(JSON.parse(inside.textContent)) : script(name, number));
-    if (blocks.size > MOST_BLOCKS) blocks.delete(blocks.keys().next().value);
+    blocks.set(number, inline ? Promise.resolve(JSON.parse(inline.textContent)) : script(name, number));
+    if (blocks.size > MAX_BLOCKS) blocks.delete(blocks.keys().next().value);
   }
   return blocks.get(number);
 }
@@ -33,41 +36,44 @@ async function picturesOf(at) {
   return (await block(Math.floor(at / images.per_block)))[at % images.per_block];
 }
 
-// Masks of a method: name of the stage in the gallery → one value per pixel, row by row.
-const unpacked = new WeakMap();
+// Pictures of a method → its masks: name of the stage in the gallery → one value per pixel, row by row.
+const unpackedMasks = new WeakMap();
 
-function masksOf(of) {
-  if (!unpacked.has(of)) {
-    unpacked.set(of, inflated(of.maps).then((all) => {
-      const size = all.length / of.present.length;
-      return Object.fromEntries(of.present.map((name, at) => [name, all.subarray(at * size, (at + 1) * size)]));
+function masksOf(methodPictures) {
+  if (!unpackedMasks.has(methodPictures)) {
+    unpackedMasks.set(methodPictures, inflated(methodPictures.maps).then((values) => {
+      const size = values.length / methodPictures.present.length;
+      const mask = (at) => values.subarray(at * size, (at + 1) * size);
+      return Object.fromEntries(methodPictures.present.map((name, at) => [name, mask(at)]));
     }));
   }
-  return unpacked.get(of);
+  return unpackedMasks.get(methodPictures);
 }
 
-const truths = new WeakMap();
+const unpackedTruths = new WeakMap();
 
 function truthOf(pictures) {
   if (!pictures.truth) return Promise.resolve(null);
-  if (!truths.has(pictures)) truths.set(pictures, inflated(pictures.truth));
-  return truths.get(pictures);
+  if (!unpackedTruths.has(pictures)) unpackedTruths.set(pictures, inflated(pictures.truth));
+  return unpackedTruths.get(pictures);
 }
 
-// Score and score_maps_val have one name in the gallery: an image is of one split.
+// score_maps and score_maps_val have one name in the gallery, since an image is of one split.
 const nameOf = (stage) => stage.replace(/_val$/, "");
 const inGallery = (method, at) => images.methods[method].kinds[at] >= 0;
-const FIGURES = { miou: "IoU", score: "score", method_agreement: "method agreement", both: "score and method agreement" };
+const FIGURES = {
+  miou: "mIoU", score: "score", method_agreement: "method agreement", score_and_agreement: "score and method agreement",
+};
 
-// Method agreement is of the image's last mask, whatever stage is shown. Where there is no mean of it and the score, the score counts.
-function valueOf(method, stage, what, at) {
-  const from = what === "method_agreement" ? facts.last[images.splits[at]] : stage;
-  const found = images.methods[method].stages[from]?.[what]?.[at] ?? null;
-  return found === null && what === "both" ? valueOf(method, stage, "score", at) : found;
+// Method agreement is of the image's last mask, whatever stage is shown. Without score_and_agreement, the score is used.
+function valueOf(method, stage, figureName, at) {
+  const source = figureName === "method_agreement" ? report.last_stages[images.splits[at]] : stage;
+  const value = images.methods[method].stages[source]?.[figureName]?.[at] ?? null;
+  return value === null && figureName === "score_and_agreement" ? valueOf(method, stage, "score", at) : value;
 }
 
 function changeOf(method, stage, at) {
   const now = valueOf(method, stage, "miou", at);
-  const before = facts.steps[stage] ? valueOf(method, facts.steps[stage], "miou", at) : null;
+  const before = report.previous_stages[stage] ? valueOf(method, report.previous_stages[stage], "miou", at) : null;
   return now === null || before === null ? null : now - before;
 }

@@ -3,18 +3,19 @@
 const PER_PAGE = 60;
 const controls = byId("controls");
 const fields = controls.elements;
-const usual = () => ({
-  method: facts.methods[0], stage: facts.stages.includes("pseudo_masks") ? "pseudo_masks" : facts.stages[0], tag: "", kind: "", sort: "worst", reason: "",
-  query: "", figure: fields.figure.options[0].value, low: 0, high: 1, layer: null, opacity: 70, beside: false, page: 0, open: null,
+const defaults = () => ({
+  method: report.methods[0], stage: report.stages.includes("pseudo_masks") ? "pseudo_masks" : report.stages[0],
+  tag: "", kind: "", reason: "", query: "", sort: "worst", figure: fields.figure.options[0].value, low: 0, high: 1,
+  layer: null, opacity: 70, sideBySide: false, page: 0, open: null,
 });
-const state = usual();
+const state = defaults();
 state.layer = nameOf(state.stage);
 
-const split = () => facts.splits[state.stage];
+const split = () => report.splits[state.stage];
 
 function matching({ withRange = true } = {}) {
   const query = state.query.trim().toLocaleLowerCase();
-  const found = [];
+  const matches = [];
   for (let at = 0; at < images.ids.length; at += 1) {
     if (images.splits[at] !== split() || !inGallery(state.method, at)) continue;
     if (state.tag !== "" && !images.tags[at]?.includes(Number(state.tag))) continue;
@@ -22,28 +23,29 @@ function matching({ withRange = true } = {}) {
     if (query && !images.ids[at].toLocaleLowerCase().includes(query)) continue;
     if (state.reason && !valueOf(state.method, state.stage, "reasons", at)?.includes(state.reason)) continue;
     const value = valueOf(state.method, state.stage, state.figure, at);
-    if (withRange && (state.low > 0 || state.high < 1) && (value === null || value < state.low || value > state.high)) continue;
-    found.push(at);
+    const inRange = (state.low <= 0 && state.high >= 1) || (value !== null && value >= state.low && value <= state.high);
+    if (withRange && !inRange) continue;
+    matches.push(at);
   }
-  return found;
+  return matches;
 }
 
-function ordered(found) {
+function ordered(matches) {
   const value = (at) => valueOf(state.method, state.stage, state.figure, at);
   const change = (at) => changeOf(state.method, state.stage, at);
   const keys = { worst: value, best: (at) => negative(value(at)), lost: change, won: (at) => negative(change(at)) };
   const byName = (a, b) => (images.ids[a] < images.ids[b] ? -1 : 1);
   const key = keys[state.sort];
-  if (!key) return found.sort(byName);
-  const known = new Map(found.map((at) => [at, key(at) ?? Infinity])); // what has no figure comes last
-  return found.sort((a, b) => (known.get(a) === known.get(b) ? byName(a, b) : known.get(a) - known.get(b)));
+  if (!key) return matches.sort(byName);
+  const known = new Map(matches.map((at) => [at, key(at) ?? Infinity])); // images without the figure come last
+  return matches.sort((a, b) => (known.get(a) === known.get(b) ? byName(a, b) : known.get(a) - known.get(b)));
 }
 
 const negative = (value) => (value === null ? null : -value);
 let shown = [];
 
-function drawSpread() {
-  const canvas = byId("spread");
+function drawHistogram() {
+  const canvas = byId("histogram");
   const bins = new Array(25).fill(0);
   for (const at of matching({ withRange: false })) {
     const value = valueOf(state.method, state.stage, state.figure, at);
@@ -51,32 +53,38 @@ function drawSpread() {
   }
   const context = canvas.getContext("2d");
   const style = getComputedStyle(document.documentElement);
-  const most = Math.max(1, ...bins);
+  const highest = Math.max(1, ...bins);
   const step = canvas.width / bins.length;
   context.clearRect(0, 0, canvas.width, canvas.height);
   bins.forEach((count, at) => {
-    const inside = (at + 0.5) / bins.length >= state.low && (at + 0.5) / bins.length <= state.high;
-    context.fillStyle = style.getPropertyValue(inside ? "--good-fill" : "--line");
-    const high = count ? Math.max(1.5, canvas.height * count / most) : 0;
-    context.fillRect(at * step, canvas.height - high, step - 1, high);
+    const centre = (at + 0.5) / bins.length;
+    const inRange = centre >= state.low && centre <= state.high;
+    context.fillStyle = style.getPropertyValue(inRange ? "--good-fill" : "--line");
+    const height = count ? Math.max(1.5, canvas.height * count / highest) : 0;
+    context.fillRect(at * step, canvas.height - height, step - 1, height);
   });
 }
 
 function card(at) {
   const value = valueOf(state.method, state.stage, state.figure, at);
-  const methods = state.beside ? facts.methods : [state.method];
+  const methods = state.sideBySide ? report.methods : [state.method];
   const change = ["lost", "won"].includes(state.sort) ? changeOf(state.method, state.stage, at) : null;
-  const said = change === null ? figure(value) : `${change < 0 ? "▼" : "▲"} ${Math.abs(change).toFixed(3)}`;
-  const label = (method) => (state.beside ? `${method} ${figure(valueOf(method, state.stage, state.figure, at))}` : null);
-  const made = element(
-    "button", { type: "button", class: "card", title: images.ids[at], "aria-label": `Open ${images.ids[at]}, ${FIGURES[state.figure]} ${figure(value)}` },
-    element("div", { class: "pictures" }, ...methods.map((method) => picture(at, method, state, label(method)))),
-    element("div", { class: "under-card" }, element("span", { class: "id" }, images.ids[at]), element("span", { class: "value" }, said)),
+  const shownValue = change === null ? figure(value) : `${change < 0 ? "▼" : "▲"} ${Math.abs(change).toFixed(3)}`;
+  const label = (method) => `${method} ${figure(valueOf(method, state.stage, state.figure, at))}`;
+  const pictures = methods.map((method) => picture(at, method, state, state.sideBySide ? label(method) : null));
+  const description = `Open ${images.ids[at]}, ${FIGURES[state.figure]} ${figure(value)}`;
+  const button = element(
+    "button", { type: "button", class: "card", title: images.ids[at], "aria-label": description },
+    element("div", { class: "pictures" }, ...pictures),
+    element(
+      "div", { class: "under-card" },
+      element("span", { class: "id" }, images.ids[at]), element("span", { class: "value" }, shownValue),
+    ),
     element("span", { class: "gauge" }, element("i", { style: `width: ${100 * (value ?? 0)}%` })),
   );
-  made.dataset.at = String(at);
-  made.addEventListener("click", () => openImage(at));
-  return element("li", {}, made);
+  button.dataset.at = String(at);
+  button.addEventListener("click", () => openImage(at));
+  return element("li", {}, button);
 }
 
 function drawGallery() {
@@ -84,41 +92,47 @@ function drawGallery() {
   const pages = Math.max(1, Math.ceil(shown.length / PER_PAGE));
   state.page = Math.min(state.page, pages - 1);
   const from = state.page * PER_PAGE;
-  const some = shown.slice(from, from + PER_PAGE);
-  const all = images.ids.filter((_, at) => images.splits[at] === split() && inGallery(state.method, at)).length;
-  byId("count").textContent = `${shown.length} of ${all} pictures of split ${split()}`;
+  const onPage = shown.slice(from, from + PER_PAGE);
+  const total = images.ids.filter((_, at) => images.splits[at] === split() && inGallery(state.method, at)).length;
+  byId("count").textContent = `${shown.length} of ${total} images of split ${split()}`;
   const list = byId("cards");
-  list.classList.toggle("beside", state.beside);
-  list.replaceChildren(...(some.length ? some.map(card) : [element("li", { class: "empty" }, "No picture is like that. Reset brings all back.")]));
+  list.classList.toggle("side-by-side", state.sideBySide);
+  const none = element("li", { class: "empty" }, "No image matches the filters. “Reset filters” shows all images.");
+  list.replaceChildren(...(onPage.length ? onPage.map(card) : [none]));
   byId("legend").replaceChildren(...legendItems(state.layer));
-  byId("page-now").textContent = shown.length ? `${from + 1} to ${from + some.length} of ${shown.length}` : "";
+  byId("page-now").textContent = shown.length ? `${from + 1} to ${from + onPage.length} of ${shown.length}` : "";
   byId("page-before").disabled = state.page === 0;
   byId("page-after").disabled = state.page >= pages - 1;
   drawLayers("layers");
-  drawSpread();
+  drawHistogram();
 }
 
-function drawLayers(where) {
-  byId(where).replaceChildren(...layersOf(split()).map((layer, at) => {
-    const made = element("button", { type: "button", "aria-pressed": String(layer === state.layer) }, layerName(layer), at < 9 ? element("kbd", {}, String(at + 1)) : null);
-    made.dataset.layer = layer;
-    made.addEventListener("click", () => { setLayer(layer); byId(where).querySelector('[aria-pressed="true"]')?.focus(); });
-    return made;
+function drawLayers(groupId) {
+  byId(groupId).replaceChildren(...layersOf(split()).map((layer, at) => {
+    const key = at < 9 ? element("kbd", {}, String(at + 1)) : null;
+    const pressed = String(layer === state.layer);
+    const button = element("button", { type: "button", "aria-pressed": pressed }, layerName(layer), key);
+    button.dataset.layer = layer;
+    button.addEventListener("click", () => {
+      setLayer(layer);
+      byId(groupId).querySelector('[aria-pressed="true"]')?.focus();
+    });
+    return button;
   }));
 }
 
-// A mask's layer is a stage too: its figures are what the gallery then orders by.
+// The layer of a mask selects its stage too, by whose figures the gallery is then ordered.
 function setLayer(layer) {
   state.layer = layer;
-  const stage = facts.stages.find((name) => nameOf(name) === layer && facts.splits[name] === split());
+  const stage = report.stages.find((name) => nameOf(name) === layer && report.splits[name] === split());
   if (stage) state.stage = stage;
   update();
 }
 
 function setStage(stage) {
-  const wasMask = facts.stages.some((name) => nameOf(name) === state.layer);
+  const showsMask = report.stages.some((name) => nameOf(name) === state.layer);
   state.stage = stage;
-  if (wasMask || !layersOf(split()).includes(state.layer)) state.layer = nameOf(stage);
+  if (showsMask || !layersOf(split()).includes(state.layer)) state.layer = nameOf(stage);
 }
 
 function update({ keepPage = false } = {}) {
@@ -126,7 +140,7 @@ function update({ keepPage = false } = {}) {
   for (const name of ["method", "stage", "tag", "kind", "sort", "reason", "query", "figure", "opacity", "low", "high"]) {
     if (fields[name] && document.activeElement !== fields[name]) fields[name].value = String(state[name]);
   }
-  fields.beside.checked = state.beside;
+  fields.sideBySide.checked = state.sideBySide;
   drawGallery();
   if (state.open !== null) drawViewer();
 }
@@ -138,11 +152,11 @@ function setOpacity(value) {
   for (const canvas of document.querySelectorAll(".stack canvas")) canvas.style.opacity = String(state.opacity / 100);
 }
 
-function turnPage(by) {
+function turnPage(pagesForward) {
   const pages = Math.ceil(shown.length / PER_PAGE);
-  const to = state.page + by;
-  if (to < 0 || to >= pages) return;
-  state.page = to;
+  const target = state.page + pagesForward;
+  if (target < 0 || target >= pages) return;
+  state.page = target;
   update({ keepPage: true });
   byId("gallery").scrollIntoView({ block: "start" });
 }
@@ -151,7 +165,7 @@ controls.addEventListener("submit", (event) => event.preventDefault());
 controls.addEventListener("input", ({ target }) => {
   if (target.name === "opacity") { setOpacity(Number(target.value)); return; }
   if (target.name === "stage") setStage(target.value);
-  else if (target.name === "beside") state.beside = target.checked;
+  else if (target.name === "sideBySide") state.sideBySide = target.checked;
   else if (target.name === "low" || target.name === "high") {
     const value = Number.parseFloat(target.value);
     state[target.name] = Number.isFinite(value) ? Math.max(0, Math.min(1, value)) : target.name === "high" ? 1 : 0;
@@ -159,7 +173,7 @@ controls.addEventListener("input", ({ target }) => {
   update();
 });
 byId("reset").addEventListener("click", () => {
-  Object.assign(state, usual(), { method: state.method, stage: state.stage, layer: nameOf(state.stage) });
+  Object.assign(state, defaults(), { method: state.method, stage: state.stage, layer: nameOf(state.stage) });
   setOpacity(state.opacity);
   update();
 });

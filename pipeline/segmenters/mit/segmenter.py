@@ -1,4 +1,4 @@
-"""Mix Transformer + SegFormer's head (Xie et al. 2021), trained on pseudo-masks: AFA's own network, retrained in kind."""
+"""Mix Transformer + SegFormer's head (Xie et al. 2021), trained on pseudo-masks: the network of AFA's decoder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from pipeline.training.settings import Schedule
 
 @dataclass(frozen=True)
 class Params:
-    """retrain.<m>.model.
+    """retrain.model.
 
     architecture       mit_b0 … mit_b5, or scenes_mit
-    image_size         px; a MiT has no position embeddings, so it does not matter
-    drop_path          stochastic depth of the encoder
+    image_size         px; a MiT has no position embeddings, so it is not used
+    drop_path          largest rate of stochastic depth of the encoder, 0..0.9
     decoder_width      channels of the head; SegFormer has 256 for B0 and B1, 768 above
     decoder_dropout    of whole channels before the last layer
     encoder_lr_factor  learning rate of the encoder over the head's; 0 freezes the encoder
-    balance            pixels: every pixel weighs the same; background_foreground: half the loss from each (AFA section 3)
+    balance            pixels: every pixel weighs the same; background_foreground: half the loss from background, half from
+                       the rest (AFA section 3)
     """
 
     architecture: str
@@ -38,7 +39,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Options:
-    """segment.<m>.options: none."""
+    """segment.options: none."""
 
 
 class Segmenter(MapSegmenter):

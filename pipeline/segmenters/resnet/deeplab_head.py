@@ -1,6 +1,6 @@
 """A ResNet's feature maps → class logits: DeepLab-v2's sum of dilated convolutions, and DeepLab-v3+'s pyramid and decoder.
 
-Norms are group norms, which see one image at a time: what comes out does not depend on how a batch is cut into shards.
+Norms are group norms, whose statistics are of one image: the output does not depend on how a batch is cut into shards.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = 8  # of every norm; widths are multiples of it
-LOW = 1  # place of the fine map that v3+ reads, at stride 4
+LOW = 1  # index of the feature map at stride 4 that v3+ reads
 
 
 class DeepLabV2(nn.Module):
-    """One 3×3 convolution to the classes per dilation, summed (Chen et al. 2017, ASPP)."""
+    """The sum of 3×3 convolutions to the classes, one per dilation (Chen et al. 2017, ASPP)."""
 
     def __init__(self, dims: Sequence[int], classes: int, *, dilations: Sequence[int]) -> None:
         super().__init__()
@@ -31,7 +31,8 @@ class DeepLabV2(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """A pyramid of a 1×1, some dilated 3×3 convolutions and the map's mean, decoded beside a map at stride 4 (Chen et al. 2018)."""
+    """A pyramid of a 1×1 convolution, dilated 3×3 convolutions and the map's mean, decoded with a map at stride 4 (Chen et
+    al. 2018)."""
 
     def __init__(
         self, dims: Sequence[int], classes: int, *, dilations: Sequence[int], width: int, low_width: int, dropout: float

@@ -1,4 +1,4 @@
-"""ResNet + DeepLab's head of version 2 or 3+ (Chen et al. 2017, 2018), trained on pseudo-masks: the field's usual last step."""
+"""ResNet + DeepLab's head of version 2 or 3+ (Chen et al. 2017, 2018), trained on pseudo-masks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from pipeline.training.settings import Schedule
 
 @dataclass(frozen=True)
 class Params:
-    """retrain.<m>.model.
+    """retrain.model.
 
     architecture       a ResNet of timm (resnet101@8: at stride 8 instead of 16), resnet38d or scenes_resnet
-    image_size         px; a ResNet has no position embeddings, so it does not matter
-    drop_path          stochastic depth of the encoder
+    image_size         px; a ResNet has no position embeddings, so it is not used
+    drop_path          largest rate of stochastic depth of the encoder, 0..0.9
     head               deeplab_v2: convolutions to the classes, summed; deeplab_v3plus: pyramid and decoder, at stride 4
-    dilations          cells of the last map between the taps of the head's 3×3 convolutions, one for each; published: 6, 12, 18, 24
-                       at stride 8 (v2), 6, 12, 18 at stride 16 (v3+)
-    width, low_width   v3+ only: channels of its layers, and of the fine map; published 256 and 48; multiples of 8
+    dilations          of the head's 3×3 convolutions, in cells of the last map, one per convolution; published: 6, 12, 18,
+                       24 at stride 8 (v2), 6, 12, 18 at stride 16 (v3+)
+    width              v3+ only: channels of its layers, a multiple of 8; published: 256
+    low_width          v3+ only: channels of the map at stride 4, a multiple of 8; published: 48
     dropout            v3+ only: of whole channels before the last layer
     encoder_lr_factor  learning rate of the encoder over the head's; 0 freezes the encoder
-    balance            pixels: every pixel weighs the same; background_foreground: half the loss from each
+    balance            pixels: every pixel weighs the same; background_foreground: half the loss from background, half from
+                       the rest
     """
 
     architecture: str
@@ -51,7 +53,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Options:
-    """segment.<m>.options: none."""
+    """segment.options: none."""
 
 
 class Segmenter(MapSegmenter):

@@ -27,9 +27,10 @@ from pipeline.training.settings import Schedule
 
 @dataclass(frozen=True)
 class Clipping:
-    """WeakTr's gradient clipping: below a mean loss of `start`, pixels that lose more than their cell's mean stop learning.
+    """WeakTr's gradient clipping: pixels whose loss exceeds the mean of their cell get no gradient (clipped_cross_entropy).
 
-    cell: px of the square cells.
+    start  mean loss from which downwards pixels are clipped
+    cell   px, side of the square cells
     """
 
     start: AboveZero
@@ -38,14 +39,17 @@ class Clipping:
 
 @dataclass(frozen=True)
 class Params:
-    """retrain.<m>.model.
+    """retrain.model.
 
     architecture       the encoder: a timm ViT or scenes_vit
-    image_size         px; grid of the position embeddings, usually augment.size
-    drop_path          stochastic depth of the encoder
-    decoder_blocks, decoder_heads, decoder_dropout   of the mask transformer; heads must divide the encoder's channels
+    image_size         px; position embeddings are made for this side, usually augment.size
+    drop_path          largest rate of stochastic depth of the encoder, 0..0.9
+    decoder_blocks     blocks of the mask transformer
+    decoder_heads      attention heads of its blocks; must divide the encoder's channels
+    decoder_dropout    dropout rate of its blocks, 0..0.9
     encoder_lr_factor  learning rate of the encoder over the decoder's; 0 freezes the encoder
-    balance            pixels: every pixel weighs the same; background_foreground: half the loss from each (AFA section 3)
+    balance            pixels: every pixel weighs the same; background_foreground: half the loss from background, half from
+                       the rest (AFA section 3)
     clipping           null, or WeakTr's rule
     """
 
@@ -66,10 +70,10 @@ class Params:
 
 @dataclass(frozen=True)
 class Options:
-    """segment.<m>.options.
+    """segment.options.
 
-    block_weights  null: masks of the decoder's last block; or one weight per block: the weighted mean of the softmax of what
-                   each block's tokens say (WeakTr section 2.4 has [0.8, 1.0])
+    block_weights  null: masks of the decoder's last block; or a weight per block, of the mean of the softmax of the logits
+                   after each block (WeakTr section 2.4 has [0.8, 1.0])
     """
 
     block_weights: tuple[NonNegative, ...] | None
@@ -101,7 +105,7 @@ class Segmenter(nn.Module):
         if self.backbone.dim % params.decoder_heads:
             raise ValueError(
                 f"decoder_heads {params.decoder_heads} does not divide the {self.backbone.dim} channels of "
-                f"{params.architecture} (edit retrain.<m>.model in params.yaml)"
+                f"{params.architecture} (edit retrain.model in the recipe)"
             )
         self.decoder = MaskTransformer(
             len(labels) + 1,
@@ -116,23 +120,26 @@ class Segmenter(nn.Module):
         """WeakTr's step-2 weights in its authors' names (encoder.*, decoder.*) → a segmenter with the published settings.
 
         Width, position grid, decoder blocks and the number of classes are read off the tensors; classes are named "class 1",
-        "class 2", … since the file has no names. A wrapper {"model": …} is opened; COCO's 91 planes become background and 80
-        classes. ValueError lists the keys that miss, are unknown, or do not fit.
+        "class 2", … since the file has no names. The wrapper {"model": …} is removed; COCO's 91 planes become background and
+        80 classes. ValueError lists missing and unknown keys and other shapes.
         """
-        given = renamed(unwrapped(state_dict))
-        needed = ("backbone.net.pos_embed", "decoder.cls_emb")
-        absent = [name for name in needed if name not in given]
-        if absent:
-            raise ValueError(f"these are no weights of WeakTr's segmenter: {', '.join(map(published_name, absent))} missing")
-        dim, planes = given[needed[0]].shape[-1], given[needed[1]].shape[1]
+        tensors = renamed(unwrapped(state_dict))
+        required = ("backbone.net.pos_embed", "decoder.cls_emb")
+        missing = [name for name in required if name not in tensors]
+        if missing:
+            raise ValueError(
+                f"these are no weights of WeakTr's segmenter: {', '.join(map(published_name, missing))} missing"
+            )
+        positions, class_tokens = (tensors[name] for name in required)
+        dim, planes = positions.shape[-1], class_tokens.shape[1]
         size = next((size for size, (width, _) in WIDTHS.items() if width == dim), None)
         if size is None:
             raise ValueError(f"there is no published encoder with {dim} channels; known are {WIDTHS}")
         params = Params(
             architecture=f"segmenter_vit_{size}_patch16",
-            image_size=PATCH * round((given[needed[0]].shape[1] - 1) ** 0.5),
+            image_size=PATCH * round((positions.shape[1] - 1) ** 0.5),
             drop_path=0.1,
-            decoder_blocks=1 + max(int(name.split(".")[2]) for name in given if name.startswith("decoder.blocks.")),
+            decoder_blocks=1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("decoder.blocks.")),
             decoder_heads=WIDTHS[size][1],
             decoder_dropout=0.1,
             encoder_lr_factor=0.1,
@@ -140,9 +147,9 @@ class Segmenter(nn.Module):
             clipping=PUBLISHED_CLIPPING,
         )
         labels = LabelSpace(tuple(f"class {value}" for value in range(1, planes)))
-        made = cls(labels, params, PUBLISHED_SCHEDULE, vit)
-        load_exactly(made, given, "this state dict", spoken=published_name)
-        return made.eval()
+        segmenter = cls(labels, params, PUBLISHED_SCHEDULE, vit)
+        load_exactly(segmenter, tensors, "this state dict", spoken=published_name)
+        return segmenter.eval()
 
     def load_initial(self, family: Any, init: Path) -> None:
         """The encoder's weights, or those of a whole segmenter: our own segmenter.safetensors, or the authors' checkpoint
@@ -180,18 +187,18 @@ class Segmenter(nn.Module):
             return self._logits(images, None)[0]
         if len(weights) != len(self.decoder.blocks):
             raise ValueError(
-                f"segment.<m>.options.block_weights has {len(weights)} weights for {len(self.decoder.blocks)} decoder blocks; "
-                "edit params.yaml"
+                f"segment.options.block_weights has {len(weights)} weights for {len(self.decoder.blocks)} decoder blocks; "
+                "edit the recipe"
             )
         used = [number for number, weight in enumerate(weights) if weight > 0]
-        shares = [
+        probabilities = [
             logits.float().softmax(dim=1) * (weights[number] / sum(weights))
             for number, logits in zip(used, self._logits(images, used), strict=True)
         ]
-        return torch.stack(shares).sum(dim=0).clamp(min=SMALLEST).log()
+        return torch.stack(probabilities).sum(dim=0).clamp(min=SMALLEST).log()
 
     def _logits(self, images: Tensor, blocks: Sequence[int] | None) -> list[Tensor]:
-        """f32[b,c+1,h,w] by the last decoder block, or after each of some blocks (padded as in weaktr.md section 2.1)."""
+        """Logits f32[b,c+1,h,w] after the last decoder block, or after each of `blocks` (padding: weaktr.md section 2.1)."""
         h, w = images.shape[-2:]
         padded = pad_to_stride(images, self.backbone)
         features = self.backbone(padded)
@@ -205,26 +212,27 @@ def published_name(name: str) -> str:
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' key names → ours; COCO's 91 planes → background and 80 classes; the encoder's unused classifier is dropped."""
-    found = {
+    """The authors' key names → ours; COCO's 91 planes → background and 80 classes; the encoder's unused classifier is
+    dropped."""
+    ours = {
         name.replace("encoder.", "backbone.net.", 1): value
         for name, value in tensors.items()
         if not name.startswith("encoder.head.")
     }
-    if "decoder.cls_emb" in found and found["decoder.cls_emb"].shape[1] == len(COCO_USED_IDS) + len(COCO_UNUSED_IDS) + 1:
+    if "decoder.cls_emb" in ours and ours["decoder.cls_emb"].shape[1] == len(COCO_USED_IDS) + len(COCO_UNUSED_IDS) + 1:
         planes = [0, *COCO_USED_IDS]
-        found["decoder.cls_emb"] = found["decoder.cls_emb"][:, planes]
+        ours["decoder.cls_emb"] = ours["decoder.cls_emb"][:, planes]
         names = ("decoder.mask_norm.weight", "decoder.mask_norm.bias")
-        found |= {name: found[name][planes] for name in names if name in found}
-    return found
+        ours |= {name: ours[name][planes] for name in names if name in ours}
+    return ours
 
 
 def clipped_cross_entropy(logits: Tensor, labels: Tensor, *, start: float, cell: int) -> Tensor:
     """WeakTr section 2.2: logits f32[b,c,h,w], mask values [b,h,w] → mean over all pixels; ignored ones count as 0.
 
     Once the mean loss is at most `start`, each pixel's loss is cut at max(mean of its cell over the batch, global mean):
-    pixels above it give a constant and no gradient. Cells are squares of `cell` px, narrower at the right and lower border
-    (the authors pad there, which is the same wherever `cell` divides the sides, as in their crops).
+    pixels above it count as a constant and have no gradient. Cells are squares of `cell` px, narrower at the right and lower
+    border (the authors pad there, which is the same wherever `cell` divides the sides, as in their crops).
     """
     pixel = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
     h, w = pixel.shape[-2:]
@@ -232,5 +240,5 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, *, start: float, cell:
         mean = pixel.mean()
         cells = F.avg_pool2d(pixel.mean(dim=0)[None, None], cell, ceil_mode=True, count_include_pad=False)
         limit = torch.maximum(cells, mean).repeat_interleave(cell, -2).repeat_interleave(cell, -1)[0, :, :h, :w]
-        limit = torch.where(mean > start, torch.inf, limit)  # decided on the device: an `if` would wait for it each step
+        limit = torch.where(mean > start, torch.inf, limit)  # on the device: an `if` would wait for the value at each step
     return torch.where(pixel > limit, limit, pixel).mean()
