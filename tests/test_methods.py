@@ -186,7 +186,7 @@ def test_a_pth_file_in_a_wrapper_loads_and_a_pickled_program_does_not(tmp_path: 
 
 @pytest.mark.parametrize("name", ["vit_huge_of_nobody", "resnet18"])
 def test_an_architecture_that_is_no_vit_is_refused_with_advice(name: str) -> None:
-    with pytest.raises(ValueError, match=r"params\.yaml|backbone to resnet"):
+    with pytest.raises(ValueError, match=r"in the recipe|backbone to resnet"):
         plugins.load("nn", "vit").create(name, 64, drop_path=0.0)
 
 
