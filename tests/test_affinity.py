@@ -132,7 +132,7 @@ def test_spread_planes_become_the_authors_labels_after_pixel_adaptive_refinement
 
 def test_a_walk_without_affinity_says_what_to_set() -> None:
     settings = {"planes": "share", "radius": 8, "power": 2.0, "eps": 0.1, "par": None}
-    refiner = Refiner(parse(Params, settings, "refine.cam.options"), {})
+    refiner = Refiner(parse(Params, settings, "refine.options"), {})
     maps = ImageMaps(np.array([0]), np.ones((1, 2, 2), np.float32), (8, 8))
     with pytest.raises(ValueError, match=r"keep_affinity to true in the recipe.*choose refiner par"):
         refiner(np.zeros((8, 8, 3), np.uint8), maps, 0.5)
