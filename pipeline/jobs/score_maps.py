@@ -76,9 +76,9 @@ def extract_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
 
 def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Iterator[store.Item]:
     """Score maps in id order. Batches hold equally sized images of this part, so they do not depend on the processes."""
-    views_each = 2 if job.settings.flip else 1
-    together = max(1, job.settings.views_per_batch // views_each)
-    batches = list(alike(records, together))
+    views_per_scale = 2 if job.settings.flip else 1
+    batch_size = max(1, job.settings.views_per_batch // views_per_scale)
+    batches = list(alike(records, batch_size))
     batch_of = {record.id: number for number, batch in enumerate(batches) for record in batch}
     ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
     for record in records:
@@ -92,13 +92,13 @@ def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Iterator[st
         yield record.id, ready.pop(record.id)
 
 
-def alike(records: Sequence[ImageRecord], together: int) -> Iterator[list[ImageRecord]]:
-    """Batches of equally sized images, at most `together`, each in the order of the records."""
+def alike(records: Sequence[ImageRecord], batch_size: int) -> Iterator[list[ImageRecord]]:
+    """Batches of equally sized images, at most `batch_size`, each in the order of the records."""
     groups: dict[tuple[int, int], list[ImageRecord]] = {}
     for record in records:
         groups.setdefault(record.size, []).append(record)
     for group in groups.values():
-        yield from (group[at : at + together] for at in range(0, len(group), together))
+        yield from (group[at : at + batch_size] for at in range(0, len(group), batch_size))
 
 
 @torch.inference_mode()
@@ -182,9 +182,6 @@ def _decoded(
         return np.zeros((0, 0), np.uint8)
     tagged = record.split == "train" and record.tags is not None
     planes_kept = F.pad(classes + 1, (1, 0)) if tagged else torch.arange(decoded[0].shape[1])
-    views = [
-        _views(planes_of_scale, images)[row][:, planes_kept.to(planes_of_scale.device)].float()
-        for planes_of_scale in decoded
-    ]
+    views = [_views(scale, images)[row][:, planes_kept.to(scale.device)].float() for scale in decoded]
     probabilities = scoremaps.merge_views(views, rule="mean", size=grid).cpu().numpy()
     return planes_kept.numpy().astype(np.uint8)[planes.winners(probabilities, record.size)[0]]

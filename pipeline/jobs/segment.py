@@ -90,7 +90,7 @@ def options_of(settings: Settings, segmentation: Segment) -> Any:
 
 
 def training_of(name: str, weights: Path, labels: LabelSpace) -> tuple[Training, Any]:
-    """How `weights` were trained: section retrain.<m> and the segmenter's Params, from the file's metadata.
+    """How `weights` were trained: section retrain and the segmenter's Params, from the file's metadata.
 
     ValueError if the file belongs to another segmenter or to other classes than `labels`.
     """
