@@ -1,7 +1,16 @@
-"""One torch thread per test process, as in every process of the pipeline: `-n 2` shares the cores between processes."""
+"""One torch thread per test process, as in every process of the pipeline; files that take minutes begin first."""
 
 from __future__ import annotations
 
+import pytest
+
 from pipeline.runtime import one_thread
 
-one_thread()
+LONG = ("test_end_to_end.py", "test_same_bytes.py", "test_matrix.py")
+
+one_thread()  # `-n 2` shares the cores between processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadfile` a long file that begins last leaves the other process idle."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
