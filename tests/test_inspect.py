@@ -69,4 +69,4 @@ def test_a_strip_holds_its_panels_side_by_side_and_bounds_wide_images() -> None:
     assert found.shape == (16, 2 * 32 + sheet.GAP, 3)
     assert found[8, 10, 0] > 200 > found[8, 10, 2] and found[8, 60, 2] > 200 > found[8, 60, 0]
     panorama = np.asarray(Image.open(io.BytesIO(sheet.strip([np.zeros((2, 900, 3), np.uint8)], 16, smooth=1))))
-    assert panorama.shape == (16, 16 * sheet.WIDEST, 3)
+    assert panorama.shape == (16, 16 * sheet.MAX_ASPECT, 3)
