@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.project_copy import Copy
 
 
-def test_the_same_run_with_other_workers_and_ranks_gives_the_same_bytes(done: Copy, tmp_path: Path) -> None:
+def test_the_same_run_with_other_workers_and_ranks_gives_the_same_bytes(tmp_path: Path) -> None:
     other = Copy(tmp_path / "other")
     other.ran("evaluate@cam", TAG2MASK_WORKERS="3", TAG2MASK_RANKS="1")
     again = Copy(tmp_path / "again")
