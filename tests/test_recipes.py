@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from pipeline.core import plugins, sections
+from pipeline.core import plugins
 from pipeline.core.config import ParamsError
 from pipeline.core.sections import Settings
 from pipeline.jobs import check, schema
@@ -162,27 +162,3 @@ def test_an_unknown_and_a_missing_section_of_a_recipe_are_named(tmp_path: Path, 
     assert (
         "unknown section 'refien'" in problem and "section 'refine' is missing" in problem and "recipes/cam.yaml" in problem
     )
-
-
-def test_a_missing_recipe_is_named_with_those_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = Toy(Path("raw"))
-    toy.params["methods"]["cam"]["recipe"] = "recipes/cma.yaml"
-    toy.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ParamsError, match=r"recipes/cma\.yaml is missing \(beside it: recipes/cam\.yaml\)"):
-        Settings.read("cam")
-
-
-@pytest.mark.parametrize("name", ["../x", "a b", ".hidden", "", "a/b"])
-def test_a_run_cannot_be_called_what_is_no_name_of_a_folder(name: str) -> None:
-    with pytest.raises(ParamsError, match="cannot name a run"):
-        sections.runs({"methods": {name: {}}})
-
-
-def test_two_runs_of_one_method_may_share_a_recipe_or_have_their_own() -> None:
-    toy = Toy(Path("raw"))
-    toy.params["methods"]["cam-large"] = {**toy.params["methods"]["cam"], "recipe": "recipes/cam-large.yaml"}
-    toy.recipes["cam-large"] = copy.deepcopy(toy.recipes["cam"])
-    toy.recipes["cam-large"]["extract"]["scales"] = [1.0, 2.0]
-    first, second = (toy.settings(name).section(sections.Extract, "extract") for name in ("cam", "cam-large"))
-    assert (first.scales, second.scales) == ((1.0,), (1.0, 2.0))

@@ -46,7 +46,7 @@ def test_a_recipe_that_is_missing_is_refused_with_those_beside_it(toy: Toy) -> N
         Settings.read("cam")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", 7])
+@pytest.mark.parametrize("name", ["../x", "a/b", "a b", "", ".hidden", 7])
 def test_a_run_whose_name_is_no_name_of_a_folder_is_refused_whichever_is_asked_for(toy: Toy, name: str) -> None:
     toy.params["methods"][name] = toy.params["methods"]["cam"]
     toy.write(Path())

@@ -237,9 +237,11 @@ def _filter(compression: str) -> dict[str, Any]:
         try:
             import hdf5plugin  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise StoreError("compression zstd needs `pip install hdf5plugin`, or set it to gzip in params.yaml") from None
+            raise StoreError(
+                "compression zstd needs `pip install hdf5plugin`, or set it to gzip in the recipe or params.yaml"
+            ) from None
         return dict(hdf5plugin.Zstd(clevel=6))
-    raise StoreError(f"compression {compression!r}: allowed are gzip, zstd, none (edit params.yaml)")
+    raise StoreError(f"compression {compression!r}: allowed are gzip, zstd, none (edit the recipe or params.yaml)")
 
 
 def _check(image_id: str, arrays: Mapping[str, np.ndarray], schema: Schema, path: Path) -> None:

@@ -41,12 +41,11 @@ def problems(path: Path = PARAMS_FILE) -> list[str]:
     exported = refused.of(lambda: config.parse(sections.Export, values["export"], "export"))
     if exported is not None:
         refused.of(lambda: export.exporters(exported.formats))
-    for name in refused.of(lambda: sections.runs(values)) or () if dataset is not None else ():
+    names = refused.of(lambda: sections.runs(values)) or []
+    for name in names if dataset is not None else ():
         settings = refused.of(lambda name=name: Settings.read(name, path))
-        if settings is not None:
-            refused += [
-                problem for problem in problems_of(settings) if problem not in refused
-            ]  # two runs may share a recipe
+        if settings is not None:  # two runs may share a recipe
+            refused += [problem for problem in problems_of(settings) if problem not in refused]
     return refused
 
 

@@ -104,7 +104,9 @@ def params() -> Finding:
     """Problems of params.yaml and its recipes."""
     problems = check.problems()
     return Finding(
-        "params.yaml", "well" if not problems else "\n".join(problems), None if not problems else "edit params.yaml"
+        "params.yaml",
+        "well" if not problems else "\n".join(problems),
+        None if not problems else "edit params.yaml, or the recipe that is named",
     )
 
 

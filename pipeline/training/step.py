@@ -46,7 +46,7 @@ class Stepper:
             listed = ", ".join(f"{name} {value:g}" for name, value in losses.items())
             raise RuntimeError(
                 f"phase {self.phase.name}, step {clock.step}: gradients are not finite (losses: {listed}); "
-                "lower schedule.lr or raise schedule.warmup in params.yaml"
+                "lower schedule.lr or raise schedule.warmup in the recipe"
             )
         self.scale.update(finite)
         return losses

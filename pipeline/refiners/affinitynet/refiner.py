@@ -126,7 +126,7 @@ class Network(nn.Module):
         if len(dims) < len(model.widths):
             raise ValueError(
                 f"widths: got {list(model.widths)}, but {model.architecture} has only {len(dims)} feature maps (edit "
-                "Section fit_refiner.model in params.yaml)"
+                "fit_refiner.model in the recipe)"
             )
         taken = [nn.Conv2d(dim, width, 1, bias=False) for dim, width in zip(dims, model.widths, strict=True)]
         self.taken = nn.ModuleList(taken)
