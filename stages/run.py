@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from pipeline import runtime
 from pipeline.core import sections
-from pipeline.jobs import project, run, show_report
+from pipeline.jobs import project, report, run
 
 UNTIL = (
     "prepare",
@@ -55,8 +55,9 @@ def main(runs: tuple[str, ...], until: str | None) -> None:
     if until is None:
         if runs:  # DVC's stage report would run all other runs first
             with runtime.stage():
-                show_report.write(sections.read(), runtime.command_paths("report"))
-        click.echo((Path("report") / "index.html").resolve().as_uri())
+                values = sections.read()
+                page = report.run(values, runtime.command_paths("report"), report.outdated_runs(values))
+            click.echo(f"report: {page.resolve().as_uri()}")
 
 
 def _line(event: run.Event) -> str:

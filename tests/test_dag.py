@@ -276,11 +276,11 @@ TABLE: list[tuple[str, Rule]] = [
     ),
     *(
         (f"pipeline/jobs/{command}.py", nothing)
-        for command in ("check", "doctor", "init", "project", "run", "schema", "segment_folder", "show_report", "status")
+        for command in ("check", "doctor", "init", "project", "run", "schema", "segment_folder", "status")
     ),
     *((f"stages/{kind}.py", each(kind)) for kind in ("prepare", *TRAINED, "export", "evaluate", "report")),
     *((f"stages/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder", "plots_page")),
-    *((f"stages/{command}.py", nothing) for command in ("code", "export_masks", "init", "run", "show_report", "status")),
+    *((f"stages/{command}.py", nothing) for command in ("code", "export_masks", "init", "run", "status")),
     ("stages/tag2mask.py", nothing),
     ("benchmarks/*", nothing),
 ]
