@@ -197,7 +197,7 @@ def brush_rle(region: np.ndarray) -> bytes:
 
     rle-pack is thi.ng's (https://github.com/thi-ng/umbrella), a bit stream. Header: number of values (32 bits), bits per
     value - 1 (5 bits), then the four entries of LENGTHS - 1 (4 bits each). Per run: a 1, the index of its length's width in
-    LENGTHS (2 bits), length - 1, value. Runs of literal values (a 0) are never shorter here, since a pixel is 4 equal values.
+    LENGTHS (2 bits), length - 1, value. Runs of literal values (a 0) are never shorter here: a pixel is 4 equal values.
     """
     flat = region.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
