@@ -36,7 +36,6 @@ HEADINGS = (
     ("new photograph", "no tags"),
     ("prediction", "by a segmenter trained on the masks"),
 )
-VIEWPORT = {"width": 1280, "height": 860}
 
 
 @click.command()
@@ -127,7 +126,7 @@ def screenshots(page: Path, run_name: str, out: Path) -> None:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, address, top in (("report", "", "body"), ("gallery", f"#{run_name}/pseudo_masks/", "#gallery")):
-            tab = browser.new_page(viewport=VIEWPORT, color_scheme="light")
+            tab = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
             tab.goto(page.resolve().as_uri() + address)
             tab.wait_for_selector(".card img[src]")
             tab.locator(top).evaluate("element => element.scrollIntoView()")
