@@ -21,7 +21,7 @@ PRESET, RECIPES = "presets/folder.yaml", "recipes/photos"
 IGNORED = {
     ".gitignore": [
         ".work/", "__pycache__/", "/provenance/", "/against.html", "/dvc_plots/",
-        "/data/weights/*", "!/data/weights/*.dvc", "!/data/weights/.gitignore",
+        "/data/weights/*.safetensors", "/data/weights/*.pt", "/data/weights/*.pth", "/data/weights/*.onnx",
     ],
     ".dvcignore": [".work/", "__pycache__/"],
 }  # fmt: skip
