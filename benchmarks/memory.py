@@ -57,7 +57,11 @@ def params(folder: Path, count: int) -> None:
     """Run cam of the scenes preset on that folder, with just enough training to have something to stream."""
     values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
     recipe = yaml.safe_load((PROJECT / values["methods"]["cam"]["recipe"]).read_text(encoding="utf-8"))
-    values["dataset"] = {"name": "folder", "root": "raw", "options": {"classes": ["blob"], "val_share": 0.1}}
+    values["dataset"] = {
+        "name": "folder",
+        "root": "raw",
+        "options": {"images": "images", "tags": None, "classes": ["blob"], "val_share": 0.1},
+    }
     values["methods"]["cam"]["recipe"] = "cam.yaml"
     values["export"] |= {"formats": plugins.available("exporters"), "images_per_part": 32}
     for section in ("train", "retrain"):

@@ -13,7 +13,7 @@ from pipeline.audit import gallery, score, tables, tally
 from pipeline.audit.summary import headline, summary
 from pipeline.audit.tally import Inputs, RunAudit, Tally
 from pipeline.core import records as records_file
-from pipeline.core import store
+from pipeline.core import refiner_state, store
 from pipeline.core.records import Records
 from pipeline.core.sections import Evaluate, Settings
 from pipeline.jobs.engine import Engine
@@ -58,6 +58,7 @@ def run(
     _write(outs.small_masks, store.SMALL_MASKS, tally.add_batches(tallies, total), listed, "gzip")
     audit = tally.audit_of(total)
     figures = summary(audit, inputs, listed, store.file_digest(records))
+    figures |= {"supervision": refiner_state.supervision(refiner)}
     write_tables(audit, figures, listed, outs)
     images = gallery.gallery_images(audit, listed, rules.gallery)
     groups = [images[at : at + gallery.BATCH] for at in range(0, len(images), gallery.BATCH)]
