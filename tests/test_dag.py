@@ -273,9 +273,15 @@ TABLE: list[tuple[str, Rule]] = [
         (f"pipeline/jobs/{kind}.py", each(kind))
         for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "evaluate", "report")
     ),
-    *((f"pipeline/jobs/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder")),
+    *(
+        (f"pipeline/jobs/{command}.py", nothing)
+        for command in ("check", "doctor", "known_weights", "schema", "segment_folder", "weights")
+    ),
     *((f"stages/{kind}.py", each(kind)) for kind in ("prepare", *TRAINED, "export", "evaluate", "report")),
-    *((f"stages/{command}.py", nothing) for command in ("check", "doctor", "schema", "segment_folder", "plots_page")),
+    *(
+        (f"stages/{command}.py", nothing)
+        for command in ("check", "doctor", "plots_page", "schema", "segment_folder", "weights")
+    ),
     ("benchmarks/*", nothing),
 ]
 
