@@ -1,7 +1,8 @@
 """The contract: what every method, refiner, segmenter, data set and exporter must provide, and what they exchange.
 
-Optional members are protocols of their own, which the jobs ask for with isinstance: of objects Scored and
-WithSurroundings; of plug-in modules LearnedRefiner, CheckedRefiner, AffinityRefiner and CheckedExporter.
+Optional members are protocols of their own, which the jobs ask for with isinstance: of objects Scored,
+WithSurroundings and DatasetWithWarnings; of plug-in modules LearnedRefiner, CheckedRefiner, AffinityRefiner and
+CheckedExporter.
 
 Shape letters: b images of a batch, c classes of the data set, k classes present in one image, h w pixels of an image,
 gh gw cells of a score-map grid, n = gh * gw, p pairs of an image and a class. Masks hold 0 background, i + 1 class i,
@@ -358,6 +359,13 @@ class Dataset(Protocol):
     def truth(self, listing: Listing) -> np.ndarray:
         """u8[h,w] mask values of an image whose listing.mask is True."""
         ...
+
+
+@runtime_checkable
+class DatasetWithWarnings(Protocol):
+    """A data set that has seen what is likely a mistake of its user, and no error. warnings: a text per mistake."""
+
+    warnings: Sequence[str]
 
 
 @runtime_checkable

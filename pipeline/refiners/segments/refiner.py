@@ -32,7 +32,11 @@ __all__ = ["FitParams", "Params", "Refiner", "check", "fit", "supervision"]
 
 @dataclass(frozen=True)
 class FitParams:
-    """Section fit_refiner: the threshold of the score maps, and where segments come from."""
+    """Section fit_refiner.
+
+    threshold  where a score stops being background
+    segments   where segments come from: the keys of one `source`
+    """
 
     threshold: Threshold
     segments: Annotated[SegmentFile | SegmentNetwork | Felzenszwalb | Slic, Field(discriminator="source")]
