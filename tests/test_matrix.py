@@ -134,7 +134,7 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
         f"{out}/predictions", "--held-out", f"{out}/held_out.h5", "--metrics", f"{out}/metrics.json", "--gallery",
         f"{out}/gallery.h5", "--thresholds", f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion",
         f"{out}/confusion.csv", "--images", f"{out}/images.csv",
-        "--small-masks", f"{out}/small.h5")  # fmt: skip
-    stages = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["stages"]
+        "--small-masks", f"{out}/small.h5", "--figures", f"{out}/figures.json")  # fmt: skip
+    stages = json.loads((out / "figures.json").read_text(encoding="utf-8"))["stages"]
     assert {"score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions"} <= set(stages)
     assert ("decoder_val" in stages) == (key in {"afa", "apc"})

@@ -15,6 +15,7 @@ from pipeline.core import sections
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "square")
+FOLDER = {"images": "images", "tags": None, "classes": None, "val_share": 0.2}  # dataset.options
 SCRATCH = PROJECT / "data" / "weights" / "scratch.txt"
 
 
@@ -87,7 +88,7 @@ class Toy:
 
     def __init__(self, root: Path, methods: Sequence[str] = ("cam",)) -> None:
         self.params = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
-        self.params["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
+        self.params["dataset"] = {"name": "folder", "root": str(root), "options": dict(FOLDER)}
         known = self.params["methods"]  # a method that no preset names runs on a ViT
         self.params["methods"] = {key: known.get(key, {**known["cam"], "method": key}) for key in methods}
         self.recipes = {key: toy_recipe(key) for key in methods}
