@@ -13,7 +13,7 @@ data: setup ## draws the embedded data set
 
 demo: data ## the whole pipeline on drawn scenes, and a table of its figures
 	dvc repro
-	@$(PY) -m pipeline.report.summary metrics
+	@$(PY) -m pipeline.report.summary audit
 
 test: setup lint docs ## everything that CI runs
 	$(PY) -m pytest -q -n 2 --dist loadfile

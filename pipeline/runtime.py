@@ -119,7 +119,12 @@ def check_params() -> None:
 
 def with_own_commands() -> dict[str, str]:
     """The environment for DVC: `tag2mask` on its command lines is that of this installation."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = Path(sys.argv[0])
+    folders: list[Path | str] = [command.parent.resolve()] if command.name == "tag2mask" else []
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(map(str, [*folders, Path(sys.executable).parent, os.environ.get("PATH", "")])),
+    }
 
 
 def inline() -> bool:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from pipeline import runtime
 from pipeline.core import sections
-from pipeline.jobs import project, run, show_report
+from pipeline.jobs import project, report, run
 
 UNTIL = (
     "prepare",
@@ -42,21 +42,22 @@ def main(runs: tuple[str, ...], until: str | None) -> None:
         targets = run.targets_of(runs, until, sections.runs(sections.read()))
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    unchanged, failed = 0, False
+    unchanged, ends = 0, set()
     for event in run.repro(targets, runtime.with_own_commands()):
         unchanged += event.kind == "unchanged"
-        failed |= event.kind == "failed"
+        ends.add(event.kind)
         if event.kind != "unchanged" and event.name != "code":
             console.print(_line(event))
     if unchanged:
         console.print(f"[dim]{unchanged} stages were up to date[/]")
-    if failed:
-        raise click.exceptions.Exit(1)
+    if ends & {"failed", "interrupted"}:
+        raise click.exceptions.Exit(130 if "interrupted" in ends else 1)
     if until is None:
         if runs:  # DVC's stage report would run all other runs first
             with runtime.stage():
-                show_report.write(sections.read(), runtime.command_paths("report"))
-        click.echo((Path("report") / "index.html").resolve().as_uri())
+                values = sections.read()
+                page = report.run(values, runtime.command_paths("report"), report.outdated_runs(values))
+            click.echo(f"report: {page.resolve().as_uri()}")
 
 
 def _line(event: run.Event) -> str:
@@ -65,8 +66,8 @@ def _line(event: run.Event) -> str:
         return escape(event.name)
     if event.kind == "begun":
         return f"[dim]{event.name} …[/]"
-    if event.kind == "failed":
-        return f"[red]{event.name} failed[/]; what was finished is kept, and the next run goes on from there"
+    if event.kind in ("failed", "interrupted"):
+        return f"[red]{event.name} {event.kind}[/]; what was finished is kept, and the next run goes on from there"
     took = run.seconds(event.name, runtime.PROVENANCE) if event.kind == "done" else None
     time = "from the cache" if event.kind == "cached" else "" if took is None else f"{took:.0f} s"
     return f"[bold]{event.name:<22}[/] {time:>9}  {escape(run.figures(event.name))}".rstrip()

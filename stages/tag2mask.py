@@ -12,7 +12,7 @@ COMMANDS = {
     "init": ("init", "Makes a project folder for your photographs."),
     "run": ("run", "Runs whatever is not up to date, and shows figures as they come."),
     "status": ("status", "Says what is up to date, and what a run would do."),
-    "report": ("show_report", "Writes the report from what is there, and opens it."),
+    "report": ("report", "Writes the report from what is there, and opens it."),
     "check": ("check", "Lists everything that is wrong in params.yaml and recipes."),
     "doctor": ("doctor", "Checks this machine and the installation."),
     "weights": ("weights", "Lists, gets and checks initial weights."),

@@ -16,21 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-RUNNING = re.compile(r"^Running stage '(.+)':$")
-UNCHANGED = re.compile(r"^Stage '(.+)' didn't change, skipping$")
-CACHED = re.compile(r"^Stage '(.+)' is cached - skipping run, checking out outputs$")
 # DVC's advice and bookkeeping between stages
 HINTS = re.compile(
     r"^(> .*|Updating lock file .*|Generating lock file .*|To track the changes.*|\s+git add .*|To enable auto staging.*"
     r"|\s+dvc config core.autostage.*|Use `dvc push`.*|Data and pipelines are up to date\.|)$"
 )
 
+Kind = Literal["begun", "done", "unchanged", "cached", "failed", "interrupted", "output"]
+LINES: tuple[tuple[re.Pattern[str], Kind], ...] = (
+    (re.compile(r"^Running stage '(.+)':$"), "begun"),
+    (re.compile(r"^Stage '(.+)' didn't change, skipping$"), "unchanged"),
+    (re.compile(r"^Stage '(.+)' is cached - skipping run, checking out outputs$"), "cached"),
+)
+
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a stage. kind `output`: a line that the stage itself printed; name is then that line."""
+    """What happened to a stage. kind `output`: a line that the stage itself printed; name is then that line.
+    `interrupted`: by the user, who pressed Ctrl-C.
+    """
 
-    kind: Literal["begun", "done", "unchanged", "cached", "failed", "output"]
+    kind: Kind
     name: str
 
 
@@ -40,24 +46,34 @@ def repro(targets: Sequence[str], environment: Mapping[str, str]) -> Iterator[Ev
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(environment), errors="replace")
     assert process.stdout is not None
     running: str | None = None
-    for line in map(str.rstrip, process.stdout):
-        kinds: tuple[tuple[re.Pattern[str], Literal["begun", "unchanged", "cached"]], ...] = (
-            (RUNNING, "begun"), (UNCHANGED, "unchanged"), (CACHED, "cached"),
-        )  # fmt: skip
-        event = next((Event(kind, match[1]) for pattern, kind in kinds if (match := pattern.match(line))), None)
-        if event is None:
-            if not HINTS.match(line):
-                yield Event("output", line)
-            continue
-        if running is not None:
-            yield Event("done", running)
-        running = event.name if event.kind == "begun" else None
-        yield event
+    try:
+        for line in map(str.rstrip, process.stdout):
+            event = _event(line)
+            if event is None or event.kind == "output":
+                if event is not None:
+                    yield event
+                continue
+            if running is not None:
+                yield Event("done", running)
+            running = event.name if event.kind == "begun" else None
+            yield event
+    except KeyboardInterrupt:
+        process.wait()  # the stage and DVC have got the signal, too
+        yield Event("interrupted", running or "dvc")
+        return
     failed = process.wait() != 0
     if running is not None:
         yield Event("failed" if failed else "done", running)
     elif failed:
         yield Event("failed", "dvc")
+
+
+def _event(line: str) -> Event | None:
+    """What a line that DVC or a stage has printed says; None for DVC's advice and bookkeeping."""
+    for pattern, kind in LINES:
+        if match := pattern.match(line):
+            return Event(kind, match[1])
+    return None if HINTS.match(line) else Event("output", line)
 
 
 def seconds(stage: str, provenance: Path) -> float | None:
