@@ -32,10 +32,14 @@ def main(folder: Path, images: Path | None, tags: Path | None, methods: tuple[st
             return
         if images is None:
             raise click.UsageError("Missing --images.")
-        init.create(folder, images, tags, methods)
-    except project.ProjectError as error:
+        found = init.create(folder, images, tags, methods)
+    except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{folder} is a project now, with its data set in params.yaml")
+    for line in found.lines():
+        click.echo(line)
+    for warning in found.warnings:
+        click.secho(f"warning: {warning}", fg="yellow")
+    click.echo(f"{folder} is a project now; its params.yaml says which data and which methods")
     steps = [f"cd {folder}", *(f"tag2mask weights get {Path(path).stem}" for path in init.initial_weights(folder))]
     click.echo("next: " + "\n      ".join([*steps, "tag2mask run", "tag2mask report --open"]))
 

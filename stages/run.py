@@ -52,12 +52,11 @@ def main(runs: tuple[str, ...], until: str | None) -> None:
         console.print(f"[dim]{unchanged} stages were up to date[/]")
     if ends & {"failed", "interrupted"}:
         raise click.exceptions.Exit(130 if "interrupted" in ends else 1)
-    if until is None:
-        if runs:  # DVC's stage report would run all other runs first
-            with runtime.stage():
-                values = sections.read()
-                page = report.run(values, runtime.command_paths("report"), report.outdated_runs(values))
-            click.echo(f"report: {page.resolve().as_uri()}")
+    if runs and until is None:  # DVC's stage report would run all other runs first
+        with runtime.stage():
+            values = sections.read()
+            page = report.run(values, runtime.command_paths("report"), report.outdated_runs(values))
+        click.echo(f"report: {page.resolve().as_uri()}")
 
 
 def _line(event: run.Event) -> str:

@@ -7,17 +7,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
 from pipeline import code_files
 from pipeline.core.config import PARAMS_FILE
-from pipeline.jobs import project
+from pipeline.core.problems import quantity
+from pipeline.core.sections import Dataset
+from pipeline.jobs import project, survey
 from pipeline.jobs.project import DAG_FILE, ProjectError
+from pipeline.jobs.survey import Survey
 
 PRESET, RECIPES = "presets/folder.yaml", "recipes/photos"
+TAGS_COPY = "data/tags/tags.csv"  # of the project: DVC sees changes of it
 IGNORED = {
     ".gitignore": [
         ".work/", "__pycache__/", "/provenance/", "/against.html", "/dvc_plots/",
@@ -28,11 +34,16 @@ IGNORED = {
 RUN_LINE = re.compile(r"^  (?:# )?(?P<name>\w+): \{method: ")
 
 
-def create(folder: Path, images: Path, tags: Path | None, methods: Sequence[str]) -> None:
-    """Makes the folder's files. ProjectError lists what is wrong before anything is written."""
+def create(folder: Path, images: Path, tags: Path | None, methods: Sequence[str]) -> Survey:
+    """Makes the folder's files, and says what the data set looks like.
+
+    ProjectError, ParamsError and DatasetError list what is wrong before anything is written.
+    """
     problems = _problems(folder, images, tags, methods)
     if problems:
         raise ProjectError("\n".join(problems))
+    options = _options(images, tags)
+    found = _survey(images, tags, options)
     for name in ("data/corrections", "data/tags", "data/weights", "recipes"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name in ("data/corrections", "data/tags"):
@@ -44,22 +55,22 @@ def create(folder: Path, images: Path, tags: Path | None, methods: Sequence[str]
         (folder / "recipes" / recipe.name).write_text(text, encoding="utf-8")
     shutil.copy(code_files.ROOT / "recipes" / "schema.json", folder / "recipes")
     if tags is not None:
-        shutil.copyfile(tags, folder / "data" / "tags" / "tags.csv")
-    options = {"images": "images", "tags": None} if _has_layout(images) else {"images": ".", "tags": None}
-    if tags is not None:
-        options["tags"] = "data/tags/tags.csv"
-    (folder / PARAMS_FILE).write_text(params(folder, images, options, methods), encoding="utf-8")
+        shutil.copyfile(tags, folder / TAGS_COPY)
+    (folder / PARAMS_FILE).write_text(params(folder, images, options, methods, found), encoding="utf-8")
     (folder / DAG_FILE).write_text(project.dag(), encoding="utf-8")
     _under_git_and_dvc(folder)
+    return found
 
 
-def params(folder: Path, images: Path, options: Mapping[str, Any], methods: Sequence[str]) -> str:
+def params(folder: Path, images: Path, options: Mapping[str, Any], methods: Sequence[str], found: Survey) -> str:
     """Text of params.yaml: presets/folder.yaml with this data set's root and options, and these methods' runs."""
     lines = (code_files.ROOT / PRESET).read_text(encoding="utf-8").splitlines()
-    lines[0] = f"# {folder.resolve().name}: what differs from user to user; the methods' settings are in recipes/."
+    name, classes = folder.resolve().name, quantity(len(found.classes), "class", "classes")
+    images_found = f"{quantity(found.images, 'image')} ({found.train} train, {found.val} val)"
+    lines[0] = f"# {name}: {images_found}, {classes}. The methods' settings are in recipes/."
     root = images.resolve()
     shown = root.relative_to(folder.resolve()).as_posix() if root.is_relative_to(folder.resolve()) else root.as_posix()
-    values = {"root": shown, **options, "title": f"Pseudo-masks of {folder.resolve().name}"}
+    values = {"root": shown, **options, "title": f"Pseudo-masks of {name}"}
     at = lines.index("methods:")
     end = next(number for number in range(at + 1, len(lines)) if lines[number][:1].strip())
     before = [_filled(line, values) for line in lines[:at]]
@@ -97,9 +108,21 @@ def _problems(folder: Path, images: Path, tags: Path | None, methods: Sequence[s
     return problems
 
 
-def _has_layout(images: Path) -> bool:
-    """Whether the folder holds images/ beside tags.csv, masks/ or nothing, and is not itself the folder of images."""
-    return (images / "images").is_dir()
+def _options(images: Path, tags: Path | None) -> dict[str, Any]:
+    """dataset.options: where images and tags are. A folder with images/ in it may hold tags.csv and masks/ beside it."""
+    preset = yaml.safe_load((code_files.ROOT / PRESET).read_text(encoding="utf-8"))["dataset"]["options"]
+    folder = "images" if (images / "images").is_dir() else "."
+    return {**preset, "images": folder, "tags": None if tags is None else TAGS_COPY}
+
+
+def _survey(images: Path, tags: Path | None, options: Mapping[str, Any]) -> Survey:
+    """Of the data set as the project will see it: its table of tags lies in data/tags of the working directory."""
+    root, table = images.resolve(), None if tags is None else tags.resolve()
+    with TemporaryDirectory() as place, chdir(place):
+        if table is not None:
+            Path(TAGS_COPY).parent.mkdir(parents=True)
+            shutil.copyfile(table, TAGS_COPY)
+        return survey.of(root, Dataset("folder", str(root), options))
 
 
 def _filled(line: str, values: Mapping[str, Any]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,18 +38,25 @@ class Normalise(nn.Module):
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors or .pth/.pt file as f32 tensors; wrappers {"model": …} and {"state_dict": …} are opened.
 
-    FileNotFoundError says where to put the file. No pickle is ever run: .pth files are read with weights_only.
+    FileNotFoundError says where to put the file, ValueError that it is broken. No pickle is ever run: .pth files are read
+    with weights_only.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"initial weights {path} are missing: put the file there (timm names its safetensors on the Hugging Face hub "
-            "`model.safetensors`), or name another in methods.<run>.init or segmenter_init of params.yaml"
+            f"initial weights {path} are missing: `tag2mask weights list` says what there is and where it comes from, "
+            "`tag2mask weights get NAME` puts it there; or name another file in methods.<run>.init or segmenter_init of "
+            "params.yaml"
         )
-    if path.suffix == ".safetensors":
-        state: Mapping[str, object] = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = unwrapped(state)
+    try:
+        if path.suffix == ".safetensors":
+            state: Mapping[str, object] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as weights: {type(error).__name__}; `tag2mask weights check {path}` says why"
+        ) from error
+    tensors = unwrapped(state) if isinstance(state, Mapping) else {}
     if not tensors:
         raise ValueError(f"{path} holds no tensors; expected a state dict")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
@@ -58,7 +67,7 @@ def load_exactly(
     tensors: Mapping[str, Tensor],
     source: str,
     spoken: Callable[[str], str] = str,
-    advice: str = "check architecture in the recipe",
+    advice: str = "check architecture in the recipe (`tag2mask weights check FILE` says what a file fits)",
 ) -> None:
     """Loads a state dict with every key of the module and no other. ValueError lists what is missing, unknown or misshapen.
 
@@ -133,7 +142,8 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: Path) -
     if missing or wrong:
         raise ValueError(
             f"{source} does not fit this backbone: {len(missing)} keys are missing {missing[:5]}, "
-            f"{len(wrong)} have another shape {wrong[:5]}; check architecture in the recipe and init in params.yaml"
+            f"{len(wrong)} have another shape {wrong[:5]}; check architecture in the recipe and init in params.yaml "
+            f"(`tag2mask weights check {source}` says what the file fits)"
         )
     net.load_state_dict({name: tensors[name] for name in own})
 

@@ -85,7 +85,7 @@ def state_of(network: SegmentNetwork) -> dict[str, np.ndarray]:
     path = Path(network.path)
     if not path.is_file():
         raise ValueError(
-            f"fit_refiner.segments.path: there is no file {path}; `python -m stages.weights list` says where to get it "
+            f"fit_refiner.segments.path: there is no file {path}; `tag2mask weights list` says where to get it "
             "(or edit the recipe)"
         )
     data = path.read_bytes()
@@ -93,7 +93,7 @@ def state_of(network: SegmentNetwork) -> dict[str, np.ndarray]:
     if actual != network.sha256.lower():
         raise ValueError(
             f"fit_refiner.segments.sha256: the recipe has {network.sha256!r}, but {path} has {actual}; if that is the file "
-            f"you mean, write this digest there (`python -m stages.weights check {path}` says what it is; edit the recipe)"
+            f"you mean, write this digest there (`tag2mask weights check {path}` says what it is; edit the recipe)"
         )
     if network.onnx is not None:
         return {ONNX: np.frombuffer(data, np.uint8)}

@@ -11,9 +11,7 @@ from PIL import Image
 from pipeline.core.config import AboveZero, Positive
 from pipeline.imaging import planes
 
-MISSING = (
-    "fit_refiner.segments.path: an .onnx file needs onnxruntime (pip install 'tag2mask[onnx]', or pip install onnxruntime)"
-)
+MISSING = "fit_refiner.segments.path: an .onnx file needs onnxruntime (pip install onnxruntime)"
 
 
 @dataclass(frozen=True)
@@ -42,19 +40,7 @@ class OnnxNetwork:
     """
 
     def __init__(self, model: bytes, options: OnnxOptions, source: str) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise ValueError(MISSING) from None
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-        settings.use_deterministic_compute = True
-        settings.log_severity_level = 3  # its warnings are about how a graph was exported
-        self.options, self.source = options, source
-        try:
-            self.session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions have no common class
-            raise ValueError(f"{source} is no ONNX file that onnxruntime can run: {error}") from None
+        self.options, self.source, self.session = options, source, session_of(model, source)
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
             described = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
@@ -106,3 +92,27 @@ class OnnxNetwork:
                 "set onnx.values to sigmoid or minmax (edit the recipe)"
             )
         return maps
+
+
+def session_of(model: bytes, source: str) -> Any:
+    """onnxruntime's session on one CPU thread. ValueError where onnxruntime is missing or refuses the file."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError(MISSING) from None
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+    settings.use_deterministic_compute = True
+    settings.log_severity_level = 3  # its warnings are about how a graph was exported
+    try:
+        return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise ValueError(f"{source} is no ONNX file that onnxruntime can run: {error}") from None
+
+
+def described(model: bytes, source: str) -> str:
+    """An ONNX file's inputs and outputs in words. ValueError where it cannot be run."""
+    session = session_of(model, source)
+    puts = {"takes": session.get_inputs(), "gives": session.get_outputs()}
+    texts = (f"{verb} " + ", ".join(f"{put.name} {put.type} {put.shape}" for put in listed) for verb, listed in puts.items())
+    return "; ".join(texts)

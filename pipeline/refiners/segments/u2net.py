@@ -128,7 +128,7 @@ class Saliency:
         if architecture is None:
             raise ValueError(
                 f"{source} does not fit: no key stage1.rebnconv1.weight of U²-Net with folded batch norms; "
-                f"`python -m stages.weights check {source}` says what it is"
+                f"`tag2mask weights check {source}` says what it is"
             )
         self.net, self.device = U2Net(architecture).eval(), "cpu"
         load_exactly(self.net, {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}, source)
@@ -144,3 +144,21 @@ class Saliency:
         small = np.array(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
         pixels = torch.from_numpy(small / max(small.max(), 1.0)).permute(2, 0, 1)[None].to(self.device)
         return planes.stretched(self.net(self.normalise(pixels))[0].cpu().numpy())
+
+
+def folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' state dict, each convolution `….conv_s1` with its batch norm `….bn_s1` → the weights used here; others
+    unchanged."""
+    out = {}
+    for name, value in tensors.items():
+        layer, _, part = name.rpartition(".conv_s1.")
+        if not layer:
+            if ".bn_s1." not in name:
+                out[name] = value
+            continue
+        mean, variance, scale, shift = (
+            tensors[f"{layer}.bn_s1.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        factor = scale / torch.sqrt(variance + nn.BatchNorm2d(1).eps)
+        out[f"{layer}.{part}"] = value * factor.view(-1, 1, 1, 1) if part == "weight" else (value - mean) * factor + shift
+    return out
