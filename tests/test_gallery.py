@@ -161,7 +161,14 @@ def test_the_same_inputs_give_the_same_bytes_and_no_old_pictures_stay(
         return {path.name: path.read_bytes() for path in first.parent.rglob("*") if path.is_file()}
 
     before = written()
-    assert {"data-0000.js", "data-0001.js", "index.html", "review.csv", "0-quality-0000.js", "1-id-0000.js"} <= set(before)
+    assert {
+        "data-0000.js",
+        "data-0001.js",
+        "index.html",
+        "review.csv",
+        "0-train-quality-0000.js",
+        "1-val-id-0000.js",
+    } <= set(before)
     page_case.write(tmp_path, [f"i{at}" for at in range(60)], labels=labels)
     assert before == written()
     monkeypatch.setattr(page, "INLINE_BYTES", 10**9)

@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_masks(tmp_path: Path) -> None:
             write(tmp_path, method, ((i, rng.integers(0, 3, (64, 64), np.uint8)) for i in ids))
             lines = "".join(f"{i},train,pseudo_masks,cat,0,,0.5,leak\n" for i in ids)
             (tmp_path / f"{method}.csv").write_text("id,split,stage,tags,truth,miou,score,reasons\n" + lines)
-        tables = {method: image_table.ImageTable(["cat"]) for method in ("a", "b")}
+        tables = {(method, "train"): image_table.ImageTable(["cat"]) for method in ("a", "b")}
         tracemalloc.start()
         audits.read(tmp_path, ["a", "b"], [], 5, tables)
         try:

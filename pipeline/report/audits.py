@@ -38,9 +38,13 @@ class Audits:
 
 
 def read(
-    folder: Path, methods: Sequence[str], gallery_ids: Iterable[str], count: int, tables: Mapping[str, ImageTable]
+    folder: Path,
+    methods: Sequence[str],
+    gallery_ids: Iterable[str],
+    count: int,
+    tables: Mapping[tuple[str, str], ImageTable],
 ) -> Audits:
-    """Reads all files once, side by side. count: of `worst`, per run; tables: run → where the rows of all images go."""
+    """Reads all files once, side by side. count: of `worst`, per run; tables: (run, split) → where rows of all images go."""
     ids, audits, agreement = set(gallery_ids), Audits(), Agreement(methods)
     worst = {method: audit_rows.Worst(count) for method in methods}
     for method in methods:
@@ -59,7 +63,7 @@ def read(
                 audits.outside_limits[method].update(names)
                 worst[method].add(row)
                 if row.stage in audit_rows.REVIEWED:
-                    tables[method].add(row)
+                    tables[method, split].add(row)
     audits.worst.update({method: of_method.rows() for method, of_method in worst.items()})
     audits.pair_agreement.update(agreement.pairs())
     return audits

@@ -1,4 +1,4 @@
-"""Rows of all images of a run, streamed → pages of rows in the orders in which the report's table of images shows them.
+"""Rows of all images of a run and split, streamed → pages of rows in the orders in which the report shows them.
 
 A page of rows is loaded when the table shows one of them, so that a report of a million images opens as quickly as one of a
 hundred. A list of rows in another order, or of those with a reason, has pages of its own: one page is loaded, not many.
@@ -18,7 +18,6 @@ import numpy as np
 
 from pipeline.report import rows as audit_rows
 from pipeline.report.scripts import as_script
-from pipeline.stage_order import SPLIT_OF
 
 PER_PAGE = 5000
 DIGITS = 4
@@ -53,7 +52,7 @@ class ImageTable:
         tags = None if row.tags is None else [self._classes[tag] for tag in row.tags]
         figures = (row.score, row.miou, row.method_agreement)
         rounded = (None if value is None else round(value, DIGITS) for value in figures)
-        text = as_script([row.id, SPLIT_OF[row.stage], tags, *rounded, reasons]).encode("utf-8")
+        text = as_script([row.id, tags, *rounded, reasons]).encode("utf-8")
         self._texts.write(text)
         self._ends.append(self._ends[-1] + len(text))
 

@@ -47,7 +47,7 @@ def write(out: Path, inputs: Inputs, methods: Sequence[str], settings: Report, o
     metrics = run_metrics.read(inputs.audit, runs.shown, inputs.metrics / "upper_bound")
     records = records_file.read(inputs.records, _pictured(inputs, runs.shown))
     gallery = blocks.Gallery(inputs.gallery, runs.shown, records)
-    tables = {method: ImageTable(records.labels.names) for method in runs.shown}
+    tables = {(method, split): ImageTable(records.labels.names) for method in runs.shown for split in LAST}
     audit = audits.read(inputs.audit, runs.shown, gallery.ids, settings.review, tables)
     audit_rows.write_review(new / "review.csv", audit.worst)
     script_data = {
@@ -57,7 +57,10 @@ def write(out: Path, inputs: Inputs, methods: Sequence[str], settings: Report, o
         "classes": ["background", *records.labels.names],
         "colours": colours.of_classes(len(records.labels), settings.palette),
         "images": gallery.table(audit.gallery_rows),
-        "tables": [table.write(new / ROWS, str(at)) for at, table in enumerate(tables.values())],
+        "tables": {
+            split: [tables[method, split].write(new / ROWS, f"{at}-{split}") for at, method in enumerate(runs.shown)]
+            for split in LAST
+        },
         "last_stages": LAST,
         "previous_stages": run_metrics.previous_stages(metrics),
     }

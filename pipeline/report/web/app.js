@@ -105,6 +105,9 @@ document.addEventListener("keydown", (event) => {
 setTheme(THEMES.includes(storage.get("theme")) ? storage.get("theme") : "system");
 window.addEventListener("hashchange", followAddress);
 // On paper nothing can be opened.
-window.addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
+window.addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  for (const lazy of document.querySelectorAll('img[loading="lazy"]')) lazy.loading = "eager";
+});
 update();
 followAddress();

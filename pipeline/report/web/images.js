@@ -2,17 +2,16 @@
 
 const ROWS_SHOWN = 50;
 const MAX_PAGES = 12; // of rows, in memory at a time
-const COLUMNS = ["id", "split", "tags", "score", "miou", "method_agreement", "reasons"]; // of a row
 const pagesOfRows = new Map();
 const tableFields = byId("images-controls").elements;
-const tableState = { method: 0, order: "worst", reason: "", from: 0 };
+const tableState = { method: 0, split: "train", order: "worst", reason: "", from: 0 };
 
-const tableOf = () => report.tables[tableState.method];
+const tableOf = () => report.tables[tableState.split][tableState.method];
 const listName = () => (tableState.reason !== "" ? `reason-${tableState.reason}` : tableState.order === "id" ? "id" : "quality");
 const listLength = () => (tableState.reason !== "" ? tableOf().reasons[tableState.reason][1] : tableOf().rows);
 
 function pageOfRows(number) {
-  const stem = `${tableState.method}-${listName()}-${numbered(number)}`;
+  const stem = `${tableState.method}-${tableState.split}-${listName()}-${numbered(number)}`;
   return loaded(pagesOfRows, MAX_PAGES, stem, `rows/${stem}.js`, stem);
 }
 
@@ -26,20 +25,20 @@ async function rowsOf(from, count) {
   return positionsInList.map((position) => pages.get(Math.floor(position / perPage))[position % perPage]);
 }
 
-function imageCell(id, imageSplit) {
+function imageCell(id) {
   if (!positions.has(id)) return element("th", { scope: "row" }, id);
-  const parts = [report.methods[tableState.method], report.last_stages[imageSplit], id];
+  const parts = [report.methods[tableState.method], report.last_stages[tableState.split], id];
   const href = `#${parts.map(encodeURIComponent).join("/")}`;
   return element("th", { scope: "row" }, element("a", { href, title: "Show the picture in the gallery" }, id));
 }
 
-function rowOfImage([id, imageSplit, tags, score, miou, agreement, reasons]) {
+// A row of a page: what image_table.py writes.
+function rowOfImage([id, tags, score, miou, agreement, reasons]) {
   const names = tags === null ? "untagged" : tags.map((tag) => report.classes[tag + 1]).join(", ") || "no class";
   const texts = reasons.map((at) => readable(tableOf().reasons[at][0]).replaceAll("%7C", "|")).join(", ");
   const cells = [figure(score), ...(hasTruth ? [figure(miou)] : []), ...(hasAgreement ? [figure(agreement)] : [])];
   return element(
-    "tr", {}, imageCell(id, imageSplit), element("td", { class: "left" }, imageSplit),
-    element("td", { class: "left wrap" }, names), ...cells.map((text) => element("td", {}, text)),
+    "tr", {}, imageCell(id), element("td", { class: "left wrap" }, names), ...cells.map((text) => element("td", {}, text)),
     element("td", { class: "left wrap" }, texts),
   );
 }
@@ -116,10 +115,8 @@ byId("images-controls").addEventListener("submit", (event) => event.preventDefau
 byId("images-controls").addEventListener("input", ({ target }) => {
   if (target.name === "id") { goToId(target.value); return; }
   tableState.from = 0;
-  if (target.name === "tableMethod") {
-    Object.assign(tableState, { method: Number(target.value), reason: "" });
-    fillReasons();
-  } else tableState[target.name] = target.value;
+  tableState[target.name] = target.value;
+  if (["method", "split"].includes(target.name)) { tableState.reason = ""; fillReasons(); }
   if (tableState.reason !== "" && tableState.order === "id") tableState.order = "worst";
   showTableState();
 });

@@ -32,12 +32,15 @@ byId("provenance-load").addEventListener("click", async () => {
 
 const SVG = document.createRange().createContextualFragment("<svg></svg>").firstChild.namespaceURI;
 
+const LEAST_SPAN = 0.05; // that the height of a line stands for: a change in the third digit is none
+
 // Figures of one stage over the commits, oldest first, as a line; null is skipped.
 function lineOf(values) {
   const known = values.filter((value) => value !== null);
   const [low, high, width, height] = [Math.min(...known), Math.max(...known), 120, 28];
   const step = (width - 12) / Math.max(1, values.length - 1);
-  const y = (value) => height - 6 - (height - 12) * (high > low ? (value - low) / (high - low) : 0.5);
+  const span = Math.max(high - low, LEAST_SPAN);
+  const y = (value) => height / 2 - (height - 12) * ((value - (low + high) / 2) / span);
   const dots = values.flatMap((value, at) => (value === null ? [] : [[6 + at * step, y(value)]]));
   const svg = (tag, attributes) => {
     const node = document.createElementNS(SVG, tag);
