@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,13 @@ COMMAND = "#!{python}\nimport sys\nsys.path.insert(0, {project!r})\nfrom stages.
 
 def blocks(heading: str) -> str:
     """The commands below a heading of the page."""
-    text = (
-        (PROJECT / "docs" / "sharing.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    )
-    return "\n".join(line.strip() for line in re.findall(r"^    .*", text, re.MULTILINE))
+    page = (PROJECT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return "\n".join(line.strip() for line in re.findall(r"^    .*", section, re.MULTILINE))
 
 
 @pytest.fixture
-def bash(tmp_path: Path):
+def bash(tmp_path: Path) -> Callable[[str, Path], str]:
     """Runs lines of the page, with remotes and clones under tmp_path, and stops after stage prepare."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -49,7 +49,9 @@ def bash(tmp_path: Path):
     return run
 
 
-def test_a_colleague_gets_photographs_weights_and_results_and_reruns_nothing(bash, tmp_path: Path) -> None:
+def test_a_colleague_gets_photographs_weights_and_results_and_reruns_nothing(
+    bash: Callable[[str, Path], str], tmp_path: Path
+) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "desk" / "mine"
     toy_folder(mine / "raw", train=6, val=2)
     bash("tag2mask init mine --images mine/raw --method cam", tmp_path)
