@@ -23,7 +23,7 @@ from pipeline.core import config, refiner_state, store
 from pipeline.core.contracts import ImageMaps
 from pipeline.imaging import planes
 from pipeline.jobs import check
-from pipeline.refiners.segments import network, reader, refiner
+from pipeline.refiners.segments import network, reader, refiner, voting
 from pipeline.refiners.segments.onnx_network import OnnxNetwork
 from pipeline.refiners.segments.u2net import U2Net
 from tests.segments_case import masks_of, rle, write_lines
@@ -69,6 +69,7 @@ def section(path: Path, **changes: Any) -> dict[str, Any]:
     return {
         "source": "network", "path": str(path), "sha256": sha256(path) if path.is_file() else DIGEST,
         "supervision": "saliency (drawn masks)", "onnx": fed, "threshold": 0.5, "superpixels": None,
+        "evidence": "borders",
     } | changes  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def fit_params(segments: dict[str, Any]) -> refiner.FitParams:
     )
 
 
-def made(segments: dict[str, Any], maps: Sequence[ImageMaps] = ()) -> refiner.Refiner:
+def made(segments: dict[str, Any], maps: Sequence[ImageMaps] = (), normalise: str = "minmax") -> refiner.Refiner:
     state = refiner.fit(fit_params(segments), iter(maps), lambda at: np.zeros(0))
     return refiner.Refiner(
         config.parse(refiner.Params, {"normalise": "minmax", "power": 1.0, "uncovered": "scores"}, ""), state
@@ -181,6 +182,35 @@ def test_a_class_fills_the_salient_object_that_its_score_map_touches(tmp_path: P
     maps = ImageMaps(np.array([3]), score, (20, 30))
     found = made(section(channels(tmp_path / "a.onnx", [0])))(image, maps, 0.4)
     np.testing.assert_array_equal(planes.labels_of(found, maps.classes), np.where(image[..., 0] > 0, 4, 0))
+
+
+@pytest.mark.parametrize(("evidence", "normalise", "right"), [
+    ("borders", "none", 4), ("foreground", "none", 0),
+    ("foreground", "minmax", 4),  # the best segment of a tag is never lost
+])  # fmt: skip
+def test_saliency_as_evidence_turns_what_does_not_stand_out_to_background(
+    tmp_path: Path, evidence: str, normalise: str, right: int
+) -> None:
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[4:16, 5:15, 0] = 255  # salient
+    image[4:16, 25:35, 1] = 200  # not salient, but a segment
+    score = np.zeros((2, 20, 40), np.float32)
+    score[0, 4:16, 5:15], score[1, 4:16, 25:35] = 0.6, 0.6
+    maps = ImageMaps(np.array([0, 3]), score, (20, 40))
+    source = section(channels(tmp_path / "a.onnx", [0]), superpixels=SUPERPIXELS, evidence=evidence)
+    found = made(source, normalise=normalise)(image, maps, 0.4)
+    np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-5)
+    labels = planes.labels_of(found, maps.classes)
+    assert (labels[10, 10], labels[10, 30], labels[0, 0]) == (1, right, 0)
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), k=st.integers(1, 3))
+def test_no_segment_loses_all_its_votes_to_a_map_that_is_sure(seed: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    voted = voting.votes(rng.integers(0, 2, (5, k)).astype(float), normalise="none", power=1.0)
+    weighted = voting.with_foreground(voted, rng.integers(0, 2, 5).astype(float))
+    assert (weighted.sum(axis=1) > 0).all() and weighted.max() <= 1
 
 
 def test_masks_of_a_network_do_what_the_same_masks_in_a_file_do(tmp_path: Path) -> None:
@@ -294,6 +324,7 @@ def test_an_output_that_is_not_what_the_recipe_says_is_named_with_the_cure(tmp_p
         ({"onnx": FED}, "null for a .safetensors file"),
         ({"path": "a.onnx"}, "onnx: allowed is a mapping for an .onnx file"),
         ({"path": "a.onnx", "onnx": FED | {"proposals": "masks"}, "superpixels": SUPERPIXELS}, "superpixels: got a mapping"),
+        ({"path": "a.onnx", "onnx": FED | {"proposals": "masks"}, "evidence": "foreground"}, "allowed is borders where"),
         ({"threshold": 1.5}, r"fit_refiner.segments.threshold: got 1.5, allowed is a number >= 0 and <= 1"),
         ({"superpixels": {"source": "quickshift"}}, "superpixels"),
     ],

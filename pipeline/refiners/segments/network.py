@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -20,6 +20,7 @@ from safetensors.numpy import load
 from pipeline.core import refiner_state
 from pipeline.core.config import Share
 from pipeline.imaging import planes
+from pipeline.refiners.segments import voting
 from pipeline.refiners.segments.onnx_network import OnnxNetwork, OnnxOptions
 from pipeline.refiners.segments.reader import Segments
 from pipeline.refiners.segments.superpixels import Felzenszwalb, Slic, superpixels
@@ -37,6 +38,8 @@ class SegmentNetwork:
     onnx         null for a .safetensors file, a mapping for an .onnx file
     threshold    from 0 to 1, at which a pixel of a map lies inside the object
     superpixels  null, or what the inside and the outside of a saliency map are cut into; null for masks
+    evidence     borders: a map says where segments end, score maps alone what they are | foreground: its mean inside a
+                 segment also speaks for the classes, and the rest of 1 for background; borders for masks
     """
 
     source: Literal["network"]
@@ -46,6 +49,7 @@ class SegmentNetwork:
     onnx: OnnxOptions | None
     threshold: Share
     superpixels: Annotated[Felzenszwalb | Slic, Field(discriminator="source")] | None
+    evidence: Literal["borders", "foreground"]
 
     def __post_init__(self) -> None:
         suffix = Path(self.path).suffix
@@ -59,8 +63,25 @@ class SegmentNetwork:
             raise ValueError("supervision: got '', allowed is what the network learned from, such as pixel masks of DUTS-TR")
         if (suffix == ".onnx") != (self.onnx is not None):
             raise ValueError("onnx: allowed is a mapping for an .onnx file, and null for a .safetensors file")
-        if self.superpixels is not None and self.onnx is not None and self.onnx.proposals == "masks":
+        if self.proposes_masks and self.superpixels is not None:
             raise ValueError("superpixels: got a mapping, allowed is null where onnx.proposals is masks")
+        if self.proposes_masks and self.evidence != "borders":
+            raise ValueError(f"evidence: got {self.evidence!r}, allowed is borders where onnx.proposals is masks")
+
+    @property
+    def proposes_masks(self) -> bool:
+        return self.onnx is not None and self.onnx.proposals == "masks"
+
+
+class Partition(NamedTuple):
+    """Segments that every pixel belongs to.
+
+    segment     i64[h,w], the number of each pixel's segment, from 0 on
+    foreground  f64[s] in 0..1, how surely each is foreground of any class; None where nobody says
+    """
+
+    segment: np.ndarray
+    foreground: np.ndarray | None
 
 
 class ProposalNetwork(Protocol):
@@ -112,15 +133,18 @@ def network_of(network: SegmentNetwork, state: Mapping[str, np.ndarray]) -> Prop
     return Saliency(refiner_state.network_tensors(state), network.path)
 
 
-def segments_of(network: SegmentNetwork, maps: np.ndarray, image: np.ndarray) -> np.ndarray | Segments:
-    """A network's maps f32[n,gh,gw] of an image → a partition i64[h,w] by saliency, or n segments that may overlap."""
+def segments_of(network: SegmentNetwork, maps: np.ndarray, image: np.ndarray) -> Partition | Segments:
+    """A network's maps f32[n,gh,gw] of an image → a partition by saliency, or n segments that may overlap."""
     size = (image.shape[0], image.shape[1])
-    if network.onnx is not None and network.onnx.proposals == "masks":
+    if network.proposes_masks:
         masks = (planes.upsample(one[None], size)[0] >= network.threshold for one in maps)
         runs = [run_lengths(mask) for mask in masks if mask.any()]
         return Segments(runs, np.zeros(len(runs), np.int64), size)
-    inside = planes.upsample(maps, size)[0] >= network.threshold
-    return cut(inside, None if network.superpixels is None else superpixels(image, network.superpixels))
+    saliency = planes.upsample(maps, size)
+    parts = None if network.superpixels is None else superpixels(image, network.superpixels)
+    segment = cut(saliency[0] >= network.threshold, parts)
+    foreground = voting.means_of_labels(saliency, segment)[:, 0] if network.evidence == "foreground" else None
+    return Partition(segment, foreground)
 
 
 def cut(inside: np.ndarray, parts: np.ndarray | None) -> np.ndarray:

@@ -23,7 +23,7 @@ from pipeline.imaging import planes
 from pipeline.imaging.threshold import Threshold
 from pipeline.imaging.threshold import fit as fit_threshold
 from pipeline.refiners.segments import network, reader, voting
-from pipeline.refiners.segments.network import SegmentNetwork
+from pipeline.refiners.segments.network import Partition, SegmentNetwork
 from pipeline.refiners.segments.reader import SegmentFile, Segments
 from pipeline.refiners.segments.superpixels import Felzenszwalb, Slic, superpixels
 
@@ -112,7 +112,7 @@ class Refiner:
         self.source = config.parse(FitParams, json.loads(state["params"].tobytes()), "fit_refiner").segments
         self.index = reader.from_state(state) if isinstance(self.source, SegmentFile) else {}
         self.network = network.network_of(self.source, state) if isinstance(self.source, SegmentNetwork) else None
-        self._last: tuple[np.ndarray, np.ndarray | Segments] | None = None  # an image and its segments
+        self._last: tuple[np.ndarray, Partition | Segments] | None = None  # an image and its segments
 
     def to(self, device: str) -> None:
         """Moves the network, where segments come from one, to a torch device."""
@@ -137,15 +137,17 @@ class Refiner:
     def _votes(self, image: np.ndarray, maps: ImageMaps, scores: np.ndarray, power: float) -> tuple[np.ndarray, np.ndarray]:
         """f64[s,k+1] scores of each segment, background first, and i64[h,w] the segment of each pixel, or ABSENT."""
         segments = self._segments(image, maps.id)
-        if isinstance(segments, np.ndarray):
-            means = voting.means_of_labels(scores, segments)
-            return voting.votes(means, normalise=self.params.normalise, power=power), segments
+        if isinstance(segments, Partition):
+            means = voting.means_of_labels(scores, segments.segment)
+            votes = voting.votes(means, normalise=self.params.normalise, power=power)
+            if segments.foreground is not None:
+                votes = voting.with_foreground(votes, segments.foreground)
+            return votes, segments.segment
         means = voting.means_of_runs(scores, segments.runs)
         votes = voting.votes(means, normalise=self.params.normalise, power=power)
         return votes, voting.painted(segments.runs, segments.levels, votes.max(axis=1), maps.size)
 
-    def _segments(self, image: np.ndarray, image_id: str) -> np.ndarray | Segments:
-        """A partition of the pixels, i64[h,w] from 0 on, or segments that may overlap."""
+    def _segments(self, image: np.ndarray, image_id: str) -> Partition | Segments:
         if isinstance(self.source, SegmentFile):
             if image_id not in self.index:
                 raise ValueError(f"{image_id!r} was not among the images that fit_refiner saw; run it again")
@@ -154,9 +156,9 @@ class Refiner:
             self._last = image, self._computed(image)
         return self._last[1]
 
-    def _computed(self, image: np.ndarray) -> np.ndarray | Segments:
+    def _computed(self, image: np.ndarray) -> Partition | Segments:
         if isinstance(self.source, (Felzenszwalb, Slic)):
-            return superpixels(image, self.source)
+            return Partition(superpixels(image, self.source), None)
         assert isinstance(self.source, SegmentNetwork) and self.network is not None
         return network.segments_of(self.source, self.network(image), image)
 

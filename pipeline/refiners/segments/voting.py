@@ -67,6 +67,13 @@ def votes(means: np.ndarray, *, normalise: str, power: float) -> np.ndarray:
     return np.concatenate([(1 - best) ** power, scores], axis=1)
 
 
+def with_foreground(voted: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """Votes f64[s,k+1] and how surely each segment is foreground of any class, f64[s] in 0..1 → f64[s,k+1]: classes times
+    foreground, background times the rest, as two independent witnesses. Neither is ever certain, so no segment loses all."""
+    sure = np.clip(foreground, LEAST_SPREAD, 1 - LEAST_SPREAD)[:, None]
+    return voted * np.concatenate([1 - sure, np.repeat(sure, voted.shape[1] - 1, axis=1)], axis=1)
+
+
 def painted(runs: Sequence[np.ndarray], levels: np.ndarray, confidence: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Overlapping segments → i64[h,w], the number of the segment that each pixel belongs to, ABSENT where there is none.
 
