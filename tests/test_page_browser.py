@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.core.labels import LabelSpace
+from pipeline.core.sections import Report
 from pipeline.report import gallery as blocks
-from pipeline.report import page
+from pipeline.report import image_table, page
+from pipeline.report.scripts import as_script
 from tests import page_case
 
 CHROMIUM = shutil.which("chromium")
@@ -359,6 +362,148 @@ def test_provenance_is_read_from_beside_the_report_or_missed_politely(browser: A
     opened.page.wait_for_function("() => document.getElementById('provenance-note').textContent.includes('not there')")
     opened.complaints.clear()  # the browser tells of the missing file
     opened.close()
+
+
+def rows_shown(opened: Tab) -> list[str]:
+    return opened.page.locator("#images-rows tr th").all_text_contents()
+
+
+def test_the_table_of_images_is_ordered_filtered_paged_and_leads_to_the_pictures(tab: Tab) -> None:
+    count, form = tab.page.locator("#images-count"), tab.page.locator("#images-controls")
+
+    def after(text: str) -> list[str]:
+        tab.page.wait_for_function("(text) => document.getElementById('images-count').textContent === text", arg=text)
+        return rows_shown(tab)
+
+    def scores() -> list[float]:
+        return [float(text) for text in tab.page.locator("#images-rows tr td:nth-child(3)").all_text_contents()]
+
+    assert len(after("1 to 50 of 80")) == 50 and scores() == sorted(scores()) and scores()[0] == 0
+    tab.page.click("#images-last")
+    assert len(after("51 to 80 of 80")) == 30 and tab.page.locator("#images-after").is_disabled()
+    form.locator("[name=order]").select_option("best")
+    after("1 to 50 of 80")
+    tab.page.wait_for_function("() => document.querySelector('#images-rows td:nth-child(3)').textContent === '0.800'")
+    assert scores() == sorted(scores(), reverse=True)
+    form.locator("[name=reason]").select_option("0")
+    assert len(after("1 to 40 of 40")) == 40 and form.locator("[name=order] option[value=id]").is_disabled()
+    form.locator("[name=split]").select_option("val")
+    assert len(after("1 to 20 of 20")) == 20 and form.locator("[name=reason]").input_value() == ""
+    form.locator("[name=id]").fill("image 05")
+    tab.page.wait_for_function("() => document.querySelector('#images-rows th').textContent === 'image 054'")
+    form.locator("[name=split]").select_option("train")
+    form.locator("[name=id]").fill("image 050")
+    after("41 to 80 of 80")
+    tab.page.locator("#images-rows a", has_text="image 050").click()
+    assert tab.page.locator("#viewer-title").inner_text() == "image 050" and count.is_visible()
+
+
+def test_rows_of_many_images_lie_beside_the_page_and_few_of_them_are_loaded(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(image_table, "PER_PAGE", 60)
+    path = page_case.write(
+        tmp_path, HOSTILE_IDS + tuple(f"i{at:03d}" for at in range(300)), labels=HOSTILE, methods=("cam",)
+    )
+    opened = Tab(browser, path)
+
+    def requested() -> list[str]:
+        return [url.rpartition("/")[2] for url in opened.requests if "/rows/" in url]
+
+    opened.page.wait_for_selector("#images-rows tr")
+    assert requested() == ["0-train-quality-0000.js"]
+    opened.page.locator("#images-controls [name=id]").fill("i25")
+    opened.page.wait_for_function("() => document.querySelector('#images-rows th').textContent.startsWith('i25')")
+    assert len(requested()) <= 3 and all("0-train-id-" in name for name in requested()[1:])
+    opened.page.locator("#images-controls [name=id]").fill("ü")
+    opened.page.wait_for_function("() => document.querySelector('#images-rows th').textContent.startsWith('ü')")
+    assert opened.page.locator("#images b").count() == 0
+    opened.close()
+
+
+def test_classes_are_sorted_and_searched(browser: Any, tmp_path: Path) -> None:
+    names = [f"class {at:02d}" for at in range(80)]
+    path = page_case.write(tmp_path, ["a", "b"], labels=LabelSpace(tuple(names)), methods=("cam",))
+    figures = json.loads((tmp_path / "audit" / "cam.json").read_text(encoding="utf-8"))
+    stage = figures["stages"]["pseudo_masks"]
+    ious = {name: None if at == 5 else (at * 37 % 81) / 81 for at, name in enumerate(stage["classes"])}
+    stage["classes"] = {name: rates | {"iou": ious[name]} for name, rates in stage["classes"].items()}
+    (tmp_path / "audit" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
+    page.write(tmp_path / "report", page_case.inputs_of(tmp_path), ["cam"], Report("t", "voc", 1))
+    opened = Tab(browser, path)
+    table = opened.page.locator('[data-panel-of=classes][data-name="pseudo_masks"] table')
+
+    def column(at: int) -> list[str]:
+        return [text.strip() for text in table.locator(f"tbody tr:visible > :nth-child({at})").all_inner_texts()]
+
+    assert column(1) == ["background", *names]
+    table.locator("thead button", has_text="cam").click()
+    ious = [float(text) for text in column(2) if text != "–"]
+    assert ious == sorted(ious) and len(ious) == 80 and column(2)[-1] == "–"
+    table.locator("thead button", has_text="cam").click()
+    assert [float(text) for text in column(2)[:80]] == ious[::-1] and column(2)[-1] == "–"
+    assert table.locator("thead th").nth(1).get_attribute("aria-sort") == "descending"
+    opened.page.fill("#class-query", "SS 1")
+    assert sorted(column(1)) == names[10:20]
+    opened.page.fill("#class-query", "")
+    table.locator("thead button", has_text="cam").click()
+    assert column(1) == ["background", *names]
+    opened.close()
+
+
+def test_history_is_read_from_beside_the_report_with_a_line_per_stage(browser: Any, tmp_path: Path) -> None:
+    path = page_case.write(tmp_path, ["a", "b"], labels=LABELS)
+    (tmp_path / "provenance").mkdir()
+    figures = {"miou": {"refined": 0.5}, "coverage": {}}
+    points = [
+        {"commit": "", "date": "", "subject": "", "miou": {"refined": 0.625}, "coverage": {}},
+        {"commit": "0123456789", "date": "2026-01-02", "subject": "<b>first", **figures},
+    ]
+    text = f"tag2mask.history({as_script({'cam': points, 'weaktr': []})});"
+    (tmp_path / "provenance" / "history.js").write_text(text, encoding="utf-8")
+    opened = Tab(browser, path)
+    opened.page.click("#history-load")
+    opened.page.wait_for_selector("#history-tables td")
+    cells = opened.page.locator("#history-tables tbody tr > *").all_inner_texts()
+    assert cells[0] == "refined" and cells[2:] == ["0.625", "0.500"]
+    assert opened.page.locator("#history-tables svg").get_attribute("aria-label") == "0.500 → 0.625"
+    headings = opened.page.locator("#history-tables thead th")
+    assert "0123456" in headings.nth(3).inner_text() and headings.nth(3).get_attribute("title") == "<b>first"
+    opened.close()
+
+
+def test_what_a_reader_must_know_first_stands_at_the_top_as_text(browser: Any, tmp_path: Path) -> None:
+    path = page_case.write(tmp_path, ["a", "b"], labels=LABELS, truth=False)
+    figures = json.loads((tmp_path / "audit" / "cam.json").read_text(encoding="utf-8"))
+    figures |= {"supervision": "tags + <i>saliency", "empty_masks": {"message": "no <b>cat", "advice": "more <b>steps"}}
+    (tmp_path / "audit" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
+    page.write(
+        tmp_path / "report", page_case.inputs_of(tmp_path), ["cam", "weaktr", "afa"], Report("t", "voc", 1), {"weaktr"}
+    )
+    opened = Tab(browser, path)
+    alarm = opened.page.locator("#stages [role=alert]")
+    assert alarm.inner_text().split("\n")[0] == "cam: no <b>cat" and "more <b>steps" in alarm.inner_text()
+    assert alarm.evaluate("(one) => getComputedStyle(one).color") == "rgb(168, 7, 26)"
+    notes = opened.page.locator("#stages .note").all_inner_texts()
+    assert notes[0].startswith("afa is not on this page: not evaluated yet.") and notes[1].startswith(
+        "weaktr is out of date"
+    )
+    first = opened.page.locator(".overview tbody tr").first
+    assert "tags + <i>saliency" in first.inner_text()
+    assert first.locator("td").first.inner_text().split("\n") == ["20.0 %", "empty tags 10.0 %", "with reasons 50.0 %"]
+    opened.close()
+
+
+def test_paper_shows_figures_and_tables_and_no_controls(tab: Tab) -> None:
+    tab.page.emulate_media(media="print")
+    for hidden in (".bar", "#gallery", "#images", "#history", "[data-panels=methods]", "#class-query"):
+        assert not tab.page.locator(hidden).first.is_visible(), hidden
+    for shown in (".overview", "#method-0 table", "#method-1 table", "#classes table >> visible=true"):
+        assert tab.page.locator(shown).first.is_visible(), shown
+    tab.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert tab.page.locator("details:not([open])").count() == 0
+    assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_a_thousand_images_are_one_page_that_shows_sixty_at_a_time(browser: Any, tmp_path: Path) -> None:

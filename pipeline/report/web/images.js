@@ -50,8 +50,7 @@ let drawing = 0; // number of the latest drawing: an earlier one that is loaded 
 async function drawImages() {
   drawing += 1;
   const [own, length] = [drawing, listLength()];
-  const last = Math.max(0, Math.floor((length - 1) / ROWS_SHOWN) * ROWS_SHOWN);
-  tableState.from = Math.max(0, Math.min(tableState.from, last));
+  tableState.from = Math.max(0, Math.min(tableState.from, length - 1));
   try {
     const rows = await rowsOf(tableState.from, ROWS_SHOWN);
     if (own !== drawing) return;
@@ -64,7 +63,7 @@ async function drawImages() {
   const count = (number) => number.toLocaleString("en");
   byId("images-count").textContent = length ? `${count(first)} to ${count(end)} of ${count(length)}` : "no image";
   for (const name of ["first", "before"]) byId(`images-${name}`).disabled = tableState.from === 0;
-  for (const name of ["after", "last"]) byId(`images-${name}`).disabled = tableState.from >= last;
+  for (const name of ["after", "last"]) byId(`images-${name}`).disabled = end === length;
 }
 
 // Reasons of the method, the most frequent first.
@@ -125,6 +124,6 @@ const turnRows = (from) => { tableState.from = from; drawImages(); };
 byId("images-first").addEventListener("click", () => turnRows(0));
 byId("images-before").addEventListener("click", () => turnRows(tableState.from - ROWS_SHOWN));
 byId("images-after").addEventListener("click", () => turnRows(tableState.from + ROWS_SHOWN));
-byId("images-last").addEventListener("click", () => turnRows(listLength()));
+byId("images-last").addEventListener("click", () => turnRows(Math.floor((listLength() - 1) / ROWS_SHOWN) * ROWS_SHOWN));
 fillReasons();
 drawImages();

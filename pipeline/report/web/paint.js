@@ -93,12 +93,17 @@ function paintScores(pixels, scores) {
   }
 }
 
-// The less sure a pixel is, the more it is covered; by a square root, since a CRF is sure of nearly everything.
-const UNSURE = [240, 120, 20];
-const cover = (confidence) => Math.sqrt(1 - confidence);
+// The photograph is darker, and the less sure a pixel is, the more it glows: by a square root, since a CRF is sure of nearly
+// everything.
+const UNSURE = [255, 140, 20];
+const doubt = (confidence) => Math.sqrt(1 - confidence);
+const colourOfDoubt = (value) => UNSURE.map((channel) => Math.round(channel * value));
 
 function paintConfidence(pixels, confidence) {
-  for (let at = 0; at < confidence.length; at += 1) setPixel(pixels, at, UNSURE, 255 * cover(confidence[at] / 255));
+  for (let at = 0; at < confidence.length; at += 1) {
+    const value = doubt(confidence[at] / 255);
+    setPixel(pixels, at, colourOfDoubt(value), DIMMED + (240 - DIMMED) * value);
+  }
 }
 
 // Layer over the photograph: { kind, values } or null. kind: "mask" (classes), "scores" and "confidence" (0..255), "error"
@@ -167,7 +172,7 @@ function legendItems(layer, values) {
   if (layer === "error") return Object.values(ERRORS).map(({ colour, name }) => legendItem(css(colour), name));
   if (layer === "scores") return [0, 2, 4].map((at) => legendItem(css(HEAT[at]), ["score 0", "0.5", "1"][at / 2]));
   if (layer === "confidence") {
-    return [0, 0.5, 0.9, 1].map((value) => legendItem(`rgb(${UNSURE.join(" ")} / ${cover(value)})`, `confidence ${value}`));
+    return [0, 0.5, 0.9, 1].map((value) => legendItem(css(colourOfDoubt(doubt(value))), `confidence ${value}`));
   }
   if (layer === "photograph") return [];
   const ignored = (fraction) => legendItem(css(CREAM), "255, ignored", fraction);
