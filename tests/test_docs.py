@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import click
 import pytest
 import yaml
 from markdown_it import MarkdownIt
 
 from docs import reference
+from stages.tag2mask import COMMANDS, command_of
 from tests.toys import PROJECT
 
 PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md"), PROJECT / "data" / "weights" / "README.md"])
@@ -105,6 +107,14 @@ def code(page: Path) -> Iterator[str]:
         yield from (child.content for child in token.children or () if child.type == "code_inline")
 
 
+@cache
+def options_of(name: str) -> set[str]:
+    """Of a command of the console, `--help` among them."""
+    command = command_of(COMMANDS[name][0]) if name in COMMANDS else click.Group()
+    commands = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    return {"--help", *(option for part in commands for param in part.params for option in param.opts)}
+
+
 def test_every_command_in_the_documentation_exists() -> None:
     makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
@@ -113,6 +123,10 @@ def test_every_command_in_the_documentation_exists() -> None:
         for text in code(page):
             named = re.findall(r"(?:^|&& |`)\s*make ([a-z]+)", text, re.MULTILINE)
             missing |= {f"make {target}" for target in named if target not in targets}
+            for name, words in re.findall(r"(?:^\s*|&& )tag2mask ([a-z][\w-]*)([^\n#]*)", text, re.MULTILINE):
+                options = re.findall(r"(?<= )--[a-z][\w-]*", words)
+                missing |= {f"tag2mask {name} {option}" for option in options if option not in options_of(name)}
+                missing |= set() if name in COMMANDS else {f"tag2mask {name}"}
             modules = re.findall(r"python -m ((?:stages|benchmarks|docs|pipeline)\.[\w.]+)", text)
             missing |= {module for module in modules if importlib.util.find_spec(module) is None}
     assert missing == set()

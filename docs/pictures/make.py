@@ -30,9 +30,9 @@ HERE = Path(__file__).parent
 CELL, GAP, LEFT, HEAD, LINE = 256, 18, 2, 66, 40  # px
 INK, PALE = (31, 35, 40), (89, 99, 110)
 HEADINGS = (
-    ("photograph", "with its tags: all you give"),
-    ("score map", "a method's, from the tags"),
-    ("pseudo-mask", "refined: the product"),
+    ("photograph", "and its tags: all that you give"),
+    ("score map", "where a network sees the tags"),
+    ("pseudo-mask", "refined along edges"),
     ("new photograph", "no tags"),
     ("prediction", "by a segmenter trained on the masks"),
 )
