@@ -30,10 +30,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Copy:
 def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     masks = PseudoMasks(done.folder / "artifacts/cam/pseudo_masks")
     assert len(masks) == 9 and masks.labels.names == ("disc", "square")
+    stages = {"score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions"}
+    figures = json.loads((done.folder / "audit/cam.json").read_text(encoding="utf-8"))
+    assert figures["truth"] and set(figures["stages"]) == stages
     metrics = json.loads((done.folder / "metrics/cam.json").read_text(encoding="utf-8"))
-    assert metrics["truth"] and set(metrics["stages"]) == {
-        "score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions",
-    }  # fmt: skip
+    assert set(metrics["miou"]) == stages
     page = (done.folder / "report/index.html").read_text(encoding="utf-8")
     assert "data:image/jpeg;base64" in page and "http://" not in page and "https://" not in page
     assert not list((done.folder / ".work").glob("*"))
@@ -52,6 +53,27 @@ def test_extract_measures_view_agreement_and_the_audit_has_it_for_every_image(do
 
 def test_a_second_run_runs_nothing(done: Copy) -> None:
     assert done.ran() == []
+
+
+def test_the_report_can_be_written_at_any_time_and_names_the_runs_that_it_lacks(done: Copy) -> None:
+    lock, page = (done.folder / "dvc.lock").read_bytes(), done.folder / "report" / "index.html"
+    before = page.read_bytes()
+    done.toy.params["methods"]["later"] = done.toy.params["methods"]["cam"]
+    done.toy.write(done.folder)
+    command = [sys.executable, "-m", "stages.report"]
+    written = subprocess.run(command, cwd=done.folder, env=environment(), capture_output=True, text=True, check=False)
+    assert written.returncode == 0, written.stderr
+    assert f"report: {page.resolve().as_uri()}" in written.stdout
+    text = page.read_text(encoding="utf-8")
+    assert "<strong>later</strong> is not on this page: not evaluated yet" in text and "is out of date" not in text
+    assert (done.folder / "dvc.lock").read_bytes() == lock
+    del done.toy.params["methods"]["later"]
+    done.toy.write(done.folder)
+    done.touch("pipeline/metrics.py")
+    subprocess.run(command, cwd=done.folder, env=environment(), capture_output=True, check=True)
+    assert "<strong>cam</strong> is out of date" in page.read_text(encoding="utf-8")
+    done.ran()
+    assert page.read_bytes() == before
 
 
 def test_metrics_and_plots_can_be_shown(done: Copy) -> None:

@@ -25,7 +25,7 @@ from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Segment
 from pipeline.crf import CrfSettings
-from pipeline.jobs import segment
+from pipeline.jobs import segment, windows
 from pipeline.segmenters.vit.segmenter import Options, Segmenter
 from pipeline.training import checkpoint
 from stages import segment as stage
@@ -89,7 +89,7 @@ def truth_of(image: np.ndarray) -> np.ndarray:
 @given(length=st.integers(1, 300), window=st.integers(1, 100), stride=st.integers(1, 100))
 def test_windows_cover_each_pixel_and_stay_inside(length: int, window: int, stride: int) -> None:
     window = min(window, length)
-    found = segment.starts(length, window, min(stride, window))
+    found = windows.starts(length, window, min(stride, window))
     seen = np.zeros(length, bool)
     for start in found:
         assert 0 <= start <= length - window
@@ -163,7 +163,7 @@ def test_views_are_averaged_as_probabilities() -> None:
 
 
 def test_huge_images_are_computed_on_a_smaller_canvas_and_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment, "MOST_VALUES", 3 * 60 * 40)
+    monkeypatch.setattr(windows, "MOST_VALUES", 3 * 60 * 40)
     image, model = picture(240, 160), Colours()
     found = segment.segment_one(image, model, job(scales=[2.0], window=500))
     assert model.shapes == [(1, 3, 60, 40)]
@@ -173,9 +173,9 @@ def test_huge_images_are_computed_on_a_smaller_canvas_and_enlarged(monkeypatch: 
 
 @given(h=st.integers(1, 20000), w=st.integers(1, 20000), planes=st.integers(2, 255))
 def test_a_stack_of_planes_never_exceeds_its_bound(h: int, w: int, planes: int) -> None:
-    bound = segment.bounded((h, w), planes)
-    assert bound[0] * bound[1] * planes <= segment.MOST_VALUES
-    assert bound == (h, w) or h * w * planes > segment.MOST_VALUES
+    bound = windows.bounded((h, w), planes)
+    assert bound[0] * bound[1] * planes <= windows.MOST_VALUES
+    assert bound == (h, w) or h * w * planes > windows.MOST_VALUES
 
 
 def test_the_crf_sees_only_classes_that_win_somewhere() -> None:

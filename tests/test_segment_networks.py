@@ -86,7 +86,7 @@ def fit_params(segments: dict[str, Any]) -> refiner.FitParams:
 def made(segments: dict[str, Any], maps: Sequence[ImageMaps] = (), normalise: str = "minmax") -> refiner.Refiner:
     state = refiner.fit(fit_params(segments), iter(maps), lambda at: np.zeros(0))
     return refiner.Refiner(
-        config.parse(refiner.Params, {"normalise": "minmax", "power": 1.0, "uncovered": "scores"}, ""), state
+        config.parse(refiner.Params, {"normalise": normalise, "power": 1.0, "uncovered": "scores"}, "options"), state
     )
 
 

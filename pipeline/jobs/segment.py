@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from pipeline.core import config, plugins, store
@@ -27,16 +25,11 @@ from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Segment, Settings
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
 from pipeline.imaging import planes, transforms
+from pipeline.jobs import windows
 from pipeline.jobs.engine import Engine, parts_of, run_parts
 from pipeline.training import checkpoint
 from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
-
-WINDOWS_PER_BATCH = 4
-# Floats in one stack of planes, 512 MiB. A view or result that would need more is computed on a smaller canvas, and its
-# planes are enlarged one by one: with 20 classes this begins at 6.4 megapixels, with 80 at 1.7 (640 × 480 at scale 1.75
-# still fits). At most three stacks are alive, so memory is bounded whatever the photographs.
-MOST_VALUES = 2**27
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray
     """PREDICTIONS fields of one image u8[h,w,3]: label u8[h,w] of mask values, confidence u8[h,w]."""
     planes_of_image = probabilities(image, model, job, planes_count=len(job.labels) + 1)
     if job.crf is not None:
-        planes_of_image = _refined(resize(image, planes_of_image.shape[1:]), planes_of_image, job.crf)
+        planes_of_image = _refined(windows.resize(image, planes_of_image.shape[1:]), planes_of_image, job.crf)
     label, confidence = planes.winners(planes_of_image, image.shape[:2])
     return {"label": label, "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)}
 
@@ -146,40 +139,23 @@ def _refined(image: np.ndarray, probabilities: np.ndarray, settings: CrfSettings
     return out
 
 
-def bounded(size: tuple[int, int], planes_count: int) -> tuple[int, int]:
-    """size (h, w) px, or the largest of the same shape whose stack of planes has at most MOST_VALUES values."""
-    h, w = size
-    factor = min(1.0, math.sqrt(MOST_VALUES / (planes_count * h * w)))
-    return max(1, int(h * factor)), max(1, int(w * factor))
-
-
-def resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """u8[h,w,3] → u8[size], bilinear with antialiasing as training crops are. size is (h, w) px."""
-    if image.shape[:2] == tuple(size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-
-
 @torch.inference_mode()
 def probabilities(image: np.ndarray, model: Any, job: Job, *, planes_count: int) -> np.ndarray:
     """u8[h,w,3] → f32[p,h,w], the mean of the softmax over all scales and mirror images.
 
     Huge images come back on a smaller canvas (bounded). A logit is averaged before the softmax only where windows overlap.
     """
-    h, w = image.shape[:2]
     settings = job.settings
-    canvas = bounded((h, w), planes_count)
-    base = 1.0 if settings.short_side is None else settings.short_side / min(h, w)
+    canvas = windows.bounded(image.shape[:2], planes_count)
     total: Tensor | None = None
-    for scale in settings.scales:
-        size = bounded((max(1, round(h * base * scale)), max(1, round(w * base * scale))), planes_count)
-        view = transforms.tensor_of(resize(image, size), job.device)
-        for mirrored in (False, True) if settings.flip else (False,):
+    for pixels, mirrorings in windows.views(image, settings, planes_count):
+        view = transforms.tensor_of(pixels, job.device)
+        for mirrored in mirrorings:
             share = _share(view, mirrored, model, job, canvas)
             total = share if total is None else total.add_(share)
             del share  # a stack of planes that the next view would find still there
     assert total is not None  # Segment has at least one scale
-    return total.div_(len(settings.scales) * (2 if settings.flip else 1)).cpu().numpy()
+    return total.div_(windows.view_count(settings)).cpu().numpy()
 
 
 def _share(view: Tensor, mirrored: bool, model: Any, job: Job, canvas: tuple[int, int]) -> Tensor:
@@ -194,29 +170,19 @@ def _share(view: Tensor, mirrored: bool, model: Any, job: Job, canvas: tuple[int
 def windowed(view: Tensor, model: Any, job: Job) -> Tensor:
     """f32[3,h,w] → logits f32[p,h,w], averaged where windows overlap; one batch of windows is alive at a time.
 
-    A view smaller than a window is not enlarged: it is one window of its own size, which the segmenter pads to its stride.
+    A segmenter pads a window to its stride.
     """
     (h, w), settings = view.shape[-2:], job.settings
-    high, wide = min(settings.window, h), min(settings.window, w)
-    corners = [
-        (top, left) for top in starts(h, high, settings.window_stride) for left in starts(w, wide, settings.window_stride)
-    ]
     total, count = None, view.new_zeros(h, w)
     dtype = PRECISIONS[settings.precision]
-    for at in range(0, len(corners), WINDOWS_PER_BATCH):
-        batch_corners = corners[at : at + WINDOWS_PER_BATCH]
-        batch = torch.stack([view[:, top : top + high, left : left + wide] for top, left in batch_corners])
+    for corners in windows.batches((h, w), settings):
+        batch = torch.stack([view[:, rows, columns] for rows, columns in corners])
         with torch.autocast(job.device.split(":")[0], dtype=dtype, enabled=dtype is not None):
             logits = model.segment(batch, job.options).float()
         if total is None:
             total = view.new_zeros(logits.shape[1], h, w)
-        for (top, left), window in zip(batch_corners, logits, strict=True):
-            total[:, top : top + high, left : left + wide] += window
-            count[top : top + high, left : left + wide] += 1
+        for (rows, columns), window in zip(corners, logits, strict=True):
+            total[:, rows, columns] += window
+            count[rows, columns] += 1
     assert total is not None  # there is at least one window
     return total.div_(count)
-
-
-def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side: every stride px, the last one aligned to the border. stride ≤ window ≤ length."""
-    return sorted({*range(0, length - window + 1, stride), length - window})

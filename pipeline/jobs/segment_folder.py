@@ -1,32 +1,56 @@
-"""Any folder of images + a trained segmenter → masks and overlays. Outside the DAG, so without records."""
+"""Any folder of images + a trained segmenter → masks and overlays. Outside the DAG, so without records.
+
+Imports no torch: the segmenter is a Predictor, by torch (torch_predictor.py) or by onnxruntime (onnx_model.py).
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from pipeline.core import records, store
+from pipeline.core import records
 from pipeline.core.labels import BACKGROUND, LabelSpace
-from pipeline.core.sections import Settings
 from pipeline.imaging.palette import voc_palette
-from pipeline.jobs import segment
 from pipeline.jobs.engine import Engine
 from pipeline.listing import images_under
 from pipeline.mask_files import hex_of, legend, palette_png
-from pipeline.training import checkpoint
 
 LONG_SIDE = 2048  # px, at most, of an overlay; masks keep the image's size
 OPACITY = 0.5  # of the class colours over the image
 DESCRIPTION = "segmented.json"
+
+
+class Predictor(Protocol):
+    """A trained segmenter that can be sent to other processes."""
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        ...
+
+    @property
+    def labels(self) -> LabelSpace: ...
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What masks depend on: run, and digests of segmenter and settings; for segmented.json."""
+        ...
+
+    def mask(self, image: np.ndarray) -> np.ndarray:
+        """u8[h,w,3] RGB → u8[h,w] mask values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,37 +64,34 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """written: number of masks; problems: a text per image that could not be read."""
+    """written: number of masks; kept: of masks that were there already; problems: a text per image that could not be
+    read."""
 
     written: int
+    kept: int
     problems: list[str]
 
 
-def run(settings: Settings, weights: Path, images: Path, out: Path, *, overwrite: bool, engine: Engine) -> Result:
+def run(predictor: Predictor, images: Path, out: Path, *, overwrite: bool, engine: Engine) -> Result:
     """Segments every image under `images` that has no mask in `out` yet; with overwrite, every image.
 
     ValueError where there is no image, or where `out` holds masks of another segmenter or of other settings.
     """
-    labels = labels_of(weights)
-    job = segment.job_of(settings, weights, root=images, labels=labels, out=out, device=engine.device())
     all_targets = targets(images, out)
-    description = describe(settings.name, weights, dataclasses.asdict(job.settings), labels)
+    description = describe(predictor)
     unfinished = remaining(all_targets, out, description, overwrite=overwrite)
-    if len(unfinished) < len(all_targets):
-        engine.info(
-            "%d of %d images have their masks already; --overwrite makes them anew",
-            len(all_targets) - len(unfinished),
-            len(all_targets),
-        )
-    image_problems = engine.each(partial(apply_one, job=job), unfinished, what=f"segment {settings.name}", device=job.device)
+    apply = partial(apply_one, images=images, predictor=predictor)
+    image_problems = engine.each(apply, unfinished, what=f"segment {predictor.name}", device=predictor.device)
     problems = [problem for problem in image_problems if problem is not None]
-    return Result(len(unfinished) - len(problems), problems)
+    return Result(len(unfinished) - len(problems), len(all_targets) - len(unfinished), problems)
 
 
 def labels_of(weights: Path) -> LabelSpace:
     """The classes that a segmenter was trained on, from its file's metadata. ValueError if there is no such file."""
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; train it by `dvc repro`, or name another file by --segmenter")
+    from pipeline.training import checkpoint  # has torch
+
     return LabelSpace(tuple(json.loads(checkpoint.read_metadata(weights)["labels"])))
 
 
@@ -120,28 +141,24 @@ def remaining(all_targets: list[Target], out: Path, description: dict[str, Any],
     return [target for target in all_targets if not (target.mask.exists() and target.overlay.exists())]
 
 
-def describe(run_name: str, weights: Path, settings: dict[str, Any], labels: LabelSpace) -> dict[str, Any]:
+def describe(predictor: Predictor) -> dict[str, Any]:
     """Content of segmented.json: run, digests of segmenter and settings, and the names and colours of mask values."""
-    return {
-        "method": run_name,
-        "segmenter": store.file_digest(weights),
-        "settings": store.digest(settings),
-        "classes": [{"value": value, "name": name, "color": hex_of(value)} for value, name in legend(labels).items()],
-    }
+    names = legend(predictor.labels)
+    classes = [{"value": value, "name": name, "color": hex_of(value)} for value, name in names.items()]
+    return predictor.description() | {"classes": classes}
 
 
-def apply_one(target: Target, job: segment.Job) -> str | None:
-    """Writes mask and overlay of an image; returns what is wrong with the image, or None.
+def apply_one(target: Target, images: Path, predictor: Predictor) -> str | None:
+    """Writes mask and overlay of an image under `images`; returns what is wrong with the image, or None.
 
-    The image is read as prepare reads it: upright, 8-bit RGB. job.root is the folder of images.
+    The image is read as prepare reads it: upright, 8-bit RGB.
     """
     try:
-        image = records.decode((job.root / target.source).read_bytes())
+        image = records.decode((images / target.source).read_bytes())
     except Exception as error:  # decoders raise many kinds of errors on broken files, which must not end the run
         text = "not a known image format" if "cannot identify" in str(error) else f"{error or type(error).__name__}"
         return f"{str(target.source)!r} cannot be read: {text}"
-    model = segment.load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
-    mask = segment.segment_one(image, model, job)["label"]
+    mask = predictor.mask(image)
     _write_atomically(target.mask, palette_png(mask))
     buffer = io.BytesIO()
     Image.fromarray(overlay(image, mask)).save(buffer, "JPEG", quality=90)

@@ -17,7 +17,7 @@ class Linear(nn.Module):
         self.proj = nn.Linear(channels, width)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.proj(maps.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(len(maps), -1, *maps.shape[-2:])
+        return self.proj(maps.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(maps.shape[0], -1, *maps.shape[-2:])
 
 
 class SegFormerHead(nn.Module):

@@ -111,7 +111,7 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         hidden = self.fc1(tokens)
-        maps = self.dwconv["dwconv"](hidden.transpose(1, 2).reshape(len(tokens), -1, *grid))
+        maps = self.dwconv["dwconv"](hidden.transpose(1, 2).reshape(tokens.shape[0], -1, *grid))
         return self.fc2(F.gelu(maps.flatten(2).transpose(1, 2)))
 
 
@@ -163,6 +163,6 @@ class MixTransformer(nn.Module):
                 tokens, pair = block(tokens, grid)
                 pairs.append(pair)
             tokens = self.get_submodule(f"norm{stage}")(tokens)
-            maps = tokens.transpose(1, 2).reshape(len(images), -1, *grid)
+            maps = tokens.transpose(1, 2).reshape(images.shape[0], -1, *grid)
             features.append(maps)
         return features, pairs

@@ -91,7 +91,7 @@ class Backbone(nn.Module):
 
     def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """f32[b,prefix+n,dim] → the patches as a map."""
-        return tokens[:, self.prefix :].transpose(1, 2).reshape(len(tokens), self.dim, *grid)
+        return tokens[:, self.prefix :].transpose(1, 2).reshape(tokens.shape[0], self.dim, *grid)
 
     def stages(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Maps after each quarter of the blocks, all at the same stride and through the final norm; and queries and keys

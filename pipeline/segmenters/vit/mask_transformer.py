@@ -55,4 +55,4 @@ class MaskTransformer(nn.Module):
         tokens = self.decoder_norm(tokens)
         patches, classes = tokens[:, : gh * gw] @ self.proj_patch, tokens[:, gh * gw :] @ self.proj_classes
         masks = F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).transpose(1, 2)
-        return self.mask_norm(masks).transpose(1, 2).reshape(len(tokens), -1, gh, gw)
+        return self.mask_norm(masks).transpose(1, 2).reshape(tokens.shape[0], -1, gh, gw)
