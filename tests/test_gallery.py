@@ -210,7 +210,7 @@ def test_pages_of_rows_hold_all_images_in_every_order(tmp_path: Path, monkeypatc
     given = [("a", 0.5, ("leak",)), ("b<", 0.1, ()), ("c", None, ("leak", "edges")), ("d", 0.1, ("leak",)), ("e", 0.9, ())]
     for image_id, score, reasons in given:
         table.add(rows.Row(image_id, "predictions", None, score, reasons, tags=("a%7Cb",)))
-    told = table.write(tmp_path, "0")
+    written = table.write(tmp_path, "0")
 
     def ids(name: str) -> list[str]:
         texts = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob(f"0-{name}-*.js"))]
@@ -221,7 +221,7 @@ def test_pages_of_rows_hold_all_images_in_every_order(tmp_path: Path, monkeypatc
 
     assert ids("id") == ["a", "b<", "c", "d", "e"] and ids("quality") == ["b<", "d", "a", "e", "c"]
     assert ids("reason-0") == ["d", "a", "c"] and ids("reason-1") == ["c"]
-    assert told == {"rows": 5, "per_page": 2, "reasons": [["leak", 3], ["edges", 1]], "first_ids": ["a", "c", "e"]}
+    assert written == {"rows": 5, "per_page": 2, "reasons": [["leak", 3], ["edges", 1]], "first_ids": ["a", "c", "e"]}
     with pytest.raises(ValueError, match="'x' has the tag 'dog', which is no class"):
         image_table.ImageTable(["cat"]).add(rows.Row("x", "predictions", None, 0.5, (), tags=("dog",)))
 

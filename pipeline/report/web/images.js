@@ -7,7 +7,8 @@ const tableFields = byId("images-controls").elements;
 const tableState = { method: 0, split: "train", order: "worst", reason: "", from: 0 };
 
 const tableOf = () => report.tables[tableState.split][tableState.method];
-const listName = () => (tableState.reason !== "" ? `reason-${tableState.reason}` : tableState.order === "id" ? "id" : "quality");
+const wholeList = () => (tableState.order === "id" ? "id" : "quality");
+const listName = () => (tableState.reason !== "" ? `reason-${tableState.reason}` : wholeList());
 const listLength = () => (tableState.reason !== "" ? tableOf().reasons[tableState.reason][1] : tableOf().rows);
 
 function pageOfRows(number) {

@@ -163,7 +163,8 @@ function picture(at, method, { layer, stage, opacity }, label) {
 
 function legendItem(colour, name, fraction) {
   const swatch = element("i", { class: "swatch", style: `background: ${colour}` });
-  return element("li", {}, swatch, element("span", {}, name), fraction === undefined ? null : element("span", {}, percent(fraction)));
+  const size = fraction === undefined ? null : element("span", {}, percent(fraction));
+  return element("li", {}, swatch, element("span", {}, name), size);
 }
 
 // Legend of a layer. values: [{ value, fraction of pixels }] of a mask; without it all classes are listed.

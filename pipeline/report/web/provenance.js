@@ -62,9 +62,11 @@ const MAX_COMMITS = 20; // columns of the table of a run
 function historyTable(points) {
   const name = points.some((point) => Object.keys(point.miou).length) ? "miou" : "coverage";
   const stages = [...new Set(points.flatMap((point) => Object.keys(point[name])))];
-  const ordered = [...report.stages.filter((stage) => stages.includes(stage)), ...stages.filter((stage) => !report.stages.includes(stage))];
+  const position = (stage) => (report.stages.includes(stage) ? report.stages.indexOf(stage) : report.stages.length);
+  const ordered = stages.sort((a, b) => position(a) - position(b));
   const heading = ({ commit, date, subject }) => element(
-    "th", { scope: "col", title: subject }, commit.slice(0, 7) || "now", element("br"), element("small", {}, date || "not committed"),
+    "th", { scope: "col", title: subject }, commit.slice(0, 7) || "now", element("br"),
+    element("small", {}, date || "not committed"),
   );
   const value = (point, stage) => point[name][stage] ?? null;
   const latest = points.slice(0, MAX_COMMITS);
