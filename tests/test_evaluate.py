@@ -284,3 +284,6 @@ def test_records_survive_writing_and_reading(tmp_path: Path) -> None:
     _, read = build(tmp_path)
     records.write(tmp_path / "records.h5", read)
     assert records.read(tmp_path / "records.h5") == read
+    wanted = {read.images[0].id, read.images[6].id}
+    some = records.read(tmp_path / "records.h5", wanted)
+    assert some.images == (read.images[0], read.images[6]) and (some.labels, some.skipped) == (read.labels, read.skipped)

@@ -49,6 +49,20 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, count
         np.testing.assert_array_equal(read[image_id]["mask"], mask)
 
 
+@pytest.mark.parametrize(("count", "block"), [(0, 3), (1, 1), (7, 3), (7, 100)])
+def test_a_store_of_one_part_is_streamed_in_order(tmp_path: Path, count: int, block: int) -> None:
+    masks = random_masks(count)
+    path = store.part_path(write(tmp_path, masks, 100), 0)
+    streamed = list(store.stream(path, store.PSEUDO_MASKS, block))
+    assert [image_id for image_id, _ in streamed] == sorted(masks)
+    for image_id, fields in streamed:
+        np.testing.assert_array_equal(fields["mask"], masks[image_id])
+    with pytest.raises(StoreError, match="schema pseudo_masks version 1, expected small_masks version 1"):
+        next(store.stream(path, store.SMALL_MASKS))
+    with pytest.raises(StoreError, match=r"nothing\.h5 is missing"):
+        next(store.stream(tmp_path / "nothing.h5", store.PSEUDO_MASKS))
+
+
 def test_the_same_items_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, random_masks(5)) for name in "ab")
     assert [path.read_bytes() for path in sorted(first.iterdir())] == [
