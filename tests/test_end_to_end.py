@@ -31,7 +31,7 @@ def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     masks = PseudoMasks(done.folder / "artifacts/cam/pseudo_masks")
     assert len(masks) == 9 and masks.labels.names == ("disc", "square")
     metrics = json.loads((done.folder / "metrics/cam.json").read_text(encoding="utf-8"))
-    assert metrics["truth"] and set(metrics["stages"]) == {
+    assert metrics["supervision"] == "tags" and metrics["truth"] and set(metrics["stages"]) == {
         "score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions",
     }  # fmt: skip
     page = (done.folder / "report/index.html").read_text(encoding="utf-8")
