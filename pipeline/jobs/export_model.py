@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.core import records as records_file
 from pipeline.core import refiner_state, store
+from pipeline.core.labels import BACKGROUND
 from pipeline.core.sections import Settings
 from pipeline.jobs import onnx_graph, onnx_model, windows
 from pipeline.jobs.engine import Engine
@@ -31,6 +32,7 @@ class Written:
     """An ONNX file beside torch.
 
     equal          fraction of the pixels of `images` photographs whose mask value is torch's
+    foreground     fraction of the pixels that are of a class by torch: where it is 0, equality says little
     seconds        per photograph by onnxruntime, one thread; torch_seconds: by torch
     quantisation   none, dynamic or static
     """
@@ -39,6 +41,7 @@ class Written:
     bytes: int
     images: int
     equal: float
+    foreground: float
     seconds: float
     torch_seconds: float
     quantisation: str
@@ -47,7 +50,8 @@ class Written:
         kind = "fp32" if self.quantisation == "none" else f"int8, {self.quantisation} quantisation"
         return (
             f"{self.path}: {self.bytes / 1e6:.1f} MB, {kind}; {self.equal:.4%} of the pixels of {self.images} photographs "
-            f"as by torch; {self.seconds:.2f} s a photograph, torch {self.torch_seconds:.2f} s (one thread)"
+            f"as by torch ({self.foreground:.0%} are of a class); {self.seconds:.2f} s a photograph, torch "
+            f"{self.torch_seconds:.2f} s (one thread)"
         )
 
 
@@ -193,7 +197,9 @@ def compare(
     """An ONNX file beside torch's masks."""
     segmenter = OnnxSegmenter.read(path)
     masks, seconds = masks_of(segmenter, photographs, engine, "by onnxruntime")
+    pixels = sum(mask.size for mask in expected)
     same = sum(int((mask == other).sum()) for mask, other in zip(masks, expected, strict=True))
-    equal = same / sum(mask.size for mask in expected)
+    foreground = sum(int((mask != BACKGROUND).sum()) for mask in expected)
     kind = segmenter.metadata.quantisation
-    return Written(name, path.stat().st_size, len(photographs), equal, seconds, torch_seconds, kind)
+    size, count = path.stat().st_size, len(photographs)
+    return Written(name, size, count, same / pixels, foreground / pixels, seconds, torch_seconds, kind)
