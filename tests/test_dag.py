@@ -271,6 +271,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/jobs/refine.py", each("fit_refiner", "refine")),
     ("pipeline/jobs/train.py", each("train", "retrain", "cross_validate")),
     ("pipeline/jobs/segment.py", each("segment", "cross_validate")),
+    ("pipeline/jobs/windows.py", each("segment", "cross_validate")),
     *(
         (f"pipeline/jobs/{kind}.py", each(kind))
         for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "evaluate", "report")
