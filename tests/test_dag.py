@@ -124,7 +124,7 @@ def test_every_code_dep_of_every_stage_is_imported_by_it(stages_of_preset: dict[
         files = imported(name, stage)
         code = [dep for dep in deps(stage) if dep.startswith(("pipeline/", "stages/"))]
         idle += [(name, dep) for dep in code if not any(covered(file, [dep]) for file in files)]
-    # of methods and segmenters with SegFormer's head, of refiners that learn, and of data sets with a table of tags: what has
+    # of methods and segmenters with SegFormer's head, of refiners that learn, of data sets with a table of tags: what has
     # none cannot say so, a slot is no condition
     some = {
         "pipeline/tag_table.py",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,9 @@ def run(
     audit_list: str | None = None,
 ) -> records.Records:
     settings = Dataset("folder", str(root), options or FOLDER)
-    mapper = partial(runtime.each, what="prepare")
     rules = Prepare(on_bad_image, "gzip", audit_list)  # type: ignore[arg-type]
     places = {"records_out": out / "records.h5", "truth_out": out / "truth.h5"}
-    return prepare(settings, rules, digest="d", mapper=mapper, info=runtime.info, **places)
+    return prepare(settings, rules, digest="d", engine=runtime, **places)
 
 
 def failure(root: Path, out: Path, **how: Any) -> DatasetError:
@@ -372,9 +370,8 @@ def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
     classes = ["cat", "cow", "dog", "horse", "person", "sheep"]
     options = {"train_list": "train_aug", "val_list": "val", "tags": "csv", "classes": classes}
     settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
-    mapper = partial(runtime.each, what="prepare")
     places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
-    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, info=runtime.info, **places)
+    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", engine=runtime, **places)
     truth = store.Store(tmp_path / "t.h5", store.TRUTH)
     assert (len(prepared.split("train")), len(prepared.split("val")), len(truth)) == (48, 24, 72)
     with h5py.File(tmp_path / "t.h5") as file:
