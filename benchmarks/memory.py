@@ -33,8 +33,8 @@ STAGES = {
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined "
     "--pseudo-masks masks "
-    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --small-masks s.h5 --gallery gallery.h5 "
-    "--thresholds a.csv "
+    "--predictions predictions --held-out h.h5 --metrics m.json --figures f.json --images i.csv --small-masks s.h5 "
+    "--gallery gallery.h5 --thresholds a.csv "
     "--per-class b.csv --confusion c.csv",
 }
 

@@ -71,6 +71,17 @@ def toy_recipe(method: str) -> dict[str, Any]:
     return recipe
 
 
+def smp_model(
+    decoder: str = "fpn", encoder: str = "tu-test_resnet", options: dict[str, Any] | None = None, norm: str = "group"
+) -> dict[str, Any]:
+    """retrain.model of segmenter smp, as small as its package allows."""
+    small = {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 64, "decoder_dropout": 0.0}
+    return {
+        "decoder": decoder, "encoder": encoder, "depth": 5, "norm": norm,
+        "decoder_options": small if options is None else options, "encoder_lr_factor": 0.5, "balance": "pixels",
+    }  # fmt: skip
+
+
 class Toy:
     """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a
     folder."""

@@ -294,6 +294,24 @@ class CheckedRefiner(RefinerModule, Protocol):
 
 
 @runtime_checkable
+class SupervisedRefiner(RefinerModule, Protocol):
+    """A refiner that may bring something which learned from more than image-level tags."""
+
+    def supervision(self, params: Any) -> str | None:
+        """FitParams → what that was, for metrics and report: "saliency (pixel masks of DUTS-TR)". None: tags alone."""
+        ...
+
+
+@runtime_checkable
+class DeviceRefiner(Refiner, Protocol):
+    """A refiner that is not trained here, but may run a network."""
+
+    def to(self, device: str) -> None:
+        """Moves the network to a torch device."""
+        ...
+
+
+@runtime_checkable
 class AffinityMethod(Protocol):
     """Module of a method whose score_maps have an affinity where it is asked for. HAS_AFFINITY: True."""
 
