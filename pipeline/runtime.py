@@ -150,8 +150,10 @@ def one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def each(function: Callable[[In], Out], items: Sequence[In], *, what: str | None, device: str = "cpu") -> Iterator[Out]:
-    """function(item) for every item, results in the order of `items`, with progress under the name `what`, or without any.
+def each(
+    function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
+) -> Iterator[Out]:
+    """function(item) for every item, results in the order of `items`, with a progress bar. unit: images per item.
 
     With more than one process `function` must be picklable. At most two items per process are in flight, so that memory does
     not grow with their number. An error ends the run after the items in flight have finished. Every process has one torch
@@ -159,9 +161,10 @@ def each(function: Callable[[In], Out], items: Sequence[In], *, what: str | None
     """
     one_thread()
     processes = workers(device)
-    alone = processes == 1 or len(items) <= 1 or inline()
-    results = map(function, items) if alone else _pooled(function, items, processes)
-    yield from results if what is None else progress(results, len(items), what)
+    if processes == 1 or len(items) <= 1 or inline():
+        yield from progress(map(function, items), len(items) * unit, what, unit)
+        return
+    yield from progress(_pooled(function, items, processes), len(items) * unit, what, unit)
 
 
 def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) -> Iterator[Out]:

@@ -31,11 +31,11 @@ class Engine(Protocol):
         ...
 
     def each(
-        self, function: Callable[[In], Out], items: Sequence[In], *, what: str | None, device: str = "cpu"
+        self, function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
     ) -> Iterator[Out]:
         """function(item) for every item, results in the order of `items`.
 
-        what: name of the progress that is shown, None for none; device: where the function computes
+        device: where the function computes; unit: images per item
         """
         ...
 

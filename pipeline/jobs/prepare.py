@@ -154,8 +154,8 @@ def _check_images(
     """
     paths = [listing.path for listing in listings]
     tasks = [paths[at : at + IMAGES_PER_TASK] for at in range(0, len(paths), IMAGES_PER_TASK)]
-    opened = (file for batch in engine.each(partial(open_images, root=root), tasks, what=None) for file in batch)
-    for listing, file in zip(listings, engine.progress(opened, len(paths), "prepare"), strict=True):
+    batches = engine.each(partial(open_images, root=root), tasks, what="prepare", unit=IMAGES_PER_TASK)
+    for listing, file in zip(listings, (file for batch in batches for file in batch), strict=True):
         mask, problem = None, file.problem
         if listing.mask and problem is None:
             mask, problem = _read_mask(listing, dataset, file.size, checked.agreement)
