@@ -41,7 +41,7 @@ class Params:
             raise ValueError(f"images: got {self.images!r}, allowed is a folder within dataset.root, or `.` for itself")
         if images.parts[:1] == (MASKS,):
             raise ValueError(f"images: got {self.images!r}, but {MASKS}/ of dataset.root holds masks")
-        tags = PurePosixPath(self.tags or TABLES / TABLE)
+        tags = TABLES / TABLE if self.tags is None else PurePosixPath(self.tags)
         if not tags.is_relative_to(TABLES) or tags == TABLES or ".." in tags.parts or "\\" in str(tags):
             raise ValueError(
                 f"tags: got {self.tags!r}, allowed is null, or a file in {TABLES}/ of the project, where DVC sees changes"
