@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
-from pipeline.core.records import ImageRecord
+from pipeline.core.records import ChangedImageError, ImageRecord
 from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
 from pipeline.training import checkpoint, loop, optim, resume
@@ -221,7 +221,7 @@ def test_a_batch_larger_than_the_data_set_takes_several_passes() -> None:
 def test_an_image_that_changed_since_prepare_is_an_error(tmp_path: Path, root: Path) -> None:
     job = job_in(tmp_path / "a", root)
     (root / "images" / "train 003.png").write_bytes(b"other")
-    with pytest.raises(RuntimeError, match="has changed since prepare"):
+    with pytest.raises(ChangedImageError, match="has changed since prepare"):
         trained(job)
 
 
