@@ -268,6 +268,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/jobs/score_maps.py", each("extract")),
     ("pipeline/jobs/refine.py", each("fit_refiner", "refine")),
     ("pipeline/jobs/train.py", each("train", "retrain", "cross_validate")),
+    ("pipeline/jobs/training_run.py", each("train", "fit_refiner", "retrain", "cross_validate")),
     ("pipeline/jobs/segment.py", each("segment", "cross_validate")),
     *(
         (f"pipeline/jobs/{kind}.py", each(kind))
