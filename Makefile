@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup data demo test lint bench doctor clean
+.PHONY: setup data demo test lint docs bench doctor clean
 
 setup: ## venv, pinned packages, the pydensecrf build, a self-check
 	@.ci/setup
@@ -13,9 +13,9 @@ data: setup ## draws the embedded data set
 
 demo: data ## the whole pipeline on drawn scenes, and a table of its figures
 	dvc repro
-	@$(PY) -m pipeline.report.summary metrics
+	@$(PY) -m pipeline.report.summary audit
 
-test: setup lint ## everything that CI runs
+test: setup lint docs ## everything that CI runs
 	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: setup
@@ -23,6 +23,9 @@ lint: setup
 	ruff format --check .
 	lint-imports
 	pyright
+
+docs: setup ## the site of docs/ into site/; fails where a link or an anchor is dead
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 bench: setup ## speed and memory, as ratios against a reference in the same run
 	$(PY) -m benchmarks.run

@@ -33,8 +33,8 @@ STAGES = {
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined "
     "--pseudo-masks masks "
-    "--predictions predictions --held-out h.h5 --metrics m.json --images i.csv --small-masks s.h5 --gallery gallery.h5 "
-    "--thresholds a.csv "
+    "--predictions predictions --held-out h.h5 --metrics m.json --figures f.json --images i.csv --small-masks s.h5 "
+    "--gallery gallery.h5 --thresholds a.csv "
     "--per-class b.csv --confusion c.csv",
 }
 
@@ -57,7 +57,11 @@ def params(folder: Path, count: int) -> None:
     """Run cam of the scenes preset on that folder, with just enough training to have something to stream."""
     values = yaml.safe_load((PROJECT / "presets" / "scenes.yaml").read_text(encoding="utf-8"))
     recipe = yaml.safe_load((PROJECT / values["methods"]["cam"]["recipe"]).read_text(encoding="utf-8"))
-    values["dataset"] = {"name": "folder", "root": "raw", "options": {"classes": ["blob"], "val_share": 0.1}}
+    values["dataset"] = {
+        "name": "folder",
+        "root": "raw",
+        "options": {"images": "images", "tags": None, "classes": ["blob"], "val_share": 0.1},
+    }
     values["methods"]["cam"]["recipe"] = "cam.yaml"
     values["export"] |= {"formats": plugins.available("exporters"), "images_per_part": 32}
     for section in ("train", "retrain"):

@@ -81,7 +81,7 @@ def main(run: str, work: Path) -> None:
     """Trains RUN's segmenter on the true masks of split train, and scores it on split val."""
     settings = Settings.read(run)
     read, truth = records.read(Path("data/records.h5")), store.Store(Path("data/truth.h5"), store.TRUTH)
-    own = metrics_file.read(Path("metrics") / f"{run}.json")
+    own = metrics_file.read(Path("audit") / f"{run}.json")
     folder = (work / run).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -14,9 +14,14 @@ SMALLEST_PROBABILITY = 1e-5  # PSA, IRN and MCTformer clip here before the logar
 
 @dataclass(frozen=True)
 class CrfSettings:
-    """iterations of mean field; sxy in px and srgb in 0..255 are standard deviations, compat are Potts weights.
+    """A dense CRF with two kernels; a weight of 0 leaves its kernel out.
 
-    0 for a compat leaves that kernel out.
+    iterations        of mean field
+    gaussian_sxy      px, standard deviation of the kernel that sees positions alone
+    gaussian_compat   Potts weight of that kernel
+    bilateral_sxy     px, standard deviation in position of the kernel that sees positions and colours
+    bilateral_srgb    0..255, its standard deviation in colour
+    bilateral_compat  Potts weight of that kernel
     """
 
     iterations: Positive

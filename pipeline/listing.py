@@ -1,8 +1,7 @@
-"""Functions that data sets share: ids, tables of tags, image files, and the error that lists all problems of a data set."""
+"""Functions that data sets share: ids, splits, image files, and the error that lists all problems of a data set."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -41,53 +40,6 @@ def id_problem(image_id: str) -> str | None:
     if path.is_absolute() or ".." in path.parts or "\\" in image_id:
         return f"{image_id!r}: an id must be a relative path without `..` or backslashes"
     return None
-
-
-def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header, column name → cell. UTF-8, with or without byte-order mark; outer spaces go.
-
-    DatasetError where the file or a required column is missing, or where a row has more or fewer cells than the header
-    allows: tags separated by commas would otherwise be lost silently. A row may end after the last required column.
-    """
-    if not path.is_file():
-        raise DatasetError([f"{path} is missing"])
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            problems = [
-                f"{path}: column {name!r} is missing; the header is {header}" for name in required if name not in header
-            ]
-            problems += [f"{path}: column {name!r} stands twice" for name in duplicates(header)]
-            if problems:
-                raise DatasetError(problems)
-            shortest = 1 + max(header.index(name) for name in required)
-            rows = []
-            for cells in reader:
-                if not cells:
-                    continue
-                if not shortest <= len(cells) <= len(header):
-                    allowed = f"{shortest} to {len(header)}" if shortest < len(header) else str(shortest)
-                    problems.append(
-                        f"{path} line {reader.line_num}: {len(cells)} columns, not {allowed}; part tags by spaces or `;`"
-                    )
-                padded = [*cells, *[""] * len(header)][: len(header)]
-                rows.append({name: cell.strip() for name, cell in zip(header, padded, strict=True)})
-    except UnicodeDecodeError as error:
-        raise DatasetError([f"{path} is not UTF-8 ({error}); save it as UTF-8"]) from error
-    except csv.Error as error:
-        raise DatasetError([f"{path} is no CSV: {error}"]) from error
-    if problems:
-        raise DatasetError(problems)
-    return rows
-
-
-def split_tags(cells: Iterable[str]) -> list[tuple[str, ...]]:
-    """Cells of the column `tags` → tags per row, duplicates dropped. Tags are separated by `;` if any cell of the column
-    holds one (names may then contain spaces), else by white space. An empty cell gives (): no class is present."""
-    cells = list(cells)
-    separator = ";" if any(";" in cell for cell in cells) else None
-    return [tuple(dict.fromkeys(tag.strip() for tag in cell.split(separator) if tag.strip())) for cell in cells]
 
 
 def without_suffix(name: str) -> str:

@@ -1,12 +1,14 @@
-"""Masks and class names ↔ the forms that annotation tools exchange: PNG files, colours, label maps, file names of ids.
+"""Masks and class names ↔ the forms that annotation tools exchange: PNG files, brush regions, colours, label maps, names.
 
-Shared by the exporters, corrections and segment_folder.
+Shared by the exporters, corrections, segment_folder and serve.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,6 +20,11 @@ from pipeline.core.records import file_stem
 from pipeline.imaging.palette import voc_palette
 
 Colour = tuple[int, int, int]
+
+WORD = 8  # bits of a value in rle-pack
+LENGTHS = np.array([3, 4, 8, 16])  # bits in which a run's length can be stored
+CHANNELS = 4
+LONGEST = 2**16  # values in one run
 
 
 def palette_png(mask: np.ndarray) -> bytes:
@@ -147,3 +154,68 @@ def components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """bool[h,w] → i32[h,w] numbers of its 4-connected components, from 1 (0 outside), and their areas i64[n] in px."""
     numbers, count = ndimage.label(region)  # pyright: ignore[reportGeneralTypeIssues] (its stub has one return type of two)
     return numbers, np.bincount(numbers.ravel(), minlength=count + 1)[1:]
+
+
+@dataclass(frozen=True)
+class BrushTag:
+    """A <BrushLabels> of Label Studio's labelling interface.
+
+    name     its `name`
+    to_name  the <Image> that it paints on
+    labels   mask value → label; values that are not here are not painted
+    """
+
+    name: str
+    to_name: str
+    labels: Mapping[int, str]
+
+
+def brush_regions(mask: np.ndarray, tag: BrushTag, name: str) -> list[dict[str, Any]]:
+    """u8[h,w] mask values → regions of a prediction of Label Studio, one per present value that `tag` labels, never of 0.
+
+    name: their ids are <name>-<value>; unique within a task.
+    """
+    h, w = mask.shape
+    return [
+        {
+            "id": f"{name}-{value}",
+            "type": "brushlabels",
+            "from_name": tag.name,
+            "to_name": tag.to_name,
+            "original_width": w,
+            "original_height": h,
+            "image_rotation": 0,
+            "value": {"format": "rle", "rle": list(brush_rle(mask == value)), "brushlabels": [tag.labels[value]]},
+        }
+        for value in np.unique(mask).tolist()
+        if value != BACKGROUND and value in tag.labels
+    ]
+
+
+def brush_rle(region: np.ndarray) -> bytes:
+    """bool[h,w] → the RLE of Label Studio's brush: rle-pack of the region's RGBA bytes, 4 per pixel, all 0 or all 255.
+
+    rle-pack is thi.ng's (https://github.com/thi-ng/umbrella), a bit stream. Header: number of values (32 bits), bits per
+    value - 1 (5 bits), then the four entries of LENGTHS - 1 (4 bits each). Per run: a 1, the index of its length's width in
+    LENGTHS (2 bits), length - 1, value. Runs of literal values (a 0) are never shorter here: a pixel is 4 equal values.
+    """
+    flat = region.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    lengths = np.diff(np.append(starts, flat.size)) * CHANNELS
+    pieces = -(-lengths // LONGEST)
+    values = np.repeat(flat[starts], pieces)
+    runs = np.full(pieces.sum(), LONGEST)
+    ends = np.cumsum(pieces) - 1
+    runs[ends] = lengths - (pieces - 1) * LONGEST
+    widths = np.searchsorted(2**LENGTHS, runs)  # index in LENGTHS
+    codes = ((((1 << 2) | widths) << LENGTHS[widths]) | (runs - 1)) << WORD | np.where(values, 2**WORD - 1, 0)
+    header = _bits(np.array([flat.size * CHANNELS, WORD - 1, *(LENGTHS - 1)]), np.array([32, 5, 4, 4, 4, 4]))
+    return np.packbits(np.concatenate([header, _bits(codes, 3 + LENGTHS[widths] + WORD)])).tobytes()
+
+
+def _bits(numbers: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Numbers i64[n] and widths i64[n] in bits → u8[sum of widths], the concatenated bits, most significant first."""
+    widest = int(widths.max())
+    places = np.arange(widest - 1, -1, -1)
+    bits = (numbers[:, None] >> places) & 1
+    return bits[places < widths[:, None]].astype(np.uint8)

@@ -1,4 +1,4 @@
-"""metrics/<run>.json: its schema and version, which evaluate writes and the report reads."""
+"""audit/<run>.json, all figures of a run, and metrics/<run>.json, a dozen of them for DVC: schema, version, reading."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA, VERSION = "metrics", 2
-HEADER = {"schema": SCHEMA, "version": VERSION}  # its first keys
+# up to version 2, metrics/<run>.json held all figures, under schema "metrics"; since version 3 they are in audit/<run>.json
+SCHEMA, VERSION = "figures", 3
+HEADER = {"schema": SCHEMA, "version": VERSION}  # the first keys of audit/<run>.json
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The figures of a run as plain values. FileNotFoundError; ValueError for another schema or version."""
+    """audit/<run>.json as plain values. FileNotFoundError; ValueError for another schema or version."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run `dvc repro evaluate`")
     figures = json.loads(path.read_text(encoding="utf-8"))
@@ -28,3 +29,11 @@ def version_difference(figures: Mapping[str, Any]) -> str:
     if version is None:
         return f"has no version, {expected}"
     return "" if (schema, version) == (SCHEMA, VERSION) else f"has schema {schema} version {version}, {expected}"
+
+
+def mious(values: Mapping[str, Any]) -> dict[str, float]:
+    """Stage → mIoU, where there is one. values: of audit/<run>.json, or of metrics/<run>.json of any version."""
+    if "stages" not in values:
+        return dict(values.get("miou", {}))
+    stages = values["stages"].items()
+    return {stage: figures["miou"] for stage, figures in stages if figures.get("miou") is not None}

@@ -1,6 +1,6 @@
 """The environment → device, processes, progress, provenance. Decides where work runs, never a result.
 
-The only file that reads os.environ, and the only project file that is a dep of no stage.
+The only file that reads os.environ. With code_files.py, which it uses, and the console command, it is a dep of no stage.
 
 TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
 TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
@@ -33,16 +33,19 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from pipeline import code_files
 from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import begin_child, deaf_children, interrupted_by_signal
 from pipeline.core.store import StoreError
 
-PROJECT = Path(__file__).resolve().parents[1]
 PROVENANCE = Path("provenance")
 TRACEBACK = Path(".work/traceback.txt")
 INTERRUPTED = 130  # exit code of shells for Ctrl-C
-EXEMPT = "pipeline/runtime.py"
+EXEMPT = ("pipeline/runtime.py", "pipeline/code_files.py", "stages/tag2mask.py")
+STAGES = (
+    f"{(__package__ or '').removesuffix('pipeline')}stages"  # package of the command lines: `tag2mask.stages` in a wheel
+)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -116,10 +119,20 @@ def check_params() -> None:
     name = stage_name()
     if name is None:
         return
-    command = [sys.executable, "-m", "stages.check", "--run", name.partition("@")[2]]
+    command = [sys.executable, "-m", f"{STAGES}.check", "--run", name.partition("@")[2]]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:  # train itself warns, with its own phases
         raise ParamsError(result.stderr.rpartition("Error: ")[2].strip())
+
+
+def with_own_commands() -> dict[str, str]:
+    """The environment for DVC: `tag2mask` on its command lines is that of this installation."""
+    command = Path(sys.argv[0])
+    folders: list[Path | str] = [command.parent.resolve()] if command.name == "tag2mask" else []
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(map(str, [*folders, Path(sys.executable).parent, os.environ.get("PATH", "")])),
+    }
 
 
 def inline() -> bool:
@@ -300,6 +313,7 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     started = time.time()
     one_thread()
     try:
+        check_code()
         with interrupted_by_signal():
             yield
     except KeyboardInterrupt as interrupt:
@@ -361,32 +375,53 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def imported_files() -> list[str]:
-    """Project files that this process has imported, relative to the project, sorted."""
+    """Files of tag2mask that this process has imported, relative to where it is installed, sorted."""
     files = set()
     for module in list(sys.modules.values()):
         origin = getattr(module, "__file__", None)
         if not isinstance(origin, str) or not Path(origin).is_absolute():  # torch names some modules by bare file names
             continue
         path = Path(origin).resolve()
-        if path.is_relative_to(PROJECT) and ".venv" not in path.parts and path.name != "__init__.py":
-            files.add(path.relative_to(PROJECT).as_posix())
-    return sorted(files)
+        if path.is_relative_to(code_files.ROOT) and path.name != "__init__.py":
+            files.add(path.relative_to(code_files.ROOT).as_posix())
+    return sorted(file for file in files if code_files.is_code(file))
 
 
 def code_digest() -> str:
-    """sha256 of the project files imported so far, by which unfinished work of other code is not continued."""
+    """sha256 of the files imported so far, by which unfinished work of other code is not continued."""
     digest = hashlib.sha256()
     for file in imported_files():
-        if file != EXEMPT:
-            digest.update(file.encode() + (PROJECT / file).read_bytes())
+        if file not in EXEMPT:
+            digest.update(file.encode() + (code_files.ROOT / file).read_bytes())
     return digest.hexdigest()
 
 
-def guard(name: str, folder: Path = PROJECT) -> None:
-    """RuntimeError if this process has imported a project file that is no dep of stage `name` in folder/dvc.yaml."""
-    deps = declared_deps(name, folder)
+def check_code() -> None:
+    """ValueError where a stage of a project folder runs by other code than code.yaml says, as after an update."""
+    name, recorded = stage_name(), Path(code_files.CODE_FILE)
+    if name is None or not recorded.is_file():
+        return
+    entries = _code_entries(name, Path())
+    stale = code_files.changed(yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}, entries)
+    if stale:
+        raise ValueError(
+            f"{recorded} does not go with the installed tag2mask ({', '.join(stale)} differ): start stages by "
+            "`tag2mask run` or `dvc repro`, which renew it first"
+        )
+
+
+def guard(name: str, folder: Path = Path()) -> None:
+    """RuntimeError if this process has imported a file of tag2mask that is no dep of stage `name` in folder/dvc.yaml."""
+    deps, entries = declared_deps(name, folder), _code_entries(name, folder)
     covered = tuple(dep.rstrip("/") + "/" for dep in deps)
-    undeclared = [file for file in imported_files() if file != EXEMPT and file not in deps and not file.startswith(covered)]
+    undeclared = [
+        file
+        for file in imported_files()
+        if file not in EXEMPT
+        and file not in deps
+        and not file.startswith(covered)
+        and not any(code_files.covers(entry, file) for entry in entries)
+    ]
     if undeclared:
         raise RuntimeError(
             f"stage {name} imported {', '.join(undeclared)}, which dvc.yaml does not list among its deps: a change there "
@@ -394,18 +429,24 @@ def guard(name: str, folder: Path = PROJECT) -> None:
         )
 
 
-def declared_deps(name: str, folder: Path = PROJECT) -> list[str]:
+def declared_deps(name: str, folder: Path = Path()) -> list[str]:
     """Deps of a stage, as DVC resolves them."""
     return [dep if isinstance(dep, str) else next(iter(dep)) for dep in _resolved(name, folder).get("deps", [])]
 
 
-def command_paths(name: str, folder: Path = PROJECT) -> dict[str, Path]:
+def _code_entries(name: str, folder: Path) -> list[str]:
+    """What a stage of a project folder declares of code.yaml; [] in a clone."""
+    params = _resolved(name, folder).get("params", [])
+    return [key for entry in params if isinstance(entry, dict) for key in entry.get(code_files.CODE_FILE, [])]
+
+
+def command_paths(name: str, folder: Path = Path()) -> dict[str, Path]:
     """Paths by option name of a stage's command line in dvc.yaml, the only place that has them."""
     words = shlex.split(_resolved(name, folder)["cmd"])
     return {word[2:]: Path(words[index + 1]) for index, word in enumerate(words) if word.startswith("--")}
 
 
-def params_digest(name: str, folder: Path = PROJECT) -> str:
+def params_digest(name: str, folder: Path = Path()) -> str:
     """sha256 of the values of the params that a stage declares, of params.yaml and of its recipe."""
     values: dict[str, Any] = {}
     for entry in _resolved(name, folder).get("params", []):

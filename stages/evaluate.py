@@ -1,4 +1,4 @@
-"""All results of a run + truth → metrics, plots, indicators per image and stage, thumbnails for the report."""
+"""All results of a run + truth → figures, plots, indicators per image and stage, thumbnails for the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--pseudo-masks", type=PATH, required=True, help="Read: HDF5 store of export.")
 @click.option("--predictions", type=PATH, required=True, help="Read: HDF5 store of segment.")
 @click.option("--held-out", type=PATH, required=True, help="Read: indicators of cross_validate, HDF5.")
-@click.option("--metrics", type=PATH, required=True, help="Written: metrics per stage, JSON.")
+@click.option("--metrics", type=PATH, required=True, help="Written: a dozen figures for `dvc metrics`, JSON.")
+@click.option("--figures", type=PATH, required=True, help="Written: all figures, JSON.")
 @click.option(
     "--images", type=PATH, required=True, help="Written: quality indicators, score and reasons per image and stage, CSV."
 )
@@ -35,15 +36,15 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--confusion", type=PATH, required=True, help="Written: percent of each true class, CSV for dvc plots.")
 def main(
     run: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path,
-    predictions: Path, held_out: Path, metrics: Path, images: Path, small_masks: Path, gallery: Path, thresholds: Path,
-    per_class: Path, confusion: Path,
+    predictions: Path, held_out: Path, metrics: Path, figures: Path, images: Path, small_masks: Path, gallery: Path,
+    thresholds: Path, per_class: Path, confusion: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of RUN on the images that have truth, and computes the quality indicators, which need none.
 
     Reads section evaluate of params.yaml, and the images under dataset.root for edges and thumbnails.
     """
     with runtime.stage():
-        outs = evaluate.Outs(metrics, images, small_masks, gallery, thresholds, per_class, confusion)
+        outs = evaluate.Outs(metrics, figures, images, small_masks, gallery, thresholds, per_class, confusion)
         evaluate.run(
             Settings.read(run), records=records, truth=truth, scoremaps=scoremaps, refiner=refiner, refined=refined,
             pseudo_masks=pseudo_masks, predictions=predictions, held_out=held_out, outs=outs, engine=runtime,

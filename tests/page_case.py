@@ -58,21 +58,21 @@ def item_of(at: int, split: str, photograph: np.ndarray, scores: np.ndarray, cla
     )
     return {
         "kind": np.array([1 + at % 3], np.uint8), "size": np.array(SIZE, np.uint16), "photograph": photograph,
-        "scores": scores,
+        "scores": scores, "confidence": scores,
         "present": present.astype(np.uint8), "maps": packed(maps), "truth": packed(true) if truth else np.zeros(0, np.uint8),
         "miou": miou.astype(np.float32),
     }  # fmt: skip
 
 
-def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
-    """metrics/<run>.json with every key that the page knows, or those without truth."""
+def figures(labels: LabelSpace, truth: bool, records_digest: str) -> dict[str, Any]:
+    """audit/<run>.json with every key that the page knows, or those without truth."""
     names = ["background", *labels.names]
     stages = {}
     for at, stage in enumerate((*TRAIN, *VAL)):
         one: dict[str, Any] = {
             "split": "train" if stage in TRAIN else "val", "images": 3, "images_with_truth": 3 * truth, "coverage": 0.2,
             "ignored": 0.01,
-            "confidence": 0.8, "tagged_classes_without_pixels": 0.1,
+            "confidence": 0.8, "tagged_classes_without_pixels": 0.1, "with_reasons": 0.5,
         }  # fmt: skip
         if truth:
             rates = {"iou": 0.5, "precision": 0.7, "recall": 0.6, "over_activation": 0.2, "under_activation": 0.3}
@@ -83,7 +83,8 @@ def figures(labels: LabelSpace, truth: bool) -> dict[str, Any]:
             one |= {"calibration": {"bins": [[0.3, 0.2, 0.4], [0.9, 0.8, 0.6]], "ece": 0.1}}
         stages[stage] = one
     found: dict[str, Any] = metrics_file.HEADER | {
-        "truth": truth, "protocol": {"predicted_255": "background", "mean": "over classes"}, "images": {"train": 3,
+        "truth": truth, "data": {"records": records_digest, "ids": "i", "classes": "c"},
+        "protocol": {"predicted_255": "background", "mean": "over classes"}, "images": {"train": 3,
         "val": 2, "skipped": 0},
         "threshold": {"chosen": 0.4}, "stages": stages,
     }  # fmt: skip
@@ -126,8 +127,9 @@ def write(
     photograph, scores = encoded("WEBP", "RGB"), encoded("JPEG", "L")
     for name in ("metrics", "audit"):
         (root / name).mkdir(parents=True, exist_ok=True)
+    values = figures(labels, truth, store.file_digest(root / "records.h5"))
     for number, method in enumerate(methods):
-        (root / "metrics" / f"{method}.json").write_text(json.dumps(figures(labels, truth)), encoding="utf-8")
+        (root / "audit" / f"{method}.json").write_text(json.dumps(values), encoding="utf-8")
         (root / "plots" / method).mkdir(parents=True, exist_ok=True)
         curve = "0.0,0.3\n0.5,0.52\n0.9,0.1\n" if truth else ""
         (root / "plots" / method / "threshold.csv").write_text("threshold,miou\n" + curve, encoding="utf-8")
@@ -164,6 +166,9 @@ def write(
                             0.1,
                         ]
                     )
-    folders = page.Inputs(*(root / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
-    page.write(root / "report", read, methods, folders, Report("A title", palette, 5))
-    return root / "report" / "index.html"
+    return page.write(root / "report", inputs_of(root), methods, Report("A title", palette, 5))
+
+
+def inputs_of(root: Path) -> page.Inputs:
+    folders = (root / name for name in ("audit", "metrics", "plots", "gallery", "inspection"))
+    return page.Inputs(root / "records.h5", *folders)

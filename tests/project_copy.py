@@ -35,6 +35,7 @@ class Copy:
                 shutil.copy(source, folder / name)
         (folder / "data" / "weights").mkdir(parents=True)
         (folder / "data" / "corrections").mkdir()
+        (folder / "data" / "tags").mkdir()
         shutil.copy(PROJECT / "data" / "weights" / "scratch.txt", folder / "data" / "weights")
         toy_folder(folder / "raw", train=9, val=3)
         self.toy = Toy(Path("raw"))

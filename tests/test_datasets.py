@@ -20,7 +20,8 @@ from pipeline.core.records import read_mask
 from pipeline.datasets.coco2014 import dataset as coco2014
 from pipeline.datasets.folder import dataset as folder
 from pipeline.datasets.voc2012 import dataset as voc2012
-from pipeline.listing import DatasetError, id_problem, split_tags, val_by_hash, without_suffix
+from pipeline.listing import DatasetError, id_problem, val_by_hash, without_suffix
+from pipeline.tag_table import split_tags
 from tests.shared_data import shared
 
 
@@ -105,7 +106,7 @@ def own_photographs(root: Path, table: str | None, *names: str) -> Path:
 
 
 def opened(root: Path, classes: tuple[str, ...] | None = None, val_share: float = 0.0) -> folder.Dataset:
-    return folder.Dataset(root, folder.Params(classes, val_share))
+    return folder.Dataset(root, folder.Params("images", None, classes, val_share))
 
 
 def test_nested_unicode_and_spaced_names_become_ids(tmp_path: Path) -> None:

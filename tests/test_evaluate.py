@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 
 from pipeline import metrics, metrics_file
 from pipeline.audit import gallery, indicators
-from pipeline.audit.summary import summary
+from pipeline.audit.summary import headline, summary
 from pipeline.audit.tally import Inputs, Tally, audit_of, tally_batch
 from pipeline.core import records, store
 from pipeline.core.labels import LabelSpace
@@ -23,6 +24,7 @@ from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Evaluate, Report
 from pipeline.jobs.evaluate import Outs, write_tables
 from pipeline.report import page, run_metrics
+from tests import page_case
 from tests.toys import PROJECT, toy_image
 
 LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
@@ -98,15 +100,16 @@ def outs_of(folder: Path) -> Outs:
     """Where dvc.yaml has stage evaluate write, for a run called cam."""
     plots = folder / "plots" / "cam"
     return Outs(
-        metrics=folder / "metrics/cam.json", images=folder / "audit/cam.csv", small_masks=folder / "audit/cam.h5",
-        gallery=folder / "gallery/cam.h5", thresholds=plots / "threshold.csv", per_class=plots / "per_class.csv",
+        metrics=folder / "metrics/cam.json", figures=folder / "audit/cam.json", images=folder / "audit/cam.csv",
+        small_masks=folder / "audit/cam.h5", gallery=folder / "gallery/cam.h5", thresholds=plots / "threshold.csv",
+        per_class=plots / "per_class.csv",
         confusion=plots / "confusion.csv",
     )  # fmt: skip
 
 
 def figures_of(inputs: Inputs, read: Records, chunk: int = 3) -> dict[str, Any]:
-    """What metrics/<run>.json would hold."""
-    return summary(audit_of(tallied(inputs, read, chunk)), inputs, read)
+    """What audit/<run>.json would hold."""
+    return summary(audit_of(tallied(inputs, read, chunk)), inputs, read, "digest")
 
 
 def tallied(inputs: Inputs, read: Records, chunk: int = 3) -> Tally:
@@ -205,24 +208,25 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
         tmp_path / "inspection" / "cam.h5", store.INSPECTION, [(read.images[0].id, item)], labels=LABELS, part=0, parts=1,
         params_digest="", compression="none",
     )  # fmt: skip
-    figures = summary(audit, inputs, read)
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
+    figures = summary(audit, inputs, read, "digest")
+    records.write(tmp_path / "records.h5", read)
+    figures["data"]["records"] = store.file_digest(tmp_path / "records.h5")
     write_tables(audit, figures, read, outs_of(tmp_path))
-    folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
-    page.write(tmp_path / "report", read, ["cam"], folders, Report("A & B", "voc", 3))
-    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    (tmp_path / "audit" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
+    (tmp_path / "audit" / "cam.h5").write_bytes(b"")  # small masks, of no use where there is one run
+    path = page.write(tmp_path / "report", page_case.inputs_of(tmp_path), ["cam"], Report("A & B", "voc", 3))
+    text = path.read_text(encoding="utf-8")
     assert "0.25" in text and "1.00" in text and "fine map" in text
-    assert (
-        text.count("<script") == 3 and "alert(1)</script>" not in text and "&lt;script&gt;" in text
-    )  # facts, pictures, code
+    assert text.count("<script>") == 1 and "alert(1)</script>" not in text and "&lt;script&gt;" in text
     assert "<b>" not in text and "<i>" not in text
     assert "A &amp; B" in text and "größe" in text and "broken &amp; bent" in text
     assert "http" not in text.replace("http-equiv", "") and text.count('"photograph":') == 6
+    if not with_truth:
+        assert "empty tags" in text and "with reasons" in text and "<small class=" in text
 
 
 def test_metrics_of_a_run_that_has_not_been_made_are_missed(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no metrics of weaktr"):
+    with pytest.raises(FileNotFoundError, match=r"weaktr\.json is missing"):
         run_metrics.read(tmp_path, ["weaktr"])
 
 
@@ -231,19 +235,38 @@ def test_metrics_of_a_run_that_has_not_been_made_are_missed(tmp_path: Path) -> N
     [
         ({}, "has no version"),
         ({"schema": "metrics", "version": 1}, "has schema metrics version 1"),
-        ({"schema": "other", "version": metrics_file.VERSION}, "has schema other version 2"),
+        ({"schema": "other", "version": metrics_file.VERSION}, "has schema other version 3"),
     ],
 )
 def test_metrics_of_another_version_are_refused_with_the_version_expected(
     tmp_path: Path, header: dict[str, Any], difference: str
 ) -> None:
     (tmp_path / "cam.json").write_text(json.dumps(header | {"stages": {}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"cam\.json {difference}, expected is schema metrics version 2; run `dvc repro"):
+    with pytest.raises(ValueError, match=rf"cam\.json {difference}, expected is schema figures version 3; run `dvc repro"):
         run_metrics.read(tmp_path, ["cam"])
 
 
 def test_metrics_begin_with_their_schema_and_version(tmp_path: Path) -> None:
-    assert list(figures_of(*build(tmp_path)).items())[:2] == [("schema", "metrics"), ("version", 2)]
+    assert list(figures_of(*build(tmp_path)).items())[:2] == [("schema", "figures"), ("version", 3)]
+
+
+@pytest.mark.parametrize("with_truth", [8, 0])
+def test_the_headline_has_a_dozen_numbers(tmp_path: Path, with_truth: int) -> None:
+    found = headline(figures_of(*build(tmp_path, with_truth=with_truth)))
+    leaves = [leaf for value in found.values() for leaf in (value.values() if isinstance(value, dict) else [value])]
+    assert 5 <= len(leaves) <= 15 and all(isinstance(leaf, int | float) for leaf in leaves)
+    assert ("miou" in found) == ("regret" in found) == bool(with_truth)
+    assert found["with_reasons"].keys() == found["coverage"].keys() == {"pseudo_masks", "predictions"}
+
+
+def test_the_fraction_of_images_with_reasons_is_that_of_the_rows(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    audit = audit_of(tallied(inputs, read))
+    figures = summary(audit, inputs, read, "digest")
+    write_tables(audit, figures, read, outs_of(tmp_path))
+    with (tmp_path / "audit" / "cam.csv").open(encoding="utf-8", newline="") as file:
+        reasons = [row["reasons"] for row in csv.DictReader(file) if row["stage"] == "pseudo_masks"]
+    assert figures["stages"]["pseudo_masks"]["with_reasons"] == sum(map(bool, reasons)) / len(reasons)
 
 
 def test_metrics_are_plain_json_without_nan(tmp_path: Path) -> None:

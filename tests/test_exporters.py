@@ -259,14 +259,14 @@ def decode_brush(data: list[int]) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(MASKS)
 def test_a_brush_region_is_the_rgba_bytes_of_its_pixels(mask: np.ndarray) -> None:
-    decoded = decode_brush(list(label_studio.encode(mask == 1))).reshape(*mask.shape, 4)
+    decoded = decode_brush(list(mask_files.brush_rle(mask == 1))).reshape(*mask.shape, 4)
     assert (decoded == np.where(mask == 1, 255, 0)[..., None]).all()
 
 
 def test_runs_longer_than_sixteen_bits_are_cut() -> None:
     region = np.zeros((300, 300), bool)
     region[200:, :] = True
-    decoded = decode_brush(list(label_studio.encode(region))).reshape(300, 300, 4)
+    decoded = decode_brush(list(mask_files.brush_rle(region))).reshape(300, 300, 4)
     assert ((decoded[..., 0] == 255) == region).all()
 
 

@@ -23,8 +23,8 @@ from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Report
 from pipeline.imaging import planes
-from pipeline.report import charts, colours, page, rows, run_metrics
-from pipeline.report import gallery as blocks
+from pipeline.report import audits, charts, colours, image_table, page, rows, run_metrics
+from pipeline.report.scripts import as_script
 from tests import page_case
 from tests.test_evaluate import LABELS, build, tallied
 
@@ -67,6 +67,8 @@ def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
         assert (rows_, columns) == (32, 32)
         assert Image.open(io.BytesIO(item["photograph"].tobytes())).size == (32, 32)
         assert Image.open(io.BytesIO(item["scores"].tobytes())).size == (16, 16)
+        confidence = np.asarray(Image.open(io.BytesIO(item["confidence"].tobytes())))
+        assert confidence.shape == (16, 16) and abs(confidence.astype(int) - 200).max() <= 2
         names = [name for name, there in zip(stage_order.GALLERY, item["present"], strict=True) if there]
         maps = np.frombuffer(zlib.decompress(item["maps"].tobytes()), np.uint8).reshape(len(names), 32, 32)
         last = names.index("predictions" if record.split == "val" else "pseudo_masks")
@@ -104,9 +106,15 @@ def test_the_worst_rows_go_by_score_then_by_miou_and_of_final_masks_only(tmp_pat
          "predictions", "", "", ""],
          ["f", "val", "predictions", "", "nan", ""]],
     )  # fmt: skip
-    found = rows.worst(rows.read(path), 10)
-    assert [row.id for row in found] == ["b", "c", "a"] and found[0].reasons == ("leak", "edges")
-    assert [row.id for row in rows.worst(rows.read(path), 1)] == ["b"]
+
+    def worst(count: int) -> list[rows.Row]:
+        kept = rows.Worst(count)
+        for row in rows.read(path):
+            kept.add(row)
+        return kept.rows()
+
+    assert [row.id for row in worst(10)] == ["b", "c", "a"] and worst(10)[0].reasons == ("leak", "edges")
+    assert [row.id for row in worst(1)] == ["b"]
 
 
 def test_a_damaged_table_of_rows_is_told_with_its_line(tmp_path: Path) -> None:
@@ -138,7 +146,7 @@ def test_the_review_names_image_method_stage_score_and_reasons(tmp_path: Path) -
     st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
 def test_values_inside_a_script_come_back_and_never_end_it(value: object) -> None:
-    text = blocks.as_script(value)
+    text = as_script(value)
     assert not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
 
 
@@ -148,20 +156,73 @@ def test_the_same_inputs_give_the_same_bytes_and_no_old_pictures_stay(
     labels = LabelSpace(("x", "y"))
     monkeypatch.setattr(page, "INLINE_BYTES", 0)
     first = page_case.write(tmp_path, [f"i{at}" for at in range(60)], labels=labels)
-    before = {path.name: path.read_bytes() for path in first.parent.iterdir()}
-    assert {"data-0000.js", "data-0001.js", "index.html", "review.csv"} == set(before)
+
+    def written() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in first.parent.rglob("*") if path.is_file()}
+
+    before = written()
+    assert {"data-0000.js", "data-0001.js", "index.html", "review.csv", "0-quality-0000.js", "1-id-0000.js"} <= set(before)
     page_case.write(tmp_path, [f"i{at}" for at in range(60)], labels=labels)
-    assert before == {path.name: path.read_bytes() for path in first.parent.iterdir()}
+    assert before == written()
     monkeypatch.setattr(page, "INLINE_BYTES", 10**9)
     page_case.write(tmp_path, [f"i{at}" for at in range(60)], labels=labels)
     assert {path.name for path in first.parent.iterdir()} == {"index.html", "review.csv"}
 
 
-def test_a_gallery_of_images_that_the_records_lack_is_refused(tmp_path: Path) -> None:
-    page_case.write(tmp_path, ["a", "b"], labels=LabelSpace(("x",)))
-    folders = page.Inputs(*(tmp_path / name for name in ("metrics", "plots", "gallery", "inspection", "audit")))
-    with pytest.raises(ValueError, match="images that the records lack: a, b"):
-        page.write(tmp_path / "report", records_of(1, 0), ["cam"], folders, Report("t", "voc", 1))
+def test_a_report_of_hard_links_into_a_cache_is_replaced_and_the_cache_stays(tmp_path: Path) -> None:
+    path = page_case.write(tmp_path, ["a", "b"], labels=LABELS)
+    cached = tmp_path / "cached"
+    cached.hardlink_to(path)
+    before = cached.read_bytes()
+    page_case.write(tmp_path, ["a", "b", "c"], labels=LABELS)
+    assert path.read_bytes() != before and cached.read_bytes() == before
+
+
+def test_runs_that_cannot_be_shown_are_named_with_the_reason_and_the_others_shown(tmp_path: Path) -> None:
+    page_case.write(tmp_path, ["a", "b"], labels=LABELS, methods=("cam", "weaktr", "afa", "apc", "ppl"))
+    inputs, settings = page_case.inputs_of(tmp_path), Report("t", "voc", 1)
+    figures = json.loads((tmp_path / "audit" / "afa.json").read_text(encoding="utf-8"))
+    of_others = figures | {"data": figures["data"] | {"records": "others"}}
+    (tmp_path / "audit" / "afa.json").write_text(json.dumps(of_others), encoding="utf-8")
+    (tmp_path / "audit" / "apc.json").write_text(json.dumps(figures | {"version": 1}), encoding="utf-8")
+    (tmp_path / "gallery" / "ppl.h5").unlink()
+    methods = ("cam", "semples", "weaktr", "afa", "apc", "ppl")
+    text = page.write(tmp_path / "report", inputs, methods, settings, {"cam"}).read_text(encoding="utf-8")
+    assert "<strong>semples</strong> is not on this page: not evaluated yet" in text
+    assert "<strong>afa</strong> is not on this page: evaluated on other data" in text
+    assert "apc.json has schema figures version 1, expected is schema figures version 3." in text
+    assert "gallery/ppl.h5 is missing" in text and "<strong>cam</strong> is out of date" in text
+    assert json.loads(text.partition('id="report-data">')[2].partition("<")[0])["methods"] == ["cam", "weaktr"]
+    with pytest.raises(FileNotFoundError, match=r"no run to report\. semples: not evaluated yet"):
+        page.write(tmp_path / "report", inputs, ["semples"], settings)
+
+
+def test_pages_of_rows_hold_all_images_in_every_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_table, "PER_PAGE", 2)
+    table = image_table.ImageTable(["cat", "a|b"])
+    given = [("a", 0.5, ("leak",)), ("b<", 0.1, ()), ("c", None, ("leak", "edges")), ("d", 0.1, ("leak",)), ("e", 0.9, ())]
+    for image_id, score, reasons in given:
+        table.add(rows.Row(image_id, "predictions", None, score, reasons, tags=("a%7Cb",)))
+    told = table.write(tmp_path, "0")
+
+    def ids(name: str) -> list[str]:
+        texts = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob(f"0-{name}-*.js"))]
+        assert all("<" not in text for text in texts)
+        pages = [json.loads(text.partition(",")[2].rstrip().removesuffix(");")) for text in texts]
+        assert all(len(rows_) <= 2 for rows_ in pages)
+        return [row[0] for rows_ in pages for row in rows_]
+
+    assert ids("id") == ["a", "b<", "c", "d", "e"] and ids("quality") == ["b<", "d", "a", "e", "c"]
+    assert ids("reason-0") == ["d", "a", "c"] and ids("reason-1") == ["c"]
+    assert told == {"rows": 5, "per_page": 2, "reasons": [["leak", 3], ["edges", 1]], "first_ids": ["a", "c", "e"]}
+    with pytest.raises(ValueError, match="'x' has the tag 'dog', which is no class"):
+        image_table.ImageTable(["cat"]).add(rows.Row("x", "predictions", None, 0.5, (), tags=("dog",)))
+
+
+def test_a_table_of_rows_that_is_not_sorted_by_id_is_refused(tmp_path: Path) -> None:
+    audit_file(tmp_path / "cam.csv", [["b", "train", "refined", "", "", ""], ["a", "train", "refined", "", "", ""]])
+    with pytest.raises(ValueError, match=r"cam\.csv: 'a' comes after 'b'"):
+        list(audits.images(tmp_path, ["cam"]))
 
 
 @pytest.mark.parametrize("name", ["voc", "safe"])

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from pipeline.core import plugins, store
 from pipeline.core.contracts import AffinityMethod
-from tests.toys import SCRATCH, Toy, learned_fit, toy_folder, toy_recipe
+from tests.toys import SCRATCH, Toy, learned_fit, smp_model, toy_folder, toy_recipe
 
 METHODS, REFINERS, SEGMENTERS = (plugins.available(kind) for kind in ("methods", "refiners", "segmenters"))
 WITH_AFFINITY = {key for key in METHODS if isinstance(plugins.load("methods", key), AffinityMethod)}
@@ -35,6 +35,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "segments": {"normalise": "minmax", "power": None, "uncovered": "scores"},
 }
 SEGMENTER_OF = {"vit": "cam", "mit": "afa", "resnet": "ppl"}  # a method whose recipe has it
+
+
+def sections_of(segmenter: str) -> dict[str, Any]:
+    """Sections retrain and segment of a recipe with that segmenter."""
+    recipe = toy_recipe(SEGMENTER_OF.get(segmenter, "ppl"))
+    if segmenter not in SEGMENTER_OF:  # no recipe has it: smp
+        recipe["retrain"]["model"] = smp_model()
+    return {section: recipe[section] for section in ("retrain", "segment")}
 
 
 def toy_of(key: str) -> Toy:
@@ -79,13 +87,13 @@ def run(stage: str, *words: str) -> None:
 
 def refine(key: str, refiner: str, segmenter: str) -> Path:
     """Writes the settings of that run, and its pseudo-masks into a folder of their own."""
-    toy, of_segmenter = toy_of(key), toy_recipe(SEGMENTER_OF[segmenter])
+    toy = toy_of(key)
     recipe = toy.recipes[key]
     toy.params["methods"][key] |= {"refiner": refiner, "segmenter": segmenter}
     recipe["refine"]["options"] = OPTIONS[refiner]
     learned = learned_fit(recipe["train"]["model"]["architecture"], CRF)
     recipe["fit_refiner"] = learned.get(refiner, {"threshold": {"rule": "fixed", "value": 0.3}})
-    recipe |= {section: of_segmenter[section] for section in ("retrain", "segment")}
+    recipe |= sections_of(segmenter)
     toy.write(Path())
     out = Path(key) / refiner / segmenter
     given = ("--records", "records.h5", "--scoremaps", f"{key}/scoremaps", "--refiner", f"{out}/refiner.safetensors")
@@ -126,7 +134,7 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
         f"{out}/predictions", "--held-out", f"{out}/held_out.h5", "--metrics", f"{out}/metrics.json", "--gallery",
         f"{out}/gallery.h5", "--thresholds", f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion",
         f"{out}/confusion.csv", "--images", f"{out}/images.csv",
-        "--small-masks", f"{out}/small.h5")  # fmt: skip
-    stages = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["stages"]
+        "--small-masks", f"{out}/small.h5", "--figures", f"{out}/figures.json")  # fmt: skip
+    stages = json.loads((out / "figures.json").read_text(encoding="utf-8"))["stages"]
     assert {"score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions"} <= set(stages)
     assert ("decoder_val" in stages) == (key in {"afa", "apc"})

@@ -16,8 +16,7 @@ from hypothesis.extra.numpy import arrays
 from pipeline.audit.tally import BatchTally, Tally, add_batches, tally_batch
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
-from pipeline.core.records import ImageRecord, Records
-from pipeline.report import method_agreement, rows
+from pipeline.report import audits, image_table, method_agreement, rows
 from tests import page_case
 from tests.test_evaluate import SETTINGS, build
 
@@ -77,10 +76,20 @@ def write(folder: Path, method: str, masks: Mapping[str, np.ndarray] | Iterator[
     )  # fmt: skip
 
 
-def records_of(*ids: str) -> Records:
-    return Records(
-        LABELS, tuple(ImageRecord(i, "", (1, 1), "val" if i.startswith("v") else "train", (), b"") for i in ids), ()
-    )
+def agreement_of(folder: Path, methods: list[str]) -> tuple[dict[str, dict[str, tuple[float, int]]], dict[str, np.ndarray]]:
+    """Run → id → agreement, and the matrices by split, of small masks of which each has a row."""
+    for method in methods:
+        with (folder / f"{method}.csv").open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file)
+            lines.writerow(rows.COLUMNS)
+            for image_id in store.Store(folder / f"{method}.h5", store.SMALL_MASKS).ids:
+                lines.writerow([image_id, "predictions" if image_id.startswith("v") else "refined", "", "", ""])
+    images, agreement = {method: {} for method in methods}, method_agreement.Agreement(methods)
+    for image_id, of_run, masks in audits.images(folder, methods):
+        split = "val" if next(iter(of_run.values()))[0].stage == "predictions" else "train"
+        for method, value in agreement.add(image_id, split, masks).items():
+            images[method][image_id] = value
+    return images, agreement.pairs()
 
 
 ONE, TWO = np.array([[1, 1]], np.uint8), np.array([[0, 1]], np.uint8)
@@ -90,44 +99,44 @@ def test_images_are_compared_among_the_runs_that_have_them_and_splits_apart(tmp_
     write(tmp_path, "a", {"i <b>'ü": ONE, "j": ONE, "v": ONE})
     write(tmp_path, "b", {"i <b>'ü": ONE, "v": TWO})
     write(tmp_path, "c", {"i <b>'ü": TWO, "k": ONE, "v": TWO})
-    read = records_of("i <b>'ü", "j", "k", "v")
-    found = method_agreement.read(tmp_path, ["a", "b", "c"], read)
-    assert found is not None
-    assert found.images["a"] == {"i <b>'ü": (0.625, 2), "v": (0.25, 2)}  # nobody else has j
-    np.testing.assert_array_equal(found.pairs["train"], [[1, 1, 0.25], [1, 1, 0.25], [0.25, 0.25, 1]])
-    np.testing.assert_array_equal(found.pairs["val"], [[1, 0.25, 0.25], [0.25, 1, 1], [0.25, 1, 1]])
-    other = method_agreement.read(tmp_path, ["c", "a", "b"], read)
-    assert other is not None and other.images == found.images
-    assert method_agreement.read(tmp_path, ["a"], read) is None
+    images, pairs = agreement_of(tmp_path, ["a", "b", "c"])
+    assert images["a"] == {"i <b>'ü": (0.625, 2), "v": (0.25, 2)}  # nobody else has j
+    np.testing.assert_array_equal(pairs["train"], [[1, 1, 0.25], [1, 1, 0.25], [0.25, 0.25, 1]])
+    np.testing.assert_array_equal(pairs["val"], [[1, 0.25, 0.25], [0.25, 1, 1], [0.25, 1, 1]])
+    assert agreement_of(tmp_path, ["c", "a", "b"])[0] == images
 
 
 def test_runs_of_other_photographs_are_refused_with_their_names(tmp_path: Path) -> None:
     write(tmp_path, "a", {"i": ONE})
     write(tmp_path, "b", {"i": ONE.T})
     with pytest.raises(ValueError, match=r"'i' is 1×2 in a\.h5, 2×1 in b\.h5.*dvc repro"):
-        method_agreement.read(tmp_path, ["a", "b"], records_of("i"))
-    with pytest.raises(ValueError, match="a mask of 'i', which the records lack"):
-        method_agreement.read(tmp_path, ["a", "b"], records_of("j"))
-    with pytest.raises(store.StoreError, match=r"c\.h5"):
-        method_agreement.read(tmp_path, ["a", "c"], records_of("i"))
+        agreement_of(tmp_path, ["a", "b"])
+    (tmp_path / "a.csv").write_text(",".join(rows.COLUMNS) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.h5 has a mask of 'i', which a\.csv lacks"):
+        list(audits.images(tmp_path, ["a", "b"]))
+    (tmp_path / "a.h5").unlink()
+    with pytest.raises(store.StoreError, match=r"a\.h5"):
+        list(audits.images(tmp_path, ["a", "b"]))
 
 
 def test_memory_does_not_grow_with_the_masks(tmp_path: Path) -> None:
     def peak(count: int) -> int:
-        ids = [f"{at:04d}" for at in range(count)]
+        ids = [f"{at:05d}" for at in range(count)]
         for method in ("a", "b"):
             rng = np.random.default_rng(0)
             write(tmp_path, method, ((i, rng.integers(0, 3, (64, 64), np.uint8)) for i in ids))
-        read = records_of(*ids)
+            lines = "".join(f"{i},train,pseudo_masks,cat,0,,0.5,leak\n" for i in ids)
+            (tmp_path / f"{method}.csv").write_text("id,split,stage,tags,truth,miou,score,reasons\n" + lines)
+        tables = {method: image_table.ImageTable(["cat"]) for method in ("a", "b")}
         tracemalloc.start()
-        method_agreement.read(tmp_path, ["a", "b"], read)
+        audits.read(tmp_path, ["a", "b"], [], 5, tables)
         try:
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
     peak(10)
-    assert peak(150) - peak(50) < 100 * 1500  # a small row per image; its two masks alone have 8192 bytes
+    assert peak(4500) - peak(2500) < 2000 * 2 * 50  # some 30 bytes a row; one mask alone has 4096
 
 
 def test_small_masks_are_the_last_ones_and_the_same_bytes_however_the_work_is_cut(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from stages.prepare import main
 from tests.shared_data import shared
 from tests.toys import PROJECT, Toy, toy_folder
 
-FOLDER = {"classes": None, "val_share": 0.0}
+FOLDER = {"images": "images", "tags": None, "classes": None, "val_share": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def run(
     mapper = partial(runtime.each, what="prepare")
     rules = Prepare(on_bad_image, "gzip", audit_list)  # type: ignore[arg-type]
     places = {"records_out": out / "records.h5", "truth_out": out / "truth.h5"}
-    return prepare(settings, rules, digest="d", mapper=mapper, **places)
+    return prepare(settings, rules, digest="d", mapper=mapper, info=runtime.info, **places)
 
 
 def failure(root: Path, out: Path, **how: Any) -> DatasetError:
@@ -260,9 +260,9 @@ def test_problems_of_lists_and_broken_images_come_in_one_error(root: Path, out: 
     (root / "tags.csv").write_text("id,tags\ncat/good,cat dragon\nghost,cat\n../up,cat\ncat/cut,cat\n")
     add_unusable_images(root)
     save(Image.new("RGB", (8, 6)), root / "images/cat/good.jpg")
-    problems = "\n".join(failure(root, out, options={"classes": ["cat"], "val_share": 0.0}).problems)
+    problems = "\n".join(failure(root, out, options=FOLDER | {"classes": ["cat"], "val_share": 0.0}).problems)
     for words in (
-        "unknown tag 'dragon'; known are cat",
+        "unknown tag 'dragon' of 1 image (first 'cat/good'); known are cat",
         "'ghost'",
         "'../up'",
         "'cat/good': two image files",
@@ -286,7 +286,7 @@ def test_twenty_problems_are_shown_and_all_are_counted(root: Path, out: Path) ->
 
 @pytest.mark.parametrize("how", ["fail", "skip"])
 def test_an_empty_train_split_is_an_error(root: Path, out: Path, how: str) -> None:
-    assert "split train" in str(failure(root, out, on_bad_image=how, options={"classes": None, "val_share": 1.0}))
+    assert "split train" in str(failure(root, out, on_bad_image=how, options=FOLDER | {"classes": None, "val_share": 1.0}))
     (root / "images/cat/good.png").write_bytes(b"")
     assert failure(root, out, on_bad_image=how)
 
@@ -343,7 +343,7 @@ def test_the_stage_writes_both_files_and_says_what_it_found(tmp_path: Path, monk
 def test_the_stage_names_wrong_params_and_a_missing_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     toy = Toy(tmp_path / "raw")
-    toy.params["dataset"]["options"] = {"classes": None, "val_share": 2, "extra": 1}
+    toy.params["dataset"]["options"] = FOLDER | {"val_share": 2, "extra": 1}
     toy.write(tmp_path)
     arguments = ["--raw", "raw", "--records", "r.h5", "--truth", "t.h5"]
     (tmp_path / "raw").mkdir()
@@ -374,7 +374,7 @@ def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
     settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
     mapper = partial(runtime.each, what="prepare")
     places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
-    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, **places)
+    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, info=runtime.info, **places)
     truth = store.Store(tmp_path / "t.h5", store.TRUTH)
     assert (len(prepared.split("train")), len(prepared.split("val")), len(truth)) == (48, 24, 72)
     with h5py.File(tmp_path / "t.h5") as file:

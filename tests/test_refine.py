@@ -12,10 +12,9 @@ import refine_case as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core import config, plugins, store
+from pipeline.core import config, plugins, refiner_state, store
 from pipeline.core.contracts import ImageMaps
 from pipeline.imaging import planes, threshold
-from pipeline.jobs import refine
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +57,12 @@ def test_no_class_in_any_image_is_an_error_that_says_what_to_set() -> None:
 
 def test_the_state_has_the_same_bytes_twice_and_belongs_to_its_refiner(tmp_path: Path) -> None:
     state = {"z": np.ones(3, np.float32), "threshold": np.array([0.4], np.float32)}
-    refine.write_state(tmp_path / "a", "crf", state)
-    refine.write_state(tmp_path / "b", "crf", dict(reversed(state.items())))
+    refiner_state.write(tmp_path / "a", "crf", state)
+    refiner_state.write(tmp_path / "b", "crf", dict(reversed(state.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert refine.read_state(tmp_path / "a", "crf")["threshold"] == np.float32(0.4)
+    assert refiner_state.read(tmp_path / "a", "crf")["threshold"] == np.float32(0.4)
     with pytest.raises(ValueError, match="crf"):
-        refine.read_state(tmp_path / "a", "none")
+        refiner_state.read(tmp_path / "a", "none")
 
 
 @pytest.mark.parametrize("name", ["none", "crf", "par", "walk"])

@@ -116,8 +116,13 @@ def test_a_class_without_a_docstring_has_no_description() -> None:
 
 
 def test_a_docstring_of_one_line_may_be_a_field() -> None:
-    about, fields = docstring_parts(sections.Prepare)
-    assert about == "" and list(fields) == ["audit_list"] and fields["audit_list"].startswith("null, or a text file")
+    @dataclass(frozen=True)
+    class Line:
+        """length  px, of the whole line"""
+
+        length: Positive
+
+    assert docstring_parts(Line) == ("", {"length": "px, of the whole line"})
 
 
 def objects(schema: Any) -> Iterator[dict[str, Any]]:

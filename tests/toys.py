@@ -15,6 +15,7 @@ from pipeline.core import sections
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "square")
+FOLDER = {"images": "images", "tags": None, "classes": None, "val_share": 0.2}  # dataset.options
 SCRATCH = PROJECT / "data" / "weights" / "scratch.txt"
 
 
@@ -70,13 +71,24 @@ def toy_recipe(method: str) -> dict[str, Any]:
     return recipe
 
 
+def smp_model(
+    decoder: str = "fpn", encoder: str = "tu-test_resnet", options: dict[str, Any] | None = None, norm: str = "group"
+) -> dict[str, Any]:
+    """retrain.model of segmenter smp, as small as its package allows."""
+    small = {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 64, "decoder_dropout": 0.0}
+    return {
+        "decoder": decoder, "encoder": encoder, "depth": 5, "norm": norm,
+        "decoder_options": small if options is None else options, "encoder_lr_factor": 0.5, "balance": "pixels",
+    }  # fmt: skip
+
+
 class Toy:
     """params.yaml and the recipes of its runs, which are called as their methods; to be changed, and written into a
     folder."""
 
     def __init__(self, root: Path, methods: Sequence[str] = ("cam",)) -> None:
         self.params = yaml.safe_load((PROJECT / "presets" / "scenes-all.yaml").read_text(encoding="utf-8"))
-        self.params["dataset"] = {"name": "folder", "root": str(root), "options": {"classes": None, "val_share": 0.2}}
+        self.params["dataset"] = {"name": "folder", "root": str(root), "options": dict(FOLDER)}
         known = self.params["methods"]  # a method that no preset names runs on a ViT
         self.params["methods"] = {key: known.get(key, {**known["cam"], "method": key}) for key in methods}
         self.recipes = {key: toy_recipe(key) for key in methods}

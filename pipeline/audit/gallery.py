@@ -22,8 +22,8 @@ from pipeline.imaging import planes
 
 BATCH = 16  # images that a process draws at a time
 WORST, RANDOM = 1, 2  # bits of `kind`: why an image was selected
-PHOTOGRAPH_QUALITY, SCORE_QUALITY = 70, 75
-SCORE_STRIDE = 2  # of score maps, in px of the thumbnail: they come from a grid at stride 4 and are smooth
+PHOTOGRAPH_QUALITY, MAP_QUALITY = 70, 75
+MAP_STRIDE = 2  # of score and confidence maps, in px of the thumbnail: they are smooth, and a quarter of the bytes
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,18 @@ def items(images: Sequence[GalleryImage], inputs: tally.Inputs) -> list[store.It
 
 def _fields(image: GalleryImage, stores: tally.Stores, inputs: tally.Inputs) -> dict[str, np.ndarray]:
     record = image.record
-    labels, best = _labels(record, stores, inputs.threshold)
+    labels, best, confidence = _results(record, stores, inputs.threshold)
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
     size = planes.fitted(record.size, inputs.settings.thumbnail)
     photograph = _scaled(Image.fromarray(read_image(record, inputs.root)), size, Image.Resampling.BOX)
-    coarse = (max(1, size[0] // SCORE_STRIDE), max(1, size[1] // SCORE_STRIDE))
-    scores = _scaled(Image.fromarray(np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)), coarse, Image.Resampling.BOX)
+    scores = np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)
     masks = [planes.nearest(labels[stage], size) for stage in stage_order.GALLERY if stage in labels]
     return {
         "kind": np.array([image.kind], np.uint8),
         "size": np.array(size, np.uint16),
         "photograph": _encoded(photograph, "WEBP", quality=PHOTOGRAPH_QUALITY, method=4),
-        "scores": _encoded(scores, "JPEG", quality=SCORE_QUALITY, optimize=True),
+        "scores": _grey(scores, size),
+        "confidence": _grey(confidence, size),
         "present": np.array([stage in labels for stage in stage_order.GALLERY], np.uint8),
         "maps": _packed(np.stack(masks)),
         "truth": np.zeros(0, np.uint8) if truth is None else _packed(planes.nearest(truth, size)),
@@ -103,8 +103,11 @@ def _fields(image: GalleryImage, stores: tally.Stores, inputs: tally.Inputs) -> 
     }
 
 
-def _labels(record: ImageRecord, stores: tally.Stores, threshold: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Mask values u8[h,w] of every stage that the image has, and the best class's score f32[h,w]."""
+def _results(
+    record: ImageRecord, stores: tally.Stores, threshold: float
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Mask values u8[h,w] of every stage that the image has, the best class's score f32[h,w], and the confidence u8[h,w] of
+    the refined mask, on val of the prediction."""
     winner, best, _ = tally.winning_class(stores.scoremaps[record.id], record)
     labels = {"score_maps": np.where(best > threshold, winner, 0).astype(np.uint8)}
     decoded = stores.scoremaps.read(record.id, "decoded")
@@ -112,10 +115,17 @@ def _labels(record: ImageRecord, stores: tally.Stores, threshold: float) -> tupl
         labels["decoder"] = decoded
     if record.split == "val":
         labels["predictions"] = stores.predictions.read(record.id, "label")
-    else:
-        labels["refined"] = stores.refined.read(record.id, "label")
-        labels["pseudo_masks"] = stores.pseudo_masks.read(record.id, "mask")
-    return labels, best
+        return labels, best, stores.predictions.read(record.id, "confidence")
+    labels["refined"] = stores.refined.read(record.id, "label")
+    labels["pseudo_masks"] = stores.pseudo_masks.read(record.id, "mask")
+    return labels, best, stores.refined.read(record.id, "confidence")
+
+
+def _grey(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """u8[h,w] → the bytes of a JPEG at size / MAP_STRIDE. size: (rows, columns) of the thumbnail."""
+    coarse = (max(1, size[0] // MAP_STRIDE), max(1, size[1] // MAP_STRIDE))
+    scaled = _scaled(Image.fromarray(values), coarse, Image.Resampling.BOX)
+    return _encoded(scaled, "JPEG", quality=MAP_QUALITY, optimize=True)
 
 
 def _scaled(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -1,10 +1,11 @@
-"""Audit of a run → metrics/<run>.json as plain values."""
+"""Audit of a run → audit/<run>.json and its headline metrics/<run>.json, as plain values."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ DIGITS = 5
 WITHOUT_CONFIDENCE = ("decoder", "decoder_val")
 
 
-def summary(audit: RunAudit, inputs: Inputs, records: Records) -> dict[str, Any]:
-    """Content of metrics/<run>.json: numbers rounded to DIGITS, null for what is not finite; no time, host or path."""
+def summary(audit: RunAudit, inputs: Inputs, records: Records, records_digest: str) -> dict[str, Any]:
+    """Content of audit/<run>.json: numbers rounded to DIGITS, null for what is not finite; no time, host or path.
+
+    records_digest: sha256 of records.h5, by which the report knows a run of other data.
+    """
     tally, names = audit.tally, ["background", *inputs.labels.names]
     scored = any(tally.truth[stage].images for stage in LAST.values())
     figures: dict[str, Any] = metrics_file.HEADER | {
@@ -32,10 +36,17 @@ def summary(audit: RunAudit, inputs: Inputs, records: Records) -> dict[str, Any]
             "mean": "over classes in truth or prediction, background included",
             "score_maps": "classes of the tags on train, classes the network finds on val; no CRF",
         },
+        "data": {
+            "records": records_digest,
+            "ids": store.digest([record.id for record in records]),
+            "classes": store.digest(records.labels.names),
+        },
         "images": {"train": len(records.split("train")), "val": len(records.split("val")), "skipped": len(records.skipped)},
         "threshold": {"chosen": inputs.threshold},
         "stages": {stage: _stage(tally, stage, names, inputs) for stage in STAGES if tally.images[stage]},
     }
+    for stage, fraction in _with_reasons(audit, records, names).items():
+        figures["stages"][stage]["with_reasons"] = fraction
     if (corrections := inputs.pseudo_masks / store.CORRECTED).is_file():
         figures["corrected_by_hand"] = json.loads(corrections.read_text(encoding="utf-8"))["corrected"]
     if not scored:
@@ -51,6 +62,33 @@ def summary(audit: RunAudit, inputs: Inputs, records: Records) -> dict[str, Any]
             "regret": max(0.0, oracle - chosen),
         }  # fmt: skip
     return _rounded(figures | _figures_of_rows(audit, records, names))
+
+
+def headline(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of metrics/<run>.json, few enough for the columns of `dvc exp show`; docs/metrics.md lists its keys.
+
+    figures: from `summary`. What a run lacks, as figures that need ground truth where there is none, is left out.
+    """
+    stages, score_of = figures["stages"], figures.get("score", {})
+    values = {
+        "version": metrics_file.VERSION,
+        "supervision": figures.get("supervision"),
+        "miou": metrics_file.mious(figures),
+        "regret": figures["threshold"].get("regret"),
+        "score_correlation": {stage: score_of[stage]["spearman"] for stage in LAST.values() if stage in score_of},
+        "coverage": {stage: stages[stage]["coverage"] for stage in LAST.values() if stage in stages},
+        "tagged_classes_without_pixels": stages.get(LAST["train"], {}).get("tagged_classes_without_pixels"),
+        "with_reasons": {stage: stages[stage]["with_reasons"] for stage in LAST.values() if stage in stages},
+    }
+    return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _with_reasons(audit: RunAudit, records: Records, names: Sequence[str]) -> dict[str, float]:
+    """Stage → fraction of its images that have a reason for review."""
+    by_id, counts = records.by_id(), Counter[str]()
+    for row in audit.rows:
+        counts[row.stage] += bool(audit.limits.reasons(row, by_id[row.id], names))
+    return {stage: count / audit.tally.images[stage] for stage, count in counts.items()}
 
 
 def _figures_of_rows(audit: RunAudit, records: Records, names: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def write_thresholds(curve: Sequence[float] | np.ndarray, path: Path) -> None:
 
 
 def write_per_class(figures: dict[str, Any], path: Path) -> None:
-    """per_class.csv: IoU of the pseudo-masks. figures: metrics/<run>.json as plain values."""
+    """per_class.csv: IoU of the pseudo-masks. figures: audit/<run>.json as plain values."""
     classes = figures["stages"].get("pseudo_masks", {}).get("classes", {})
     _table(path, ["class", "iou"], ((name, rates["iou"]) for name, rates in classes.items() if rates["iou"] is not None))
 

@@ -181,7 +181,7 @@ class _ImageTally:
         """Stages score_maps and, where the method has a decoder, decoder; `ending` is _val on split val.
 
         The confidence of a score map's pixel is the larger of threshold and best score over the sum of threshold and all
-        scores; metrics/<run>.json has the mean of the best score instead.
+        scores; audit/<run>.json has the mean of the best score instead.
         """
         record, threshold = self.record, self.inputs.threshold
         fields = self.stores.scoremaps[record.id]

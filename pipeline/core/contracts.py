@@ -1,7 +1,8 @@
 """The contract: what every method, refiner, segmenter, data set and exporter must provide, and what they exchange.
 
-Optional members are protocols of their own, which the jobs ask for with isinstance: of objects Scored and
-WithSurroundings; of plug-in modules LearnedRefiner, CheckedRefiner, AffinityRefiner and CheckedExporter.
+Optional members are protocols of their own, which the jobs ask for with isinstance: of objects Scored,
+WithSurroundings and DatasetWithWarnings; of plug-in modules LearnedRefiner, CheckedRefiner, AffinityRefiner and
+CheckedExporter.
 
 Shape letters: b images of a batch, c classes of the data set, k classes present in one image, h w pixels of an image,
 gh gw cells of a score-map grid, n = gh * gw, p pairs of an image and a class. Masks hold 0 background, i + 1 class i,
@@ -294,6 +295,24 @@ class CheckedRefiner(RefinerModule, Protocol):
 
 
 @runtime_checkable
+class SupervisedRefiner(RefinerModule, Protocol):
+    """A refiner that may bring something which learned from more than image-level tags."""
+
+    def supervision(self, params: Any) -> str | None:
+        """FitParams → what that was, for metrics and report: "saliency (pixel masks of DUTS-TR)". None: tags alone."""
+        ...
+
+
+@runtime_checkable
+class DeviceRefiner(Refiner, Protocol):
+    """A refiner that is not trained here, but may run a network."""
+
+    def to(self, device: str) -> None:
+        """Moves the network to a torch device."""
+        ...
+
+
+@runtime_checkable
 class AffinityMethod(Protocol):
     """Module of a method whose score_maps have an affinity where it is asked for. HAS_AFFINITY: True."""
 
@@ -341,6 +360,13 @@ class Dataset(Protocol):
     def truth(self, listing: Listing) -> np.ndarray:
         """u8[h,w] mask values of an image whose listing.mask is True."""
         ...
+
+
+@runtime_checkable
+class DatasetWithWarnings(Protocol):
+    """A data set that has seen what is likely a mistake of its user, and no error. warnings: a text per mistake."""
+
+    warnings: Sequence[str]
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 _PIPELINE = Path(__file__).resolve().parents[1]
+_PACKAGE = __name__.removesuffix(".core.plugins")  # `pipeline`, or `tag2mask.pipeline` in a wheel
 # A member of an open set is a folder with this module and with what this member alone needs; an exporter is a file.
 ENTRIES = {
     "methods": "method", "refiners": "refiner", "segmenters": "segmenter", "datasets": "dataset", "nn": "backbone",
@@ -27,4 +28,4 @@ def load(kind: str, name: str) -> ModuleType:
     names = available(kind)
     if name not in names:
         raise ValueError(f"no {name!r} in pipeline/{kind}; there are {', '.join(names)} (edit params.yaml)")
-    return importlib.import_module(f"pipeline.{kind}.{name}" + ("" if kind == FILES else f".{ENTRIES[kind]}"))
+    return importlib.import_module(f"{_PACKAGE}.{kind}.{name}" + ("" if kind == FILES else f".{ENTRIES[kind]}"))

@@ -27,7 +27,12 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it names folders and fil
 
 @dataclass(frozen=True)
 class Dataset:
-    """`root` is where the raw images lie; `options` goes to pipeline/datasets/<name>'s Params."""
+    """Section dataset.
+
+    name     a folder of pipeline/datasets
+    root     where the raw images lie
+    options  of the data set
+    """
 
     name: str
     root: str
@@ -58,7 +63,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Prepare:
-    """audit_list  null, or a text file under dataset.root with one id per line: only their masks are taken as truth"""
+    """Section prepare.
+
+    on_bad_image  what an image or a mask that cannot be read does: fail stops with a list, skip leaves it out and says so
+    compression   of the HDF5 files
+    audit_list    null, or a text file under dataset.root with one id per line: only their masks are taken as truth
+    """
 
     on_bad_image: Literal["fail", "skip"]
     compression: Compression
@@ -71,11 +81,17 @@ class Extract:
 
     scales      image side factors; each view's sides are rounded to the backbone's stride so that no pixel is lost
     long_side   px, or null: larger images are first scaled down to it, which bounds memory
+    flip        whether each view is also seen mirrored
     merge       how views become one map: rule of imaging.scoremaps.merge_views
     stride      px of the image per score-map cell
+    views_per_batch  views that go through the network together; more need more memory
     tag_threshold  on val, classes whose sigmoid(tag_logits) reaches it are kept
     keep_affinity  whether the method's affinity of the last of `scales` is kept, n² values an image, for refiner walk
+    precision   of the network: fp32, or bf16 and fp16 where the processor is fast at them
+    images_per_part  images in a file of the store
+    compression  of the store
     inspect     number of training images whose inner maps the report shows; 0: nothing of a method's inside
+    options     of the method
     """
 
     scales: tuple[Annotated[float, Field(ge=0.1, le=4)], ...]
@@ -99,6 +115,9 @@ class Refine:
 
     disagree_at  null, or two thresholds (low, high) as factors of the fitted one: pixels whose labels differ
                  between them are marked, and export may set them to 255
+    images_per_part  images in a file of the store
+    compression  of the store
+    options      of the refiner
     """
 
     disagree_at: tuple[AboveZero, AboveZero] | None
@@ -114,8 +133,14 @@ class Refine:
 
 @dataclass(frozen=True)
 class Export:
-    """Section export of params.yaml: which pixels become 255, and in which formats the masks are written beside the HDF5
-    store."""
+    """Section export of params.yaml: which pixels become 255, and in which formats the masks are written.
+
+    ignore_below         probability under which a pixel becomes 255
+    ignore_disagreement  whether the pixels that refine.disagree_at marks become 255
+    formats              hdf5 always; others beside it: docs/exports.md
+    images_per_part      images in a file of the HDF5 store
+    compression          of the HDF5 store
+    """
 
     ignore_below: Share
     ignore_disagreement: bool
@@ -145,9 +170,16 @@ class CrossValidate:
 class Segment:
     """Section segment: sliding windows of `window` px every `window_stride` px on the image scaled by each of `scales`.
 
+    scales      image side factors, whose probabilities are averaged
+    flip        whether each view is also seen mirrored
     short_side  px of the short side at scale 1, or null: the image's own size
+    window      px, side of the square window, usually retrain.augment.size or a little more
+    window_stride  px between windows, at most `window`
+    precision   of the network: fp32, or bf16 and fp16 where the processor is fast at them
     crf         null, or the keys of crf.CrfSettings
-    options     goes to the segmenter's Options
+    images_per_part  images in a file of the store
+    compression  of the store
+    options     of the segmenter
     """
 
     scales: tuple[Annotated[float, Field(ge=0.1, le=4)], ...]
@@ -175,6 +207,7 @@ class Evaluate:
     """What is scored, and which pictures the report gets.
 
     ignored_prediction  how 255 in pseudo-masks counts: out of the count, as background, or as a miss
+    threshold_bins      thresholds of the score maps that are tried against the truth
     gallery             number of images that the report shows at most: half of them random, the others the worst
     thumbnail           px of their long side
     """
@@ -187,8 +220,12 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Report:
-    """palette: colours of classes, VOC's or ones that colour-blind people tell apart; review: rows per method in
-    review.csv."""
+    """Section report.
+
+    title    of the page
+    palette  colours of classes: VOC's, or ones that colour-blind people can tell apart
+    review   rows per run in review.csv: the worst images
+    """
 
     title: str
     palette: Literal["voc", "safe"]

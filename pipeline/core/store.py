@@ -84,17 +84,19 @@ HELD_OUT = Schema("held_out", 2, {"soft_min": Field("<f4", ("1",)), "held_out_ag
 # report can compare the masks of all runs on all images
 SMALL_MASKS = Schema("small_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 # thumbnails of a selection of images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows,
-# columns) of the thumbnail; photograph is WebP, scores (the best class's, 0..255) a grey JPEG; maps is zlib of the mask
-# values u8[m,rows,columns] of the stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty;
-# miou is of full-size masks, NaN where there is no truth
+# columns) of the thumbnail; photograph is WebP; scores (the best class's, 0..255) and confidence (of the refined mask, on
+# val of the prediction, 0..255) are grey JPEGs at half that size; maps is zlib of the mask values u8[m,rows,columns] of the
+# stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN
+# where there is no truth
 GALLERY = Schema(
     "gallery",
-    1,
+    2,
     {
         "kind": Field("|u1", ("1",)),
         "size": Field("<u2", ("2",)),
         "photograph": Field("|u1", ("photograph bytes",)),
         "scores": Field("|u1", ("score bytes",)),
+        "confidence": Field("|u1", ("confidence bytes",)),
         "present": Field("|u1", ("stages",)),
         "maps": Field("|u1", ("map bytes",)),
         "truth": Field("|u1", ("truth bytes",)),
@@ -292,10 +294,7 @@ class Store:
         self.logical_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def _check_part(self, path: Path, file: Any, part: int, count: int) -> None:
-        expected = (self.schema.name, self.schema.version)
-        actual = (file.attrs.get("schema"), file.attrs.get("version"))
-        if actual != expected:
-            raise StoreError(f"{path}: schema {actual[0]} version {actual[1]}, expected {expected[0]} version {expected[1]}")
+        check_part(path, file, self.schema)
         if file.attrs["part"] != part or file.attrs["parts"] != count:
             missing = sorted(
                 set(range(int(file.attrs["parts"]))) - {int(path.stem[5:]) for path in self.folder.glob("part-*.h5")}
@@ -361,6 +360,42 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
+
+
+def stream(path: Path, schema: Schema, block: int = 1024) -> Iterator[Item]:
+    """Items of a store that is a single part, in id order, `block` images in memory at a time, no index of ids.
+
+    StoreError where the part is missing, damaged or of another schema.
+    """
+    if not path.is_file():
+        raise StoreError(f"{path} is missing; run the stage that writes it (`dvc repro`)")
+    h5_file: Any = h5py.File(path, "r", rdcc_nbytes=2 * CHUNK_BYTES)
+    with h5_file as file:
+        check_part(path, file, schema)
+        ids = file["ids"]
+        for start in range(0, len(ids), block):
+            end = min(start + block, len(ids))
+            columns = {name: _block(path, file[name], start, end) for name in schema.fields}
+            for row, image_id in enumerate(ids[start:end]):
+                yield image_id.decode("utf-8"), {name: arrays[row] for name, arrays in columns.items()}
+
+
+def _block(path: Path, group: Any, start: int, end: int) -> list[np.ndarray]:
+    shapes, offsets = group["shape"][start:end].astype(int), group["offset"][start : end + 1].astype(int)
+    try:
+        flat = group["data"][offsets[0] : offsets[-1]]
+    except OSError as error:  # the checksum of a chunk is wrong
+        raise StoreError(f"{path}: {group.name} is damaged ({error})") from error
+    parts = np.split(flat, offsets[1:-1] - offsets[0])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def check_part(path: Path, file: Any, schema: Schema) -> None:
+    """StoreError where an open part is of another schema or version."""
+    expected = (schema.name, schema.version)
+    actual = (file.attrs.get("schema"), file.attrs.get("version"))
+    if actual != expected:
+        raise StoreError(f"{path}: schema {actual[0]} version {actual[1]}, expected {expected[0]} version {expected[1]}")
 
 
 def digest(value: Any) -> str:

@@ -19,6 +19,12 @@ def upsample(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out
 
 
+def stretched(maps: np.ndarray) -> np.ndarray:
+    """f32[k,h,w] → the same from 0 to 1 over all maps; those that are the same everywhere become 0."""
+    spread = np.ptp(maps) if maps.size else 0
+    return (maps - maps.min()) / spread if spread > 0 else np.zeros_like(maps)
+
+
 def with_background(scores: np.ndarray, threshold: float) -> np.ndarray:
     """f32[k,h,w] → f32[k+1,h,w] with a constant background plane of height `threshold` in front."""
     return np.concatenate([np.full((1, *scores.shape[1:]), threshold, np.float32), scores])

@@ -19,6 +19,7 @@ LOWEST, HIGHEST = 0.02, 0.98
 class FixedThreshold:
     """A threshold as it is.
 
+    rule   fixed
     value  0..1, a paper's value
     """
 
@@ -45,7 +46,10 @@ Threshold = Annotated[FixedThreshold | OtsuThreshold, Field(discriminator="rule"
 
 @dataclass(frozen=True)
 class FitParams:
-    """Section fit_refiner of the refiners that have nothing to fit but the threshold."""
+    """Section fit_refiner of the refiners that have nothing to fit but the threshold.
+
+    threshold  where a score stops being background
+    """
 
     threshold: Threshold
 

@@ -1,4 +1,4 @@
-"""Stage evaluate: all results of a run + truth → metrics, plots, a row per image and stage, pictures for the report."""
+"""Stage evaluate: all results of a run + truth → figures, plots, a row per image and stage, pictures for the report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.audit import gallery, score, tables, tally
-from pipeline.audit.summary import summary
+from pipeline.audit.summary import headline, summary
 from pipeline.audit.tally import Inputs, RunAudit, Tally
 from pipeline.core import records as records_file
-from pipeline.core import store
+from pipeline.core import refiner_state, store
 from pipeline.core.records import Records
 from pipeline.core.sections import Evaluate, Settings
 from pipeline.jobs.engine import Engine
@@ -23,7 +23,8 @@ from pipeline.jobs.engine import Engine
 class Outs:
     """Files that the stage writes.
 
-    metrics      figures per stage, JSON
+    metrics      a dozen figures for `dvc metrics` and `dvc exp show`, JSON
+    figures      all figures, JSON
     images       quality indicators, score and reasons per image and stage, CSV
     small_masks  thumbnail of every image's mask at the last stage, HDF5
     gallery      thumbnails of the worst and of random images, HDF5
@@ -31,6 +32,7 @@ class Outs:
     """
 
     metrics: Path
+    figures: Path
     images: Path
     small_masks: Path
     gallery: Path
@@ -55,14 +57,16 @@ def run(
     tallies = engine.each(partial(tally.tally_batch, inputs=inputs), batches, what=f"evaluate {settings.name}")
     _write(outs.small_masks, store.SMALL_MASKS, tally.add_batches(tallies, total), listed, "gzip")
     audit = tally.audit_of(total)
-    figures = summary(audit, inputs, listed)
+    figures = summary(audit, inputs, listed, store.file_digest(records))
+    figures |= {"supervision": refiner_state.supervision(refiner)}
     write_tables(audit, figures, listed, outs)
     images = gallery.gallery_images(audit, listed, rules.gallery)
     groups = [images[at : at + gallery.BATCH] for at in range(0, len(images), gallery.BATCH)]
     items = engine.each(partial(gallery.items, inputs=inputs), groups, what=f"pictures {settings.name}")
     _write(outs.gallery, store.GALLERY, chain.from_iterable(items), listed, "none")
-    outs.metrics.parent.mkdir(parents=True, exist_ok=True)
-    outs.metrics.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for path, values in ((outs.figures, figures), (outs.metrics, headline(figures))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, schema: store.Schema, items: Any, records: Records, compression: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core import plugins, store
+from pipeline.core import plugins, refiner_state, store
 from pipeline.core import records as records_file
-from pipeline.core.contracts import CheckedRefiner, LearnedRefiner
+from pipeline.core.contracts import CheckedRefiner, LearnedRefiner, SupervisedRefiner
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Settings
 from pipeline.jobs.engine import Engine, parts_of, run_parts
-from pipeline.jobs.refine import fit, has_network, maps_of, network_state, write_state
+from pipeline.jobs.refine import fit, is_learned, maps_of
 from pipeline.jobs.training_run import follow
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, init: Path, refin
     scores.require(record.id for record in listed)
     state = fit(name, params, scores, listed.split("train"), settings.root)
     engine.info("threshold %.4f", float(state["threshold"][0]))
-    if not has_network(name):
-        write_state(refiner, name, state, described(params))
+    if not is_learned(name):
+        write(refiner, name, state, params)
         return
     family = settings.run.backbone
     plugins.load("nn", family)  # before its code is digested
@@ -73,7 +73,7 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, init: Path, refin
             classes=len(listed.labels), labels=labels, work=work.folder, device=device, engine=engine,
         )  # fmt: skip
         state |= train(made, engine, f"fit_refiner {settings.name}")
-        write_state(work.result / refiner.name, name, state, described(params))
+        write(work.result / refiner.name, name, state, params)
 
 
 def params_of(settings: Settings) -> Any:
@@ -167,7 +167,14 @@ def train(job: loop.Job, engine: Engine, what: str) -> dict[str, np.ndarray]:
     trained = job.work / "trained.safetensors"
     if not trained.exists():
         follow(loop.train(job), engine, what)
-    return network_state(checkpoint.read_tensors(trained))
+    return {refiner_state.NETWORK + key: value.numpy() for key, value in checkpoint.read_tensors(trained).items()}
+
+
+def write(path: Path, name: str, state: Mapping[str, np.ndarray], params: Any) -> None:
+    """The refiner's state, its FitParams and, in words, what it learned from."""
+    module = plugins.load("refiners", name)
+    beside_tags = module.supervision(params) if isinstance(module, SupervisedRefiner) else None
+    refiner_state.write(path, name, state, described(params), beside_tags)
 
 
 def described(params: Any) -> str:

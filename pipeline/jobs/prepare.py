@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,35 +11,50 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core import config, plugins, records, sections, store
+from pipeline.core import config, records, sections, store
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import IGNORE, LabelSpace
-from pipeline.core.records import SPLITS, ImageRecord, Records
+from pipeline.core.problems import quantity
+from pipeline.core.records import ImageRecord, Records
 from pipeline.core.sections import Dataset, Prepare
+from pipeline.jobs import survey
 from pipeline.jobs.engine import Engine
-from pipeline.listing import DatasetError, duplicates, id_problem
+from pipeline.jobs.listings import EMPTY_TRAIN, keep_audited_masks, list_images, open_dataset
+from pipeline.jobs.mask_agreement import MaskAgreement
+from pipeline.jobs.near_duplicates import Fingerprints, fingerprint
+from pipeline.listing import DatasetError
 
 IMAGES_PER_TASK = 32  # images that a worker opens at a time
-EMPTY_TRAIN = "no usable image of split train has a tag; there is nothing to learn from"
 
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """An opened image file: size (h, w) px upright, sha256 of the file. problem is None where it could be decoded."""
+    """An opened image file: size (h, w) px upright, sha256 of the file, hash of its looks (near_duplicates.fingerprint).
+
+    problem is None where it could be decoded.
+    """
 
     size: tuple[int, int]
     sha256: bytes
+    fingerprint: int
     problem: str | None
 
 
 @dataclass
 class CheckedImages:
-    """Records of the usable images so far, and (id, reason) of those that are not."""
+    """Records of the usable images so far, (id, reason) of those that are not, and what their pixels say of the data set."""
 
+    agreement: MaskAgreement
     usable: list[ImageRecord] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
+
+    def warnings(self, names: Sequence[str]) -> list[str]:
+        """What is likely a mistake, by sizes, masks and looks. names: the classes, in order."""
+        sizes = {record.id: record.size for record in self.usable}
+        return [*survey.size_warnings(sizes), *self.agreement.warnings(names), *self.fingerprints.warnings()]
 
 
 def run(values: Mapping[str, Any], raw: Path, *, records: Path, truth: Path, engine: Engine) -> None:
@@ -49,22 +63,12 @@ def run(values: Mapping[str, Any], raw: Path, *, records: Path, truth: Path, eng
     settings = replace(sections.dataset(values), root=str(raw))
     digest = store.digest([settings.name, settings.options])
     mapper = partial(engine.each, what="prepare", unit=IMAGES_PER_TASK)
-    result = prepare(settings, rules, digest=digest, records_out=records, truth_out=truth, mapper=mapper)
+    result = prepare(settings, rules, digest=digest, records_out=records, truth_out=truth, mapper=mapper, info=engine.info)
     engine.info(
-        "%d images (%d train, %d val), %d classes, %d skipped",
-        len(result), len(result.split("train")), len(result.split("val")), len(result.labels), len(result.skipped),
+        "%s (%d train, %d val), %s, %d skipped",
+        quantity(len(result), "image"), len(result.split("train")), len(result.split("val")),
+        quantity(len(result.labels), "class", "classes"), len(result.skipped),
     )  # fmt: skip
-
-
-def open_dataset(settings: Dataset) -> Any:
-    """The data set that params.yaml names. DatasetError where there is nothing to list, ParamsError on wrong options."""
-    module = plugins.load("datasets", settings.name)
-    params = config.parse(module.Params, settings.options, "dataset.options")
-    root = Path(settings.root)
-    if not root.is_dir():
-        hint = "set dataset.root in params.yaml; the scenes of the demo are drawn by `make data`"
-        raise DatasetError([f"dataset.root {root} is no folder"], hint=hint)
-    return module.Dataset(root, params)
 
 
 def open_images(paths: Sequence[Path], root: Path) -> list[FileCheck]:
@@ -75,10 +79,11 @@ def open_images(paths: Sequence[Path], root: Path) -> list[FileCheck]:
 def _open_image(path: Path, root: Path) -> FileCheck:
     try:
         data = (root / path).read_bytes()
-        h, w = records.decode(data).shape[:2]
+        pixels = records.decode(data)
     except Exception as error:  # decoders raise many kinds of errors on broken files, which must not end the run
-        return FileCheck((0, 0), b"\0" * 32, f"{path.as_posix()!r} cannot be read: {_error_text(error)}")
-    return FileCheck((h, w), hashlib.sha256(data).digest(), None)
+        return FileCheck((0, 0), b"\0" * 32, 0, f"{path.as_posix()!r} cannot be read: {_error_text(error)}")
+    h, w = pixels.shape[:2]
+    return FileCheck((h, w), hashlib.sha256(data).digest(), fingerprint(pixels), None)
 
 
 def _error_text(error: Exception) -> str:
@@ -87,23 +92,33 @@ def _error_text(error: Exception) -> str:
 
 
 def prepare(
-    settings: Dataset, rules: Prepare, *, digest: str, records_out: Path, truth_out: Path, mapper: Mapper
+    settings: Dataset,
+    rules: Prepare,
+    *,
+    digest: str,
+    records_out: Path,
+    truth_out: Path,
+    mapper: Mapper,
+    info: Callable[..., None],
 ) -> Records:
     """Checks everything, then writes both files. DatasetError lists every problem; then nothing is written.
 
     Problems of lists, tags and ids are always errors. Images and masks that cannot be used are errors where
-    rules.on_bad_image is `fail`; with `skip` they are left out and named in the records. mapper(function, items) returns
+    rules.on_bad_image is `fail`; with `skip` they are left out and named in the records. What is likely a mistake goes to
+    info(text, *values): by lists alone before any image is opened, by pixels afterwards. mapper(function, items) returns
     results in the order of items, perhaps from several processes.
     """
     dataset = open_dataset(settings)
-    listings, problems = _list_images(dataset)
+    listings, problems = list_images(dataset)
     if rules.audit_list is not None:
         listings, list_problems = keep_audited_masks(listings, rules.audit_list, Path(settings.root))
         problems += list_problems
     skip = rules.on_bad_image == "skip"
     if problems and skip:  # no need to open images: these problems are never skipped
         raise DatasetError(problems)
-    checked = CheckedImages()
+    if not problems:
+        _show(survey.of_listings(listings, dataset.labels, survey.dataset_warnings(dataset)), info)
+    checked = CheckedImages(MaskAgreement(len(dataset.labels)))
     masks = _check_images(listings, dataset, Path(settings.root), mapper, checked)
     draft = truth_out.with_name(truth_out.name + ".draft")
     try:
@@ -112,12 +127,16 @@ def prepare(
             labels=dataset.labels, part=0, parts=1, params_digest=digest, compression=rules.compression,
         )  # fmt: skip
         if checked.rejected and not skip:
-            hint = "repair or remove what cannot be used, or set prepare.on_bad_image to skip in params.yaml"
-            raise DatasetError([*problems, *(f"{image_id!r}: {reason}" for image_id, reason in checked.rejected)], hint=hint)
-        if not any(record.split == "train" and record.tags for record in checked.usable) and EMPTY_TRAIN not in problems:
+            hints = ["repair or remove what cannot be used, or set prepare.on_bad_image to skip in params.yaml"]
+            hints += checked.agreement.warnings(dataset.labels.names)
+            problems += [f"{image_id!r}: {reason}" for image_id, reason in checked.rejected]
+            raise DatasetError(problems, hint="\n".join(hints))
+        if not problems and not any(record.split == "train" and record.tags for record in checked.usable):
             problems.append(EMPTY_TRAIN)
         if problems:
             raise DatasetError(problems)
+        for warning in checked.warnings(dataset.labels.names):
+            info("warning: %s", warning)
         result = Records(dataset.labels, tuple(checked.usable), tuple(checked.rejected))
         records.write(records_out, result)
         draft.replace(truth_out)
@@ -126,57 +145,11 @@ def prepare(
     return result
 
 
-def _list_images(dataset: Any) -> tuple[list[Listing], list[str]]:
-    """The images by id, without duplicates, and a text per problem of lists, ids and tags."""
-    try:
-        listings, problems = dataset.listings(), []
-    except DatasetError as error:
-        listings, problems = error.listings, error.problems
-    dataset_problems = set(problems)
-    ids = [listing.id for listing in listings]
-    problems += [problem for image_id in ids if (problem := id_problem(image_id)) and problem not in dataset_problems]
-    problems += [f"{image_id!r}: two images have this id" for image_id in duplicates(ids)]
-    for listing in listings:
-        unknown = dataset.labels.unknown(listing.tags or ())
-        if unknown:
-            known = ", ".join(dataset.labels.names)
-            problems.append(f"{listing.id!r}: unknown tag {', '.join(map(repr, unknown))}; known are {known}")
-        if listing.split not in SPLITS:
-            problems.append(f"{listing.id!r}: split {listing.split!r}; allowed are {', '.join(SPLITS)}")
-    if not listings and not problems:
-        problems.append(f"dataset.root {dataset.root} holds no image")
-    if listings and not any(listing.split == "train" and listing.tags for listing in listings):
-        problems.append(EMPTY_TRAIN)
-    by_id = {listing.id: listing for listing in listings}
-    return [by_id[image_id] for image_id in sorted(by_id)], problems
-
-
-def keep_audited_masks(listings: Sequence[Listing], name: str, root: Path) -> tuple[list[Listing], list[str]]:
-    """Listings of which only those with ids in the file root/name keep their masks, and a text per problem of that file.
-
-    Ids are compared in Unicode NFC, as data sets give them.
-    """
-    key = f"prepare.audit_list {name!r}"
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        return [*listings], [
-            f"{key}: must lie under dataset.root, without `..`, or a change would go unseen (edit params.yaml)"
-        ]
-    try:
-        lines = (root / name).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        return [*listings], [
-            f"{key}: {root / name} cannot be read as UTF-8 text ({error}); give a file or null in params.yaml"
-        ]
-    audited = {unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()}
-    masks = {unicodedata.normalize("NFC", listing.id): listing.mask for listing in listings}
-    problems = [f"{image_id!r}: in {name}, but no image has this id" for image_id in sorted(audited - set(masks))]
-    unmasked = [image_id for image_id in sorted(audited & set(masks)) if not masks[image_id]]
-    problems += [f"{image_id!r}: in {name}, but it has no mask" for image_id in unmasked]
-    if not audited:
-        problems.append(f"{key}: names no image; write one id per line, or null in params.yaml")
-    return [
-        replace(listing, mask=listing.mask and unicodedata.normalize("NFC", listing.id) in audited) for listing in listings
-    ], problems
+def _show(seen: survey.Survey, info: Callable[..., None]) -> None:
+    for line in seen.lines():
+        info("%s", line)
+    for warning in seen.warnings:
+        info("warning: %s", warning)
 
 
 def _check_images(
@@ -192,13 +165,14 @@ def _check_images(
     for listing, file in zip(listings, files, strict=True):
         mask, problem = None, file.problem
         if listing.mask and problem is None:
-            mask, problem = _read_mask(listing, dataset, file.size)
+            mask, problem = _read_mask(listing, dataset, file.size, checked.agreement)
         if problem is not None:
             checked.rejected.append((listing.id, problem))
             continue
         tags = _tag_indices(listing, dataset.labels)
         path = listing.path.as_posix()
         checked.usable.append(ImageRecord(listing.id, path, file.size, listing.split, tags, file.sha256))
+        checked.fingerprints.add(listing.id, listing.split, file.fingerprint)
         if mask is not None:
             yield listing.id, {"mask": mask}
 
@@ -210,8 +184,10 @@ def _tag_indices(listing: Listing, labels: LabelSpace) -> tuple[int, ...] | None
     return tuple(sorted(labels.index(tag) for tag in set(listing.tags) if tag in labels.names))
 
 
-def _read_mask(listing: Listing, dataset: Any, size: tuple[int, int]) -> tuple[np.ndarray | None, str | None]:
-    """u8[h,w] mask values and None, or None and what is wrong with the mask."""
+def _read_mask(
+    listing: Listing, dataset: Any, size: tuple[int, int], agreement: MaskAgreement
+) -> tuple[np.ndarray | None, str | None]:
+    """u8[h,w] mask values and None, or None and what is wrong with it. The values of a tagged image go to `agreement`."""
     try:
         mask = dataset.truth(listing)
     except Exception as error:  # as with images: a broken mask must not end the run
@@ -220,7 +196,11 @@ def _read_mask(listing: Listing, dataset: Any, size: tuple[int, int]) -> tuple[n
         shape = "×".join(map(str, mask.shape))
         return None, f"its mask is {shape} px (h×w), the upright image {size[0]}×{size[1]}; masks are not rotated by EXIF"
     classes = len(dataset.labels)
-    unknown = np.unique(mask[(mask > classes) & (mask != IGNORE)])
+    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1))
+    tags = _tag_indices(listing, dataset.labels)
+    if tags is not None:
+        agreement.add(values, tags)
+    unknown = values[(values > classes) & (values != IGNORE)]
     if unknown.size:
         return None, f"its mask holds the values {unknown[:10].tolist()}; allowed are 0..{classes} and {IGNORE}"
     return mask, None

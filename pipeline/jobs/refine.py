@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from pipeline.core import config, plugins, store
+from pipeline.core import config, plugins, refiner_state, store
 from pipeline.core import records as records_file
-from pipeline.core.contracts import ImageMaps, LearnedRefiner
+from pipeline.core.contracts import DeviceRefiner, ImageMaps, LearnedRefiner
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Refine, Settings
 from pipeline.imaging import planes
 from pipeline.jobs.engine import Engine, parts_of, run_parts
-
-METADATA_KEY = "refiner"
-NETWORK = "network."  # before the key names of a learned refiner's network, in its state
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,10 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, re
     """Stage refine: a label and a confidence per pixel of the images of split train."""
     name, refinement = settings.run.refiner, settings.section(Refine, "refine")
     params = params_of(settings, refinement)
-    if has_network(name):
+    if is_learned(name):
         plugins.load("nn", settings.run.backbone)  # before its code is digested
+    else:
+        plugins.load("refiners", name).Refiner(params, refiner_state.read(refiner, name))  # so does the code of its network
     listed = records_file.read(records)
     parts = parts_of(listed.split("train"), refinement.images_per_part)
     digest = store.digest([name, dataclasses.asdict(refinement)])
@@ -60,7 +56,7 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, re
         job = Job(
             refiner=name, backbone=settings.run.backbone, settings=refinement, params=params, scoremaps=scoremaps,
             state=refiner, root=settings.root, labels=listed.labels, parts=len(parts), params_digest=digest, out=work.result,
-            device=engine.device() if has_network(name) else "cpu",
+            device=engine.device() if refiner_state.has_network(refiner) else "cpu",
         )  # fmt: skip
         run_parts(refine_part, parts, job, out=work.result, engine=engine, what=f"refine {settings.name}")
 
@@ -83,57 +79,26 @@ def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageReco
     )
 
 
-def has_network(name: str) -> bool:
+def is_learned(name: str) -> bool:
     """Whether refiner `name` is learned by the training loop."""
     return isinstance(plugins.load("refiners", name), LearnedRefiner)
 
 
-def network_state(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A network's tensors as part of a refiner's state."""
-    return {NETWORK + name: value.numpy() for name, value in tensors.items()}
-
-
-def write_state(path: Path, name: str, state: Mapping[str, np.ndarray], params: str = "{}") -> None:
-    """safetensors with the refiner's name and FitParams (JSON) under one metadata key: several come in random order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {key: np.ascontiguousarray(state[key]) for key in sorted(state)},
-        partial,
-        metadata={METADATA_KEY: json.dumps([name, params])},
-    )
-    partial.replace(path)
-
-
-def read_state(path: Path, name: str) -> dict[str, np.ndarray]:
-    """ValueError if the state belongs to another refiner."""
-    with safe_open(path, "np") as file:
-        fitted_for = json.loads((file.metadata() or {}).get(METADATA_KEY, "[null]"))[0]
-        if fitted_for != name:
-            raise ValueError(f"{path} was fitted for refiner {fitted_for!r}, not {name!r}; run fit_refiner again")
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-
-
-def fitted_params(path: Path) -> Any:
-    """The FitParams, as plain values, that a state was fitted with."""
-    with safe_open(path, "np") as file:
-        return json.loads(json.loads((file.metadata() or {})[METADATA_KEY])[1])
-
-
 def load(job: Job) -> tuple[Any, float]:
     """The refiner, ready to be called, and its threshold."""
-    state = read_state(job.state, job.refiner)
+    state = refiner_state.read(job.state, job.refiner)
     module, threshold = plugins.load("refiners", job.refiner), float(state["threshold"][0])
     if not isinstance(module, LearnedRefiner):
-        return module.Refiner(job.params, state), threshold
+        refiner = module.Refiner(job.params, state)
+        if isinstance(refiner, DeviceRefiner):
+            refiner.to(job.device)
+        return refiner, threshold
     import torch  # refiners without a network do not pay for it
 
-    params = config.parse(module.FitParams, fitted_params(job.state), "fit_refiner", job.state)
+    params = config.parse(module.FitParams, refiner_state.fitted_params(job.state), "fit_refiner", job.state)
     network = module.Network(params.model, params.schedule, plugins.load("nn", job.backbone))
-    tensors = {
-        name.removeprefix(NETWORK): torch.from_numpy(value) for name, value in state.items() if name.startswith(NETWORK)
-    }
-    network.load_state_dict(tensors)
+    tensors = refiner_state.network_tensors(state)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     return module.Refiner(job.params, state, network.to(job.device).eval()), threshold
 
 

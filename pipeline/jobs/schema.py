@@ -65,4 +65,4 @@ def _any(kind: str, name: str) -> dict[str, Any]:
     for member in plugins.available(kind):
         schema = json.dumps(_section(getattr(plugins.load(kind, member), name)))
         members.setdefault(schema, []).append(member)
-    return {"anyOf": [{"title": ", ".join(names), **json.loads(schema)} for schema, names in members.items()]}
+    return {"anyOf": [{**json.loads(schema), "title": ", ".join(names)} for schema, names in members.items()]}

@@ -59,7 +59,7 @@ def sparkline(values: Sequence[float | None]) -> Markup:
 def threshold_curve(curve: Sequence[Point], thresholds: Mapping[str, Any]) -> Markup:
     """mIoU over the threshold; the chosen threshold is a full dot, the oracle a ring.
 
-    curve: (threshold, mIoU), both 0..1; thresholds: `threshold` of metrics/<run>.json. Empty without a curve.
+    curve: (threshold, mIoU), both 0..1; thresholds: `threshold` of audit/<run>.json. Empty without a curve.
     """
     if not curve:
         return Markup("")

@@ -52,7 +52,9 @@ class RunComparison:
     lost       images with the largest losses, descending; at most LISTED
     counts     images that gained, lost, are unchanged
     unmatched  rows of the revision alone, current rows alone
-    note       how the schema of the revision's metrics differs from the current one, in a sentence; "" where it does not
+    note       what of the revision's figures is of another version, or is not there, in a sentence; "" where nothing is
+    data       how the data that the revision was evaluated on differ, in words: no figure is comparable then; "" where they
+               do not
     """
 
     stages: Mapping[str, Pair]
@@ -62,6 +64,7 @@ class RunComparison:
     counts: tuple[int, int, int]
     unmatched: tuple[int, int]
     note: str
+    data: str
 
 
 def revision(rev: str) -> Reader:
@@ -86,22 +89,90 @@ def revision(rev: str) -> Reader:
 
 
 def compare(methods: Sequence[str], metrics: Path, audit: Path, read: Reader) -> dict[str, RunComparison | None]:
-    """Run → its comparison; None where the revision lacks it. FileNotFoundError if it lacks all of them.
+    """Run → its comparison; None where the revision lacks it. Runs that are not evaluated now are left out.
 
-    A revision's metrics may be of an older version: IoU of stages and classes have the same keys in all versions.
+    A revision's figures may be of an older version: IoU of stages and classes have the same keys in all versions.
+    FileNotFoundError if the revision lacks all runs, or none is evaluated now.
     """
+    evaluated = [method for method in methods if (audit / f"{method}.json").is_file()]
+    if not evaluated:
+        raise FileNotFoundError(f"{audit} has figures of no run; run `dvc repro`")
     comparisons: dict[str, RunComparison | None] = {}
-    for method, now in run_metrics.read(metrics, methods).items():
+    for method, now in run_metrics.read(audit, evaluated).items():
         try:
-            before = json.loads(read(metrics / f"{method}.json"))
+            before, note = _figures_before(method, metrics, audit, read)
         except FileNotFoundError:
             comparisons[method] = None
             continue
-        note = metrics_file.version_difference(before)
         comparisons[method] = _comparison(before, now, *_rows(audit / f"{method}.csv", read), note)
     if not any(comparisons.values()):
-        raise FileNotFoundError(f"the revision has no metrics of {', '.join(methods)} under {metrics}")
+        raise FileNotFoundError(f"the revision has no metrics of {', '.join(evaluated)} under {metrics}")
     return comparisons
+
+
+def _figures_before(method: str, metrics: Path, audit: Path, read: Reader) -> tuple[dict[str, Any], str]:
+    """All figures of the revision, and what is to be said of them. FileNotFoundError where it has no metrics of the run."""
+    path = audit / f"{method}.json"
+    try:
+        figures = json.loads(read(path))
+    except FileNotFoundError:
+        path = metrics / path.name
+        figures = json.loads(read(path))
+    if "stages" not in figures:  # a headline, of version 3 on
+        stages = {stage: {"miou": miou} for stage, miou in metrics_file.mious(figures).items()}
+        note = f"audit/{method}.json is not in the revision: only the mIoU of its stages is compared"
+        return {"stages": stages}, note
+    difference = metrics_file.version_difference(figures)
+    note = f"{path} of the revision {difference}; only figures that are in both versions are compared" if difference else ""
+    return figures, note
+
+
+def data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Figures of a run at two times → how the data differ that they are of, in words; "" where nothing says that they do.
+
+    Figures before version 3 have no digests: there, numbers of images and names of classes are compared.
+    """
+    differences = []
+    data, data_now = before.get("data"), now.get("data")
+    classes, classes_now = (_class_names(figures) for figures in (before, now))
+    if data and data_now:
+        if data["classes"] != data_now["classes"]:
+            differences.append("classes")
+        if data["ids"] != data_now["ids"]:
+            differences.append("images")
+        if not differences and data["records"] != data_now["records"]:
+            differences.append("tags, splits, sizes or contents of images")
+    else:
+        if classes and classes_now and classes != classes_now:
+            differences.append("classes")
+        if before.get("images", now.get("images")) != now.get("images"):
+            differences.append("numbers of images")
+    if not differences:
+        return ""
+    return " and ".join(differences) + " differ" + _listed(classes, classes_now) + _counts(before, now)
+
+
+def _class_names(figures: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for stage in figures["stages"].values() for name in stage.get("classes", {})))
+
+
+def _listed(classes: Sequence[str], classes_now: Sequence[str]) -> str:
+    """Names of classes that only one of the two has."""
+    sides = (("in the revision alone", classes, classes_now), ("new", classes_now, classes))
+    texts = []
+    for words, names, others in sides:
+        names = [name for name in names if name not in others]
+        if names and others:
+            texts.append(f"{words}: {', '.join(names[:LISTED])}")
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _counts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Numbers of images of both, where they differ."""
+    if "images" not in before or "images" not in now or before["images"] == now["images"]:
+        return ""
+    texts = [f"{figures['images']['train']} train and {figures['images']['val']} val" for figures in (before, now)]
+    return f"; images: {texts[0]} in the revision, {texts[1]} now"
 
 
 def _rows(path: Path, read: Reader) -> tuple[Iterable[audit_rows.Row], Iterable[audit_rows.Row]]:
@@ -134,6 +205,7 @@ def _comparison(
         counts=(len(gained), len(lost), len(images) - len(changed)),
         unmatched=unmatched,
         note=note,
+        data=data_difference(before, now),
     )
 
 

@@ -7,7 +7,6 @@ figures) is a small row per image, so that memory grows with the rows and not wi
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +18,14 @@ from pipeline import stage_order
 from pipeline.core import store
 from pipeline.core.records import Records
 from pipeline.report import rows as audit_rows
+from pipeline.report.scripts import as_script
 
 PER_BLOCK = 48
 DIGITS = 4
 
 
 class Gallery:
-    """Stores of the runs `methods` in `folder`. ValueError if the records lack an image.
+    """Stores of the runs `methods` in `folder`. records: of all their images.
 
     ids: all their images; first those of the first run, ascending by the mIoU of their last stage, without mIoU at the end;
     then those that only later runs have.
@@ -35,9 +35,6 @@ class Gallery:
         self.stores = {method: store.Store(folder / f"{method}.h5", store.GALLERY) for method in methods}
         self.records = records.by_id()
         ids = {image_id for gallery in self.stores.values() for image_id in gallery.ids}
-        unknown = sorted(ids - set(self.records))
-        if unknown:
-            raise ValueError(f"{folder} shows images that the records lack: {', '.join(unknown[:5])}; run `dvc repro`")
         self.miou, self.kinds, self.present, self.sizes = (
             {method: gallery.column(name) for method, gallery in self.stores.items()}
             for name in ("miou", "kind", "present", "size")
@@ -119,18 +116,10 @@ class Gallery:
                 pictures |= {name: _base64(gallery.read(image_id, name)) for name in ("photograph", "truth")}
             flags = self.present[method][image_id]
             present = [stage for stage, flag in zip(stage_order.GALLERY, flags, strict=True) if flag]
-            maps = {name: _base64(gallery.read(image_id, name)) for name in ("scores", "maps")}
+            maps = {name: _base64(gallery.read(image_id, name)) for name in ("scores", "confidence", "maps")}
             pictures["methods"][method] = {**maps, "present": present}
         return pictures
 
 
 def _base64(data: np.ndarray) -> str:
     return base64.b64encode(data.tobytes()).decode("ascii")
-
-
-def as_script(value: Any) -> str:
-    """JSON that is safe inside a script element and as JavaScript: no <, >, & and no line separators of Unicode."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text

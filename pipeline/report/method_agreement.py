@@ -1,30 +1,14 @@
-"""Small masks of all runs → agreement between methods: mean IoU of their masks, per image and per pair of runs."""
+"""Small masks of the runs → agreement between methods: mean IoU of their masks, per image and per pair of runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
-from pipeline.core import store
 from pipeline.core.labels import IGNORE
-from pipeline.core.records import Records
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Mean IoU between the last masks of two runs, 0..1.
-
-    images  run → id → (mean over the other runs, how many these are); without images that no other run has
-    pairs   split → f64[m,m], mean over the images that both runs have; symmetric, 1 on the diagonal, NaN without such images
-    """
-
-    images: Mapping[str, Mapping[str, tuple[float, int]]]
-    pairs: Mapping[str, np.ndarray]
 
 
 def mask_agreement(mask: np.ndarray, other: np.ndarray) -> float:
@@ -63,42 +47,44 @@ def mean_agreement(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divide(sums, counts, out=np.full(len(matrix), math.nan), where=counts > 0), counts
 
 
-def read(folder: Path, methods: Sequence[str], records: Records) -> Agreement | None:
-    """Streams <run>.h5 of all runs image by image; None where there is only one run.
+class Agreement:
+    """Sums over images of the agreement between the last masks of runs, one image after another.
 
-    ValueError if an image has another size in another run, or is none of the records: then a run is not up to date.
+    methods: names of the runs, in the order of the matrices.
     """
-    if len(methods) < 2:
-        return None
-    stores = [store.Store(folder / f"{method}.h5", store.SMALL_MASKS) for method in methods]
-    splits = {record.id: record.split for record in records}
-    images: dict[str, dict[str, tuple[float, int]]] = {method: {} for method in methods}
-    shape = (len(methods), len(methods))
-    sums = {split: np.zeros(shape) for split in ("train", "val")}
-    counts = {split: np.zeros(shape, np.int64) for split in sums}
-    for image_id in sorted({image_id for masks in stores for image_id in masks.ids}):
-        if image_id not in splits:
-            raise ValueError(f"{folder} has a mask of {image_id!r}, which the records lack; run `dvc repro`")
-        masks = [opened.read(image_id, "mask") if image_id in opened else None for opened in stores]
-        _same_size(image_id, dict(zip(methods, masks, strict=True)), folder)
-        matrix = agreement_matrix(masks)
-        sums[splits[image_id]] += np.nan_to_num(matrix)
-        counts[splits[image_id]] += ~np.isnan(matrix)
-        for method, value, count in zip(methods, *mean_agreement(matrix), strict=True):
-            if count:
-                images[method][image_id] = float(value), int(count)
-    pairs = {
-        split: np.divide(sums[split], count, out=np.full(shape, math.nan), where=count > 0)
-        for split, count in counts.items()
-        if count.any()
-    }
-    return Agreement(images, pairs)
+
+    def __init__(self, methods: Sequence[str]) -> None:
+        self.methods = methods
+        self._shape = (len(methods), len(methods))
+        self._sums: dict[str, np.ndarray] = {}
+        self._counts: dict[str, np.ndarray] = {}
+
+    def add(self, image_id: str, split: str, masks: Mapping[str, np.ndarray]) -> dict[str, tuple[float, int]]:
+        """Masks u8[h,w] of an image by run → run → (mean agreement with the other runs that have it, how many these are).
+
+        Without runs that no other run can be compared with. ValueError if the masks differ in size.
+        """
+        _same_size(image_id, masks)
+        matrix = agreement_matrix([masks.get(method) for method in self.methods])
+        self._sums.setdefault(split, np.zeros(self._shape))
+        self._counts.setdefault(split, np.zeros(self._shape, np.int64))
+        self._sums[split] += np.nan_to_num(matrix)
+        self._counts[split] += ~np.isnan(matrix)
+        means = zip(self.methods, *mean_agreement(matrix), strict=True)
+        return {method: (float(value), int(count)) for method, value, count in means if count}
+
+    def pairs(self) -> dict[str, np.ndarray]:
+        """Split → f64[m,m], mean over the images that both runs have; symmetric, 1 on the diagonal, NaN without such
+        images."""
+        return {
+            split: np.divide(self._sums[split], count, out=np.full(self._shape, math.nan), where=count > 0)
+            for split, count in sorted(self._counts.items())
+            if count.any()
+        }
 
 
-def _same_size(image_id: str, masks: Mapping[str, np.ndarray | None], folder: Path) -> None:
-    sizes = {method: mask.shape for method, mask in masks.items() if mask is not None}
+def _same_size(image_id: str, masks: Mapping[str, np.ndarray]) -> None:
+    sizes = {method: mask.shape for method, mask in masks.items()}
     if len(set(sizes.values())) > 1:
         by_method = ", ".join(f"{height}×{width} in {method}.h5" for method, (height, width) in sizes.items())
-        raise ValueError(
-            f"{folder}: the mask of {image_id!r} is {by_method}, so not of one photograph; run `dvc repro evaluate`"
-        )
+        raise ValueError(f"the mask of {image_id!r} is {by_method}, so not of one photograph; run `dvc repro evaluate`")

@@ -1,99 +1,100 @@
-"""Metrics, curves, galleries and inner maps of all runs → report/: one page that needs no network, and review.csv.
+"""Figures, curves, galleries and inner maps of the runs → report/: one page that needs no network, and review.csv.
 
-The page is index.html; its pictures are inside it, or in data-*.js beside it where they are too large together.
+The page is index.html; pictures and the rows of the table of images are inside it, or in data-*.js and rows/*.js beside it
+where they are too large together.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.core import records as records_file
+from pipeline.core import store
 from pipeline.core.records import Records
 from pipeline.core.sections import Report
-from pipeline.report import (
-    audits,
-    charts,
-    colours,
-    inner_maps,
-    method_agreement,
-    run_metrics,
-    surroundings,
-    templates,
-)
+from pipeline.report import audits, available, charts, colours, inner_maps, run_metrics, surroundings, templates
 from pipeline.report import gallery as blocks
 from pipeline.report import rows as audit_rows
+from pipeline.report.available import Inputs
+from pipeline.report.image_table import ImageTable
+from pipeline.report.scripts import as_script
 from pipeline.stage_order import LAST
 
 TEMPLATE = "page.html.jinja"
-SCRIPTS = ("base.js", "data.js", "paint.js", "gallery.js", "viewer.js", "app.js")
-INLINE_BYTES = 15_000_000  # of the whole page; larger ones load their pictures from files beside it
-PICTURES_MARK = "<!-- pictures -->"
+SCRIPTS = ("base.js", "data.js", "paint.js", "gallery.js", "viewer.js", "table.js", "images.js", "provenance.js", "app.js")
+INLINE_BYTES = 15_000_000  # of the whole page; larger ones load pictures and rows from files beside it
+SCRIPTS_MARK = "<!-- pictures and rows -->"
+ROWS = "rows"  # folder of the pages of rows
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Folders that the page is made from.
+def write(out: Path, inputs: Inputs, methods: Sequence[str], settings: Report, outdated: Collection[str] = ()) -> Path:
+    """Replaces the folder `out`; returns the page's path. Runs that cannot be shown are named on the page.
 
-    metrics     <run>.json, and upper_bound/<run>.json
-    plots       <run>/threshold.csv
-    gallery     <run>.h5 of GALLERY
-    inspection  <run>.h5 of INSPECTION
-    audit       <run>.csv, and <run>.h5 of SMALL_MASKS
+    methods: names of the runs of params.yaml; outdated: of those that DVC would run again. Everything that comes from data
+    (ids, class names, reasons) is escaped. FileNotFoundError where no run can be shown; ValueError where a table is damaged.
     """
-
-    metrics: Path
-    plots: Path
-    gallery: Path
-    inspection: Path
-    audit: Path
-
-
-def write(out: Path, records: Records, methods: Sequence[str], inputs: Inputs, settings: Report) -> None:
-    """Writes the folder `out`; methods: names of the runs. Everything that comes from data (ids, class names, reasons) is
-    escaped. FileNotFoundError or ValueError where an input is missing or of another version."""
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("data-*.js"):
-        old.unlink()
-    metrics = run_metrics.read(inputs.metrics, methods)
-    gallery = blocks.Gallery(inputs.gallery, methods, records)
-    agreement = method_agreement.read(inputs.audit, methods, records)
-    audit = audits.read(inputs.audit, methods, gallery.ids, settings.review, agreement)
-    audit_rows.write_review(out / "review.csv", audit.worst)
+    runs = available.runs(inputs, methods)
+    new = out.with_name(out.name + ".new")  # never in place: files of `out` may be hard links into DVC's cache
+    shutil.rmtree(new, ignore_errors=True)
+    (new / ROWS).mkdir(parents=True)
+    metrics = run_metrics.read(inputs.audit, runs.shown, inputs.metrics / "upper_bound")
+    records = records_file.read(inputs.records, _pictured(inputs, runs.shown))
+    gallery = blocks.Gallery(inputs.gallery, runs.shown, records)
+    tables = {method: ImageTable(records.labels.names) for method in runs.shown}
+    audit = audits.read(inputs.audit, runs.shown, gallery.ids, settings.review, tables)
+    audit_rows.write_review(new / "review.csv", audit.worst)
     script_data = {
-        "methods": list(methods),
+        "methods": runs.shown,
         "stages": run_metrics.shown_stages(metrics),
         "splits": run_metrics.splits_of(metrics),
         "classes": ["background", *records.labels.names],
         "colours": colours.of_classes(len(records.labels), settings.palette),
         "images": gallery.table(audit.gallery_rows),
+        "tables": [table.write(new / ROWS, str(at)) for at, table in enumerate(tables.values())],
         "last_stages": LAST,
         "previous_stages": run_metrics.previous_stages(metrics),
     }
-    text = render(settings.title, records, metrics, inputs, script_data, audit)
-    _write_page(out / "index.html", text, gallery.write(out))
+    notices = {"absent": runs.absent, "outdated": [method for method in runs.shown if method in outdated]}
+    text = render(settings.title, records, metrics, inputs, script_data, audit, notices)
+    _write_page(new / "index.html", text, [*gallery.write(new), *sorted((new / ROWS).iterdir())])
+    if out.exists():
+        shutil.rmtree(out)
+    new.replace(out)
+    return out / "index.html"
 
 
-def _write_page(path: Path, text: str, blocks_of_pictures: Sequence[Path]) -> None:
-    """The page, with the blocks inside it, whose files are then removed, where all of it is at most INLINE_BYTES."""
-    size = len(text.encode("utf-8")) + sum(block.stat().st_size for block in blocks_of_pictures)
+def _pictured(inputs: Inputs, methods: Sequence[str]) -> set[str]:
+    """Ids of all images that the page has a picture of."""
+    folders = ((inputs.gallery, store.GALLERY), (inputs.inspection, store.INSPECTION))
+    return {i for folder, schema in folders for method in methods for i in store.Store(folder / f"{method}.h5", schema).ids}
+
+
+def _write_page(path: Path, text: str, beside: Sequence[Path]) -> None:
+    """The page; where all of it is at most INLINE_BYTES, with the scripts that lie beside it inside, which are then removed.
+
+    beside: blocks of pictures and pages of rows, each a call with a name or a number, and JSON.
+    """
+    size = len(text.encode("utf-8")) + sum(script.stat().st_size for script in beside)
     with path.open("w", encoding="utf-8") as file:
-        start, end = text.split(PICTURES_MARK)
+        start, end = text.split(SCRIPTS_MARK)
         file.write(start)
         if size <= INLINE_BYTES:
-            for at, block in enumerate(blocks_of_pictures):
-                file.write(f'<script type="application/json" id="block-{at}">{_argument(block)}</script>\n')
-                block.unlink()
+            for script in beside:
+                file.write(f'<script type="application/json" id="{script.stem}">{_argument(script)}</script>\n')
+                script.unlink()
+            (path.parent / ROWS).rmdir()
         file.write(end)
 
 
 def _argument(path: Path) -> str:
-    """The JSON inside `tag2mask.block(0,…);`."""
+    """The JSON inside `tag2mask.block(0,…);` or `tag2mask.rows("0-id-0000",…);`."""
     return path.read_text(encoding="utf-8").partition(",")[2].rstrip("\n").removesuffix(");")
 
 
@@ -104,8 +105,9 @@ def render(
     inputs: Inputs,
     script_data: Mapping[str, Any],
     audit: audits.Audits,
+    notices: Mapping[str, Any],
 ) -> str:
-    """The page as text, with PICTURES_MARK where the blocks of pictures go."""
+    """The page as text, with SCRIPTS_MARK where blocks of pictures and pages of rows go."""
     script = Markup("(() => {\n" + "".join(templates.text(name) for name in SCRIPTS) + "})();")
     images = script_data["images"]
     inspection = {method: inputs.inspection / f"{method}.h5" for method in metrics}
@@ -114,11 +116,12 @@ def render(
         records=records,
         metrics=metrics,
         first_run=next(iter(metrics.values())),
-        script_data=Markup(blocks.as_script(script_data)),
+        script_data=Markup(as_script(script_data)),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         style=templates.style(),
-        pictures_mark=Markup(PICTURES_MARK),
+        scripts_mark=Markup(SCRIPTS_MARK),
+        notices=notices,
         charts=charts,
         threshold_curves=run_metrics.threshold_curves(inputs.plots, list(metrics)),
         flow_chains={method: run_metrics.flow_chains(figures) for method, figures in metrics.items()},

@@ -20,7 +20,7 @@ MIN_COMPARED = 2
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image at one stage.
 
@@ -30,6 +30,7 @@ class Row:
     method_agreement  mean IoU of a mask of a REVIEWED stage with the masks of the other runs that have the image, mean over
                       these runs, 0..1; None where no other run has the image, and at other stages
     compared          number of these other runs
+    tags              names of the tagged classes; None where nobody tagged the image
     """
 
     id: str
@@ -39,6 +40,7 @@ class Row:
     reasons: tuple[str, ...]
     method_agreement: float | None = None
     compared: int = 0
+    tags: tuple[str, ...] | None = None
 
     @property
     def score_and_agreement(self) -> float | None:
@@ -71,28 +73,48 @@ def read(path: Path) -> Iterator[Row]:
 
 def parse(file: Iterable[str], name: str) -> Iterator[Row]:
     """Lines of such a table → rows; name: of the table, for errors."""
-    lines = csv.DictReader(file)
-    missing = [column for column in COLUMNS if column not in (lines.fieldnames or ())]
-    if missing:
+    lines = csv.reader(file)
+    positions = {column: at for at, column in enumerate(next(lines, []))}
+    if missing := [column for column in COLUMNS if column not in positions]:
         raise ValueError(f"{name} lacks the columns {', '.join(missing)}; run `dvc repro evaluate`")
+    at_id, at_stage, at_miou, at_score, at_reasons = (positions[column] for column in COLUMNS)
+    at_tags = positions.get("tags")
     for line in lines:
         try:
-            miou, score = _number(line["miou"]), _number(line["score"])
-        except ValueError as error:
+            yield Row(
+                line[at_id], line[at_stage], _number(line[at_miou]), _number(line[at_score]), _words(line[at_reasons]),
+                tags=None if at_tags is None or line[at_tags] == "?" else _words(line[at_tags]),
+            )  # fmt: skip
+        except (ValueError, IndexError) as error:
             raise ValueError(f"{name}, line {lines.line_num}: {error}; run `dvc repro evaluate`") from error
-        reasons = tuple(word for word in (line["reasons"] or "").split("|") if word)
-        yield Row(line["id"], line["stage"], miou, score, reasons)
 
 
-def _number(text: str | None) -> float | None:
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|")) if text else ()
+
+
+def _number(text: str) -> float | None:
     value = float(text) if text else math.nan
     return value if math.isfinite(value) else None
 
 
-def worst(rows: Iterable[Row], count: int) -> list[Row]:
+class Worst:
     """The `count` rows of the lowest quality among those of REVIEWED stages; memory does not grow with the rows."""
-    ranked = (row for row in rows if row.stage in REVIEWED and row.quality is not None)
-    return heapq.nsmallest(count, ranked, key=lambda row: (row.quality, row.id, row.stage))
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        if row.stage not in REVIEWED or row.quality is None:
+            return
+        self._rows.append(row)
+        if len(self._rows) > 2 * self.count + 1000:
+            self._rows = self.rows()
+
+    def rows(self) -> list[Row]:
+        """In ascending order of quality."""
+        return heapq.nsmallest(self.count, self._rows, key=lambda row: (row.quality, row.id, row.stage))
 
 
 def write_review(path: Path, worst_rows: Mapping[str, Sequence[Row]]) -> None:

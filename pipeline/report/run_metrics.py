@@ -1,4 +1,4 @@
-"""metrics/<run>.json and plots/<run>/threshold.csv of the runs → what page, table and comparison show of them."""
+"""audit/<run>.json and plots/<run>/threshold.csv of the runs → what page, table and comparison show of them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ from typing import Any
 from pipeline import metrics_file
 from pipeline.stage_order import CHAINS, STAGES
 
-Figures = Mapping[str, Any]  # of metrics/<run>.json
+Figures = Mapping[str, Any]  # of audit/<run>.json
 
 
-def read(folder: Path, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """metrics/<run>.json of the runs of params.yaml; files of runs that are not in it are left out.
+def read(audit: Path, methods: Sequence[str], upper_bounds: Path | None = None) -> dict[str, dict[str, Any]]:
+    """audit/<run>.json of these runs, in their order. FileNotFoundError, or ValueError for a file of another version.
 
-    With the figures of metrics/upper_bound/<run>.json under `upper_bound`. FileNotFoundError for runs that have no metrics,
-    ValueError for a file of another version.
+    upper_bounds: folder of <run>.json by benchmarks/upper_bound.py, which is run by hand: their figures under `upper_bound`.
     """
-    missing = [method for method in methods if not (folder / f"{method}.json").is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} has no metrics of {', '.join(missing)}; run `dvc repro`")
-    metrics = {method: metrics_file.read(folder / f"{method}.json") for method in methods}
+    metrics = {method: metrics_file.read(audit / f"{method}.json") for method in methods}
     for method in methods:
-        upper_bound = folder / "upper_bound" / f"{method}.json"  # benchmarks/upper_bound.py was run by hand, or was not
-        if upper_bound.is_file():
-            metrics[method]["upper_bound"] = json.loads(upper_bound.read_text(encoding="utf-8"))
+        path = None if upper_bounds is None else upper_bounds / f"{method}.json"
+        if path is not None and path.is_file():
+            metrics[method]["upper_bound"] = json.loads(path.read_text(encoding="utf-8"))
     return metrics
 
 
@@ -63,7 +59,7 @@ def previous_stages(metrics: Mapping[str, Figures]) -> dict[str, str]:
 
 def miou_drops(figures: Figures) -> list[tuple[str, str, float, float]]:
     """Stages with a lower mIoU than the stage that they come from: (that stage, the stage, mIoU of that, mIoU of it)."""
-    miou = {stage: values["miou"] for stage, values in figures["stages"].items() if values.get("miou") is not None}
+    miou = metrics_file.mious(figures)
     drops = []
     for chain in CHAINS:
         stages = [stage for stage in chain if stage in miou]

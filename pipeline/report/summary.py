@@ -1,4 +1,4 @@
-"""metrics/<run>.json → a table in the terminal. `python -m pipeline.report.summary metrics`."""
+"""audit/<run>.json → a table in the terminal. `python -m pipeline.report.summary audit`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from pipeline.report.templates import figure, stage_name
 
 
 @click.command()
-@click.argument("metrics", type=click.Path(path_type=Path, exists=True))
-def main(metrics: Path) -> None:
-    """Prints mIoU per stage of every run of params.yaml, stages that lower it, and where the results lie."""
-    methods = list(sections.read()["methods"])
-    figures_of_runs = run_metrics.read(metrics, methods)
+@click.argument("audit", type=click.Path(path_type=Path, exists=True))
+def main(audit: Path) -> None:
+    """Prints mIoU per stage of every evaluated run of params.yaml, stages that lower it, and where the results lie."""
+    methods = [method for method in sections.read()["methods"] if (audit / f"{method}.json").is_file()]
+    if not methods:
+        raise click.ClickException(f"{audit} has figures of no run; run `dvc repro`")
+    figures_of_runs = run_metrics.read(audit, methods)
     stages = run_metrics.shown_stages(figures_of_runs)
     table = Table(title="mIoU per stage (predictions and stages that end in val: split val; all others: split train)")
     table.add_column("method")
@@ -42,7 +44,7 @@ def main(metrics: Path) -> None:
             drop = f"{figure(miou_before)} ({stage_name(before)}) to {figure(miou_after)} ({stage_name(after)})"
             console.print(f"{method}: mIoU drops from {drop}")
         console.print(f"masks:   artifacts/{method}/pseudo_masks (HDF5; docs/pseudo_masks.md says how to read it)")
-        console.print(f"metrics: {metrics}/{method}.json")
+        console.print(f"figures: {audit}/{method}.json")
     console.print("report:  report/index.html")
 
 

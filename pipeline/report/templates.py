@@ -21,6 +21,7 @@ def environment() -> Environment:
         "figure": figure,
         "percent": percent,
         "stage": stage_name,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
         "address_part": lambda text: quote(text, safe=""),
     }
     return loaded

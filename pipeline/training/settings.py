@@ -107,7 +107,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Training:
-    """Section train or retrain; `model` is parsed by the Params of the method or segmenter."""
+    """Section train or retrain.
+
+    seed       of weights, order and augmentation
+    precision  of the network: fp32, or bf16 and fp16 where the processor is fast at them
+    augment    photograph → square training crop
+    schedule   optimisation
+    model      of the method (train) or of the segmenter (retrain)
+    """
 
     seed: Count
     precision: Literal["fp32", "bf16", "fp16"]

@@ -39,7 +39,7 @@ from pipeline.datasets.scenes.drawing import (
     tiles,
     wool,
 )
-from pipeline.listing import read_table, split_tags
+from pipeline.tag_table import read_table, split_tags
 
 CLASSES = ("boat", "car", "fish", "house", "mushroom", "sheep")
 # classes co-occur with backgrounds, as boats with water in photographs: the usual background of a class, and its frequency

@@ -14,7 +14,8 @@ import numpy as np
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 from pipeline.core.records import read_mask
-from pipeline.listing import DatasetError, duplicates, id_problem, read_table, split_tags, without_suffix
+from pipeline.listing import DatasetError, duplicates, id_problem, without_suffix
+from pipeline.tag_table import read_table, split_tags
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -124,7 +125,7 @@ class Dataset:
         if self.params.tags == "csv":
             rows = read_table(self.root / "tags.csv", ["id", "tags"])
             row_ids = [without_suffix(row["id"]) for row in rows]
-            tags = dict(zip(row_ids, split_tags(row["tags"] for row in rows), strict=True))
+            tags = dict(zip(row_ids, split_tags((row["tags"] for row in rows), VOC_CLASSES), strict=True))
             listed = set(ids)
             problems += [f"{image_id!r}: stands twice in tags.csv" for image_id in duplicates(row_ids) if image_id in listed]
             problems += [

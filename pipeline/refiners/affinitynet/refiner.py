@@ -52,8 +52,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """architecture of the run's backbone family; image_size px, grid of a ViT's position embeddings
+    """The network that learns affinities.
 
+    architecture  a network of the run's backbone family
+    image_size    px; a ViT's position embeddings are made for this side
     stride   px per cell of the affinities' grid
     widths   channels into which each of the last len(widths) feature maps is turned (PSA: 64, 128, 256)
     radius   cells; pairs nearer than it are learned (PSA: 5)
@@ -82,7 +84,8 @@ class Params:
     """refine.options.
 
     power      of the background plane 1 - best score (PSA: 16); null: a plane of the run's threshold
-    beta       power of the affinities (PSA: 8); steps: of the walk (PSA: 256)
+    beta       power of the affinities (PSA: 8)
+    steps      of the walk (PSA: 256)
     long_side  px; larger images are seen, and walked, scaled down to it
     """
 

@@ -55,8 +55,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """architecture of the run's backbone family, which stays as it is; image_size px, grid of a ViT's position embeddings
+    """The network that learns boundaries.
 
+    architecture  a network of the run's backbone family, which stays as it is
+    image_size    px; a ViT's position embeddings are made for this side
     stride  px per cell of the edge map (IRN: 4)
     radius  cells; pairs nearer than it are learned (IRN: 10)
     displacement_weight     loss of the branch that points to each object's centre (IRN: 1, for instances, which are not made
@@ -86,7 +88,8 @@ class Params:
     """refine.options.
 
     radius     cells that one step reaches (IRN: 5)
-    beta       power of the affinities (IRN: 10); steps: of the walk (IRN: 256)
+    beta       power of the affinities (IRN: 10)
+    steps      of the walk (IRN: 256)
     flip       whether the edges of the mirror image are averaged in (IRN: true)
     normalise  walked scores over the maximum of all classes of the image (IRN), or each over its own
     threshold  score of background after the walk (IRN: 0.25); null: the run's own threshold

@@ -29,8 +29,11 @@ FILE_HINT = (
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """Segments from outside. path: a folder of <id>.json, or a JSON Lines file; sha256: of that file, or of a folder's
-    listing."""
+    """Segments from outside.
+
+    path    a folder of <id>.json, or a JSON Lines file
+    sha256  of that file, or of a folder's listing
+    """
 
     source: Literal["file"]
     path: str

@@ -1,4 +1,4 @@
-// Addresses, keys, panels, theme and provenance.
+// Addresses, keys, panels and theme.
 
 // #method/stage/id opens an image, #method/stage/ the gallery at that stage; other addresses are elements of the page.
 function followAddress() {
@@ -84,6 +84,7 @@ const KEYS = {
   d: nextTheme,
   e: () => toggleLayer("error"),
   g: () => { if (!viewer.open) goToGallery(); },
+  i: () => { if (!viewer.open) byId("images").scrollIntoView(); },
   m: nextMethod,
   s: () => { state.sideBySide = !state.sideBySide; update({ keepPage: true }); },
   t: () => toggleLayer("truth"),
@@ -101,37 +102,9 @@ document.addEventListener("keydown", (event) => {
   action();
 });
 
-function provenanceTable(records) {
-  const versions = [...new Set(records.flatMap((record) => Object.keys(record.versions ?? {})))].sort();
-  const short = (text) => (text ?? "–").slice(0, 12);
-  const head = [
-    "stage", "seconds", "peak MiB", "peak MiB of the largest child process", "device", "python", ...versions,
-    "params digest", "code digest",
-  ];
-  const rows = records.map((record) => [
-    record.stage, record.seconds?.toFixed(1), record.peak_memory_mib, record.peak_memory_mib_largest_child, record.device,
-    record.python, ...versions.map((name) => record.versions?.[name]),
-    short(record.params_digest), short(record.code_digest),
-  ]);
-  const cell = (value, at) => element(at === 0 ? "th" : "td", at === 0 ? { scope: "row" } : {}, String(value ?? "–"));
-  return element(
-    "table", {}, element("thead", {}, element("tr", {}, ...head.map((name) => element("th", { scope: "col" }, name)))),
-    element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map(cell)))),
-  );
-}
-
-byId("provenance-load").addEventListener("click", async () => {
-  try {
-    const records = await script("../provenance/provenance.js", "provenance");
-    byId("provenance-table").replaceChildren(provenanceTable(records));
-    byId("provenance-note").textContent = `${records.length} stages`;
-  } catch {
-    byId("provenance-note").textContent =
-      "provenance/provenance.js is not there: this report was moved, or no stage was run here.";
-  }
-});
-
 setTheme(THEMES.includes(storage.get("theme")) ? storage.get("theme") : "system");
 window.addEventListener("hashchange", followAddress);
+// On paper nothing can be opened.
+window.addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
 update();
 followAddress();

@@ -1,4 +1,4 @@
-// Figures of all images, and the blocks of pictures, which are loaded when one of their images is shown.
+// Figures of the gallery's images, and what is loaded when it is shown: blocks of pictures, pages of rows, provenance.
 
 const report = JSON.parse(byId("report-data").textContent);
 const images = report.images;
@@ -9,7 +9,9 @@ const MAX_BLOCKS = 40; // in memory at a time, so that it does not grow with the
 
 window.tag2mask = {
   block(number, items) { pending.get(number)?.(items); },
+  rows(name, items) { pending.get(name)?.(items); },
   provenance(records) { pending.get("provenance")?.(records); },
+  history(points) { pending.get("history")?.(points); },
 };
 
 function script(source, name) {
@@ -22,14 +24,21 @@ function script(source, name) {
   });
 }
 
-function block(number) {
-  if (!blocks.has(number)) {
-    const inline = byId(`block-${number}`);
-    const name = `data-${String(number).padStart(4, "0")}.js`;
-    blocks.set(number, inline ? Promise.resolve(JSON.parse(inline.textContent)) : script(name, number));
-    if (blocks.size > MAX_BLOCKS) blocks.delete(blocks.keys().next().value);
+const numbered = (number) => String(number).padStart(4, "0");
+
+// Data of a name from inside the page, else from a script beside it; `cache` holds the last `most` that were asked for.
+function loaded(cache, most, elementId, source, name) {
+  if (!cache.has(name)) {
+    const inline = byId(elementId);
+    cache.set(name, inline ? Promise.resolve(JSON.parse(inline.textContent)) : script(source, name));
+    if (cache.size > most) cache.delete(cache.keys().next().value);
   }
-  return blocks.get(number);
+  return cache.get(name);
+}
+
+function block(number) {
+  const stem = `data-${numbered(number)}`;
+  return loaded(blocks, MAX_BLOCKS, stem, `${stem}.js`, number);
 }
 
 async function picturesOf(at) {

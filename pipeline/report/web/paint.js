@@ -14,7 +14,7 @@ const colours = report.colours.map((text) => [1, 3, 5].map((at) => parseInt(text
 function layersOf(split) {
   const stages = report.stages.filter((stage) => report.splits[stage] === split).map(nameOf);
   const truth = images.truth.some(Boolean) ? ["truth", "error"] : [];
-  return ["photograph", "scores", ...stages, ...truth];
+  return ["photograph", "scores", "confidence", ...stages, ...truth];
 }
 
 const LAYER_NAMES = {
@@ -67,9 +67,10 @@ function paintErrors(pixels, truth, values, width) {
   }
 }
 
-async function scoresOf(methodPictures, width, height) {
+// A grey JPEG, smaller than the thumbnail → one value 0..255 per pixel of the thumbnail.
+async function greyOf(base64, width, height) {
   const grey = new Image();
-  grey.src = `data:image/jpeg;base64,${methodPictures.scores}`;
+  grey.src = `data:image/jpeg;base64,${base64}`;
   await grey.decode();
   const canvas = element("canvas", { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -92,14 +93,24 @@ function paintScores(pixels, scores) {
   }
 }
 
-// Layer over the photograph: { kind, values } or null. kind: "mask" (classes), "scores" (0..255), "error" (has truth).
+// The less sure a pixel is, the more of it is covered.
+const UNSURE = [240, 120, 20];
+
+function paintConfidence(pixels, confidence) {
+  for (let at = 0; at < confidence.length; at += 1) setPixel(pixels, at, UNSURE, 255 - confidence[at]);
+}
+
+// Layer over the photograph: { kind, values } or null. kind: "mask" (classes), "scores" and "confidence" (0..255), "error"
+// (has truth).
 async function layerOf(pictures, at, method, layer, stage) {
   const [height, width] = images.sizes[at];
   if (layer === "photograph") return null;
   if (layer === "truth") return { kind: "mask", values: await truthOf(pictures) };
   const methodPictures = pictures.methods[method];
   if (!methodPictures) return null;
-  if (layer === "scores") return { kind: "scores", values: await scoresOf(methodPictures, width, height) };
+  if (layer === "scores" || layer === "confidence") {
+    return { kind: layer, values: await greyOf(methodPictures[layer], width, height) };
+  }
   const masks = await masksOf(methodPictures);
   if (layer === "error") return { kind: "error", values: masks[nameOf(stage)], truth: await truthOf(pictures) };
   return { kind: "mask", values: masks[layer] };
@@ -117,7 +128,7 @@ function picture(at, method, { layer, stage, opacity }, label) {
   const photograph = element("img", { alt, width, height, draggable: false });
   const overlay = element("canvas", { width, height, role: "img", "aria-label": `${layerName(layer)} of ${method}` });
   overlay.style.opacity = String(opacity / 100);
-  overlay.classList.toggle("sharp", layer !== "scores");
+  overlay.classList.toggle("sharp", !["scores", "confidence"].includes(layer));
   const caption = label ? element("span", { class: "method-name" }, label) : null;
   const stack = element("div", { class: "stack" }, photograph, overlay, caption);
   const showMessage = (text) => stack.append(element("span", { class: "message" }, text));
@@ -136,6 +147,7 @@ function picture(at, method, { layer, stage, opacity }, label) {
     const drawn = context.createImageData(width, height);
     if (content.kind === "mask") paintMask(drawn.data, content.values, width);
     else if (content.kind === "scores") paintScores(drawn.data, content.values);
+    else if (content.kind === "confidence") paintConfidence(drawn.data, content.values);
     else paintErrors(drawn.data, content.truth, content.values, width);
     context.putImageData(drawn, 0, 0);
     return content;
@@ -145,8 +157,7 @@ function picture(at, method, { layer, stage, opacity }, label) {
 
 function legendItem(colour, name, fraction) {
   const swatch = element("i", { class: "swatch", style: `background: ${colour}` });
-  const share = fraction === undefined ? null : element("span", {}, percent(fraction));
-  return element("li", {}, swatch, element("span", {}, name), share);
+  return element("li", {}, swatch, element("span", {}, name), fraction === undefined ? null : element("span", {}, percent(fraction)));
 }
 
 // Legend of a layer. values: [{ value, fraction of pixels }] of a mask; without it all classes are listed.
@@ -154,6 +165,9 @@ function legendItems(layer, values) {
   const css = (colour) => `rgb(${colour.join(" ")})`;
   if (layer === "error") return Object.values(ERRORS).map(({ colour, name }) => legendItem(css(colour), name));
   if (layer === "scores") return [0, 2, 4].map((at) => legendItem(css(HEAT[at]), ["score 0", "0.5", "1"][at / 2]));
+  if (layer === "confidence") {
+    return [1, 0.5, 0].map((cover) => legendItem(`rgb(${UNSURE.join(" ")} / ${cover})`, `confidence ${1 - cover}`));
+  }
   if (layer === "photograph") return [];
   const ignored = (fraction) => legendItem(css(CREAM), "255, ignored", fraction);
   const classItem = (value, fraction) => legendItem(report.colours[value], report.classes[value], fraction);

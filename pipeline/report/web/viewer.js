@@ -101,6 +101,7 @@ function readoutOf(stack, at, method, content) {
     const parts = [method];
     const layer = state.layer === "error" ? nameOf(state.stage) : state.layer;
     if (content?.kind === "scores") parts.push(`score ${(content.values[pixel] / 255).toFixed(2)}`);
+    else if (content?.kind === "confidence") parts.push(`confidence ${(content.values[pixel] / 255).toFixed(2)}`);
     else if (content) parts.push(`${layerName(layer)}: ${className(content.values[pixel])}`);
     if (content?.truth) parts.push(`ground truth: ${className(content.truth[pixel])}`);
     byId("viewer-readout").textContent = parts.join(" · ");
