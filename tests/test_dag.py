@@ -263,6 +263,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/segmenters/*", of_run("segmenter", "cross_validate", "retrain", "segment")),
     ("pipeline/datasets/scenes/*", of_dataset("scenes")),  # its drawing, too
     ("pipeline/datasets/*", of_dataset("another")),
+    ("pipeline/audit/empty_masks.py", each("export", "evaluate")),
     ("pipeline/audit/*", each("evaluate")),
     ("pipeline/report/*", each("report")),
     ("pipeline/jobs/engine.py", each("prepare", *TRAINED, "export", "evaluate")),
