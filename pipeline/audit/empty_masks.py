@@ -33,7 +33,7 @@ def finding(table: np.ndarray, names: Sequence[str], stage: str) -> dict[str, An
     It is not where more than half of the tagged classes have no pixel in any image, or more than half of the tags have none.
     names: of the classes; stage: whose masks they are.
     """
-    tagged = np.flatnonzero(table[:, 0])
+    tagged = np.flatnonzero(table[:, 0]).tolist()
     without = [names[index] for index in tagged if table[index, 0] == table[index, 1]]
     tags, tags_without = (int(value) for value in table.sum(axis=0))
     if 2 * len(without) <= len(tagged) and 2 * tags_without <= tags:
