@@ -225,6 +225,16 @@ def test_an_image_that_changed_since_prepare_is_an_error(tmp_path: Path, root: P
         trained(job)
 
 
+def test_an_image_that_changed_is_the_error_of_the_run_whichever_process_reads_it(tmp_path: Path, root: Path) -> None:
+    """Without a traceback of another process: a stage shows the text alone."""
+    job = job_in(tmp_path / "a", root, ranks=2)
+    for path in (root / "images").glob("train *.png"):
+        path.write_bytes(b"other")
+    with pytest.raises(RuntimeError, match="has changed since prepare") as caught:
+        trained(job)
+    assert "Traceback" not in str(caught.value)
+
+
 def test_the_learning_rate_rises_in_warm_up_and_falls_to_its_end() -> None:
     for name in ("poly", "linear", "cosine", "one_cycle"):
         phase = Schedule(1, 0, 4, 1, 0.1, 0.0, "adamw", name, 5, 0.0).phase("p")  # type: ignore[arg-type]
