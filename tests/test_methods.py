@@ -38,7 +38,7 @@ REFUSED = {(name, other) for name in ("weaktr", "semples") for other in ("resnet
     ("afa", "efficientnet"),
     ("ppl", "mit"),
 }
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 BACKBONES = [(name, architecture) for name, names in ARCHITECTURES.items() for architecture in names]
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
 
