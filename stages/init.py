@@ -37,7 +37,10 @@ def main(folder: Path, images: Path | None, tags: Path | None, methods: tuple[st
         raise click.ClickException(str(error)) from error
     for line in found.lines():
         click.echo(line)
-    for warning in found.warnings:
+    forecasts = init.forecasts(folder, found)
+    for forecast in forecasts:
+        click.echo(forecast.text())
+    for warning in [*found.warnings, *(warning for forecast in forecasts for warning in forecast.warnings)]:
         click.secho(f"warning: {warning}", fg="yellow")
     click.echo(f"{folder} is a project now; its params.yaml says which data and which methods")
     steps = [f"cd {folder}", *(f"tag2mask weights get {Path(path).stem}" for path in init.initial_weights(folder))]

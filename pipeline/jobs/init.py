@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 
 from pipeline import code_files
+from pipeline.core import sections
 from pipeline.core.config import PARAMS_FILE
 from pipeline.core.problems import quantity
-from pipeline.core.sections import Dataset
-from pipeline.jobs import project, survey
+from pipeline.core.sections import Dataset, Settings
+from pipeline.jobs import forecast, project, survey
+from pipeline.jobs.forecast import Forecast
 from pipeline.jobs.project import DAG_FILE, ProjectError
 from pipeline.jobs.survey import Survey
 
@@ -26,7 +28,7 @@ PRESET, RECIPES = "presets/folder.yaml", "recipes/photos"
 TAGS_COPY = "data/tags/tags.csv"  # of the project: DVC sees changes of it
 IGNORED = {
     ".gitignore": [
-        ".work/", "__pycache__/", "/provenance/", "/against.html", "/dvc_plots/",
+        ".work/", "__pycache__/", "/provenance/", "/report.new", "/against.html", "/dvc_plots/",
         "/data/weights/*.safetensors", "/data/weights/*.pt", "/data/weights/*.pth", "/data/weights/*.onnx",
     ],
     ".dvcignore": [".work/", "__pycache__/"],
@@ -76,6 +78,14 @@ def params(folder: Path, images: Path, options: Mapping[str, Any], methods: Sequ
     before = [_filled(line, values) for line in lines[:at]]
     after = [_filled(line, values) for line in lines[end:]]
     return "\n".join([*before, "methods:", *_runs(lines[at + 1 : end], methods), *after]) + "\n"
+
+
+def forecasts(folder: Path, found: Survey) -> list[Forecast]:
+    """How long each run of the project's params.yaml will take on this machine, and what would learn nothing."""
+    size = (found.sizes.median[1], found.sizes.median[0]) if found.sizes is not None else forecast.PHOTOGRAPH
+    with chdir(folder):
+        runs = [Settings.read(name) for name in sections.runs(sections.read())]
+        return [forecast.of(found.train, found.val, run, size=size) for run in runs]
 
 
 def known_methods() -> list[str]:
