@@ -92,7 +92,7 @@ def method(kind: type[afa.Method]) -> afa.Method:
         energy=None, freeze_norms=True, backbone_lr_factor=0.1, affinity_lr_factor=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    schedule = Schedule(1, BATCH, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
+    schedule = Schedule(1, 0, BATCH, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
     return kind(LabelSpace(tuple(map(str, range(CLASSES)))), params, schedule, plugins.load("nn", "mit")).train()
 
 

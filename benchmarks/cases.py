@@ -50,7 +50,7 @@ def score_maps(folder: Path) -> list[Timing]:
     torch.set_num_threads(1)
     labels = LabelSpace(tuple(f"class {number}" for number in range(CLASSES)))
     params = cam.Params("deit_tiny_patch16_224", 224, "gap", 1.0, 0.1, 0.0)
-    schedule = Schedule(1, 1, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+    schedule = Schedule(1, 0, 1, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     method = cam.Method(labels, params, schedule, plugins.load("nn", "vit")).eval()
     settings = Extract((1.0, 1.2), None, True, "irn", 4, 16, 0.5, False, "fp32", 64, "gzip", 0, {})
     images = [photograph(index) for index in range(4)]

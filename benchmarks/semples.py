@@ -78,7 +78,7 @@ def method(kind: type[RandomCritic]) -> RandomCritic:
         background_weight=2.4, text_weight=0.02, suppression_weight=0.05, select="last",
     )  # fmt: skip
     torch.manual_seed(0)
-    schedule = Schedule(1, BATCH, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+    schedule = Schedule(1, 0, BATCH, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     return kind(labels, params, schedule, plugins.load("nn", "vit"))
 
 

@@ -33,7 +33,7 @@ HEADS, LAYERS, WIDTH = 3, 12, 64  # DeiT-Tiny
 def method(name: str) -> Any:
     """cam or weaktr on DeiT-Tiny with random weights, as their papers build them."""
     labels = LabelSpace(tuple(f"class {number}" for number in range(CLASSES)))
-    schedule = Schedule(1, BATCH, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+    schedule = Schedule(1, 0, BATCH, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     torch.manual_seed(0)
     family = plugins.load("nn", "vit")
     if name == "cam":

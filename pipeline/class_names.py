@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from pipeline.core.labels import MAX_CLASSES
-from pipeline.core.problems import quantity
+from pipeline.core.problems import listed, quantity
 
 LONGEST = 100  # characters of a name
 BACKGROUND_NAMES = frozenset({"background", "_background_", "__background__"})
 IGNORE_NAMES = frozenset({"ignore", "__ignore__", "void", "unlabeled", "unlabelled"})
 NOT_PLAIN = frozenset({"Cc", "Cs", "Zl", "Zp"})  # Unicode categories: control characters, halves of pairs, line ends
 ALIKE = 0.8  # difflib's ratio from which two names are alike: person and preson are
+NAMED = 10  # names that a text spells out
 RARE = 0.1  # a name on fewer images than this fraction of the other's is likely its misspelling
 
 
@@ -66,14 +68,29 @@ def warnings(images: Mapping[str, int]) -> list[str]:
     Names that differ in case alone are always named, others that are alike where one is rare: on one image, or on fewer than
     RARE of the images of the other; and names that are made of other names (`cat dog`), where a separator is likely missing.
     """
+    composed = _composed_of_others(images)
     texts = []
-    by_images = sorted(images, key=lambda name: (images[name], name))
+    if composed:
+        texts.append(
+            f"{quantity(len(composed), 'class is', 'classes are')} made of names of others: "
+            f"{listed([*map(repr, composed)], ', ', NAMED)}; part tags in one way, by `;` or by spaces"
+        )
+    by_images = sorted(set(images) - set(composed), key=lambda name: (images[name], name))
     for place, name in enumerate(by_images):
         other = nearest(name, by_images[place + 1 :])
         if other is not None and (name.casefold() == other.casefold() or images[name] <= max(1, RARE * images[other])):
             pair = (f"{name!r} ({quantity(images[name], 'image')})", f"{other!r} ({images[other]:,})")
             texts.append(f"class {pair[0]} stands beside {pair[1]}: is it the same, written differently?")
-        words = name.replace("-", " ").split()
-        if len(words) > 1 and all(word in images for word in words):
-            texts.append(f"class {name!r} is made of the classes {' and '.join(map(repr, words))}: part tags in one way")
     return texts
+
+
+def _composed_of_others(names: Collection[str]) -> list[str]:
+    """Names of several words that are classes, or stand in several such names, at least one of them a class: of `cow; dog;
+    cow person; dog person` the last two, but not `hot dog` beside `dog`."""
+    words = {name: name.split() for name in names if len(name.split()) > 1}
+    number = Counter(word for of_name in words.values() for word in set(of_name))
+    return sorted(
+        name
+        for name, of_name in words.items()
+        if any(word in names for word in of_name) and all(word in names or number[word] > 1 for word in of_name)
+    )

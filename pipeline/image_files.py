@@ -20,7 +20,7 @@ class Content:
 
     images    at any depth, relative to the folder, sorted
     others    ending, lower case with its dot ("" for none) → number of files that are not read
-    problems  a text per link and per folder that cannot be read
+    problems  a text per link that is refused and per folder that cannot be read: images behind them are not listed
     """
 
     images: tuple[Path, ...]
@@ -50,9 +50,10 @@ def content_of(folder: Path, root: Path, leave_out: Collection[Path] = ()) -> Co
                 continue
             if path.suffix.lower() not in IMAGE_SUFFIXES:
                 others[path.suffix.lower()] += 1
-            elif path.is_symlink() and (problem := link_problem(path, root)):
+                continue
+            if problem := link_problem(path, root):
                 problems.append(problem)
-            elif path.is_file():
+            if path.is_file():
                 images.append(path.relative_to(folder))
     return Content(tuple(sorted(images)), dict(sorted(others.items())), tuple(sorted(problems)))
 

@@ -21,7 +21,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from importlib import metadata
@@ -34,10 +35,15 @@ import yaml
 from pipeline import code_files
 from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
+from pipeline.core.processes import begin_child, deaf_children, interrupted_by_signal
 from pipeline.core.store import StoreError
+from pipeline.progress import progress as progress  # Engine's
+from pipeline.progress import warn as warn
 
 PROVENANCE = Path("provenance")
-EXEMPT = ("pipeline/runtime.py", "pipeline/code_files.py", "stages/tag2mask.py")
+TRACEBACK = Path(".work/traceback.txt")
+INTERRUPTED = 130  # exit code of shells for Ctrl-C
+EXEMPT = ("pipeline/runtime.py", "pipeline/progress.py", "pipeline/code_files.py", "stages/tag2mask.py")
 STAGES = (
     f"{(__package__ or '').removesuffix('pipeline')}stages"  # package of the command lines: `tag2mask.stages` in a wheel
 )
@@ -106,15 +112,18 @@ def loaders(device: str) -> int:
 
 
 def check_params() -> None:
-    """ParamsError where any section of params.yaml or of a recipe is wrong, so that train does not run before retrain fails.
+    """ParamsError where any section of params.yaml or of a recipe is wrong, or a file that this run needs is missing, so
+    that train does not run before retrain fails.
 
     Checks in a separate process, so that this one imports no plug-in of another stage. Does nothing outside of DVC.
     """
-    if stage_name() is None:
+    name = stage_name()
+    if name is None:
         return
-    result = subprocess.run([sys.executable, "-m", f"{STAGES}.check"], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ParamsError(result.stderr.strip().removeprefix("Error: "))
+    command = [sys.executable, "-m", f"{STAGES}.check", "--run", name.partition("@")[2]]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:  # train itself warns, with its own phases
+        raise ParamsError(result.stderr.rpartition("Error: ")[2].strip())
 
 
 def with_own_commands() -> dict[str, str]:
@@ -151,28 +160,48 @@ def one_thread() -> None:
 
 
 def each(
-    function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
+    function: Callable[[In], Out],
+    items: Sequence[In],
+    *,
+    what: str,
+    device: str = "cpu",
+    unit: int = 1,
+    images: Callable[[In], int] | None = None,
+    done: int = 0,
 ) -> Iterator[Out]:
-    """function(item) for every item, results in the order of `items`, with a progress bar. unit: images per item.
+    """function(item) for every item, results in the order of `items`, with a progress bar of images.
+
+    images: how many an item holds; without it an item that is a list holds its members where `unit` is above 1, any other
+    item `unit`; done: images of an earlier run that this one goes on from.
 
     With more than one process `function` must be picklable. At most two items per process are in flight, so that memory does
-    not grow with their number. An error ends the run after the items in flight have finished. Every process has one torch
-    thread.
+    not grow with their number. An error, or a signal, ends the run after the items in flight have finished. Every process
+    has one torch thread.
     """
     one_thread()
     processes = workers(device)
+    counts = [images(item) if images else len(item) if unit > 1 and isinstance(item, list) else unit for item in items]
     if processes == 1 or len(items) <= 1 or inline():
-        yield from progress(map(function, items), len(items) * unit, what, unit)
-        return
-    yield from progress(_pooled(function, items, processes), len(items) * unit, what, unit)
+        results: Iterator[Out] = map(function, items)
+    else:
+        results = _pooled(function, items, processes)
+    yield from progress(results, done + sum(counts), what, done=done, counts=counts)
+
+
+def _begin_worker() -> None:
+    begin_child()
+    one_thread()
 
 
 def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) -> Iterator[Out]:
     context = multiprocessing.get_context("spawn")  # fork after torch has threads is unsafe
-    with ProcessPoolExecutor(min(processes, len(items)), context, one_thread) as pool:
-        running: dict[Future[Out], int] = {}
+    pool = ProcessPoolExecutor(min(processes, len(items)), context, _begin_worker)
+    try:
+        with deaf_children():
+            first = pool.submit(function, items[0])  # starts all processes
+        running: dict[Future[Out], int] = {first: 0}
         done: dict[int, Out] = {}
-        source, next_out = iter(enumerate(items)), 0
+        source, next_out = iter(enumerate(items[1:], 1)), 0
         exhausted = False
         while not exhausted or running:
             while not exhausted and len(running) + len(done) < 2 * processes + 2:
@@ -188,6 +217,8 @@ def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) 
             while next_out in done:
                 yield done.pop(next_out)
                 next_out += 1
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def info(text: str, *values: object) -> None:
@@ -195,45 +226,29 @@ def info(text: str, *values: object) -> None:
     log.info(text, *values)
 
 
-def progress(items: Iterable[Out], total: int, what: str, unit: int = 1) -> Iterator[Out]:
-    """Yields items, with a progress bar on a terminal, else with a log line per tenth of total. unit: images per item."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, note="")
-            for item in items:
-                yield item
-                bar.update(task, advance=unit, note=item if isinstance(item, str) else "")
-        return
-    started, logged_tenth = time.monotonic(), 0
-    for count, item in enumerate(items, 1):
-        yield item
-        tenth = count * unit * 10 // max(1, total)
-        if tenth > logged_tenth:
-            logged_tenth = tenth
-            note = f" {item}" if isinstance(item, str) else ""
-            log.info("%s %d/%d %.0f s%s", what, count * unit, total, time.monotonic() - started, note)
-
-
 @contextmanager
 def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
-    """Context of a stage's work: logging, messages of expected errors, then the check of imports, and provenance."""
+    """Context of a stage's work: logging, messages of errors and of signals, then the check of imports, and provenance."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     started = time.time()
     one_thread()
     try:
         check_code()
-        yield
-    except (ParamsError, StoreError, FileNotFoundError, ValueError) as error:
+        with interrupted_by_signal():
+            yield
+    except KeyboardInterrupt as interrupt:
+        log.warning("%s", str(interrupt) or "interrupted; what is finished is kept; run again to go on")
+        raise SystemExit(INTERRUPTED) from None
+    except (ParamsError, StoreError, OSError, ValueError) as error:
         log.debug("", exc_info=True)
         raise click.ClickException(str(error)) from error
+    except RuntimeError as error:
+        _keep_traceback()
+        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error}; please report it with {_keep_traceback()}"
+        raise click.ClickException(text) from error
     name = stage_name()
     if name is None:
         return
@@ -258,6 +273,13 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     }
     _write_atomically(provenance / f"{name}.json", json.dumps(record, indent=1) + "\n")
     provenance_script(provenance)
+
+
+def _keep_traceback() -> Path:
+    """Writes the current exception's traceback to a file, for a report."""
+    TRACEBACK.parent.mkdir(exist_ok=True)
+    TRACEBACK.write_text(traceback.format_exc(), encoding="utf-8")
+    return TRACEBACK
 
 
 def provenance_script(folder: Path) -> None:

@@ -82,13 +82,12 @@ def _understood(header: Sequence[str], required: Sequence[str]) -> tuple[int, in
 
 def _header_problems(path: Path, header: Sequence[str], names: Sequence[str], required: Sequence[str]) -> list[str]:
     problems = []
-    for name in required:
-        if name not in names:
-            also = ", ".join(MEANINGS.get(name, (name,)))
-            problems.append(
-                f"{path}: column {name!r} is missing; the first line is {', '.join(header)!r}, and it must name the "
-                f"columns, as `id,tags` does (understood for {name}: {also})"
-            )
+    missing = [name for name in required if name not in names]
+    if missing:
+        columns = "; ".join(f"column {name!r} is missing ({', '.join(MEANINGS.get(name, (name,)))})" for name in missing)
+        problems.append(
+            f"{path}: {columns}; the first line is {', '.join(header)!r}, and it must name the columns, as `id,tags` does"
+        )
     for name in duplicates(names):
         same = [column.strip() for column, meaning in zip(header, names, strict=True) if meaning == name]
         if len(set(same)) == 1:

@@ -30,7 +30,7 @@ from tests.toy_batches import batch
 from tests.toys import toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
 BACKBONES = [("vit", "scenes_vit"), ("mit", "scenes_mit")]
 WARM, LABELLED, SPREAD = Clock(0, 0, 100), Clock(0, 40, 100), Clock(0, 80, 100)  # of cam_iters 0.3 and aff_iters 0.5
 

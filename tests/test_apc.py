@@ -30,7 +30,7 @@ from tests.toy_batches import batch
 from tests.toys import toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "linear", 0, 0.0)
 BACKBONES = [("vit", "scenes_vit"), ("mit", "scenes_mit"), ("resnet", "resnet18")]
 WARM, LATE = Clock(0, 0, 100), Clock(0, 60, 100)  # of the decoder's iters 0.5
 RULES: tuple[Rule, ...] = ("ratio", "gap", "fixed", "max")
@@ -374,7 +374,7 @@ def test_a_decoders_score_map_without_a_decoder_is_refused_with_advice() -> None
         ({"contrast": {"weight": 0.0, "high": 0.8, "low": 0.2}}, r"contrast\.weight: got 0\.0"),
         ({"decoder": {**DECODER, "low": 0.9}}, r"model\.decoder: low 0\.9 is above high 0\.55"),
         ({"decoder": {**DECODER, "start": 1}}, r"decoder\.start: unknown key"),
-        ({"warm_head": {"epochs": 0, "lr": 0.1}}, r"warm_head\.epochs: got 0"),
+        ({"warm_head": {"epochs": 0, "min_steps": 0, "lr": 0.1}}, r"warm_head\.epochs: got 0"),
         ({"equivariance": {"weight": 1.0, "scale": 2.0}}, r"equivariance\.scale: got 2\.0"),
     ],
 )
@@ -384,9 +384,11 @@ def test_wrong_params_are_refused_before_any_work(changes: dict[str, Any], messa
 
 
 def test_a_warm_head_trains_on_a_frozen_backbone_and_then_all_train() -> None:
-    method = made(warm_head={"epochs": 0.5, "lr": 0.01}).train()
+    method = made(warm_head={"epochs": 0.5, "min_steps": 7, "lr": 0.01}).train()
     first, last = method.phases()
-    assert (first.name, first.epochs, first.lr) == ("head", 0.5, 0.01) and last == SCHEDULE.phase("end_to_end")
+    assert (first.name, first.epochs, first.min_steps, first.lr) == ("head", 0.5, 7, 0.01) and last == SCHEDULE.phase(
+        "end_to_end"
+    )
     losses = method.losses(batch(), Clock(0, 90, 100))
     assert "segmentation" not in losses
     torch.stack(list(losses.values())).sum().backward()

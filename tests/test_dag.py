@@ -236,6 +236,7 @@ def of_dataset(name: str) -> Rule:
 # the first pattern that a file matches is its row; the whole project is covered
 TABLE: list[tuple[str, Rule]] = [
     ("pipeline/runtime.py", nothing),  # where work runs, never what comes out
+    ("pipeline/progress.py", nothing),
     ("pipeline/code_files.py", nothing),  # which code is installed
     ("pipeline/readers.py", nothing),
     ("pipeline/section_schema.py", nothing),
@@ -263,6 +264,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/segmenters/*", of_run("segmenter", "cross_validate", "retrain", "segment")),
     ("pipeline/datasets/scenes/*", of_dataset("scenes")),  # its drawing, too
     ("pipeline/datasets/*", of_dataset("another")),
+    ("pipeline/audit/empty_masks.py", each("export", "evaluate")),
     ("pipeline/audit/*", each("evaluate")),
     ("pipeline/report/*", each("report")),
     ("pipeline/jobs/engine.py", each("prepare", *TRAINED, "export", "evaluate")),
@@ -270,7 +272,9 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/jobs/score_maps.py", each("extract")),
     ("pipeline/jobs/refine.py", each("fit_refiner", "refine")),
     ("pipeline/jobs/train.py", each("train", "retrain", "cross_validate")),
+    ("pipeline/jobs/training_run.py", each("train", "fit_refiner", "retrain", "cross_validate")),
     ("pipeline/jobs/segment.py", each("segment", "cross_validate")),
+    ("pipeline/jobs/windows.py", each("segment", "cross_validate")),
     *(
         (f"pipeline/jobs/{kind}.py", each(kind))
         for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "evaluate", "report")

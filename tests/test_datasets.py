@@ -20,6 +20,7 @@ from pipeline.core.records import read_mask
 from pipeline.datasets.coco2014 import dataset as coco2014
 from pipeline.datasets.folder import dataset as folder
 from pipeline.datasets.voc2012 import dataset as voc2012
+from pipeline.jobs.listings import list_images
 from pipeline.listing import DatasetError, id_problem, val_by_hash, without_suffix
 from pipeline.tag_table import split_tags
 from tests.shared_data import shared
@@ -228,6 +229,131 @@ def test_a_file_name_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
     assert "no valid UTF-8" in problems_of(lambda: opened(root).listings())[0]
+
+
+def test_a_bad_table_does_not_also_say_that_no_image_has_a_tag(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "photo,what\na,cat\n", "a.jpg")
+    assert len(problems_of(lambda: opened(root))) == 1
+    assert len(problems_of(lambda: opened(root, ("cat",)).listings())) == 1
+
+
+def test_spellings_of_columns_and_splits_are_understood(tmp_path: Path) -> None:
+    table = "FILENAME;Labels;Subset\na.jpg;cat|hot dog;Validation\nb.jpg;cat;TRAIN\n"
+    first, second = opened(own_photographs(tmp_path, table, "a.jpg", "b.jpg")).listings()
+    assert (first.tags, first.split, second.tags, second.split) == (("cat", "hot dog"), "val", ("cat",), "train")
+
+
+def test_reserved_and_unusable_names_are_all_reported_with_what_else_is_wrong(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, "id,tags\na,cat\nghost,cat\n", "a.jpg")
+    problems = "\n".join(problems_of(lambda: opened(root, ("background", "cat", "cat", "../x", "y" * 300))))
+    for words in ("'ghost'", "'background': the name is reserved", "'cat' stands twice", "'../x'", "300 characters"):
+        assert words in problems
+
+
+def test_a_folder_called_background_is_no_class(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/a.jpg", "background/b.jpg")
+    assert "an empty tags cell" in problems_of(lambda: opened(root))[0]
+
+
+# -- folder: links, and files that are not read ------------------------------------------------------------------------
+
+
+def test_links_that_lead_out_or_to_folders_are_refused_and_named(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path / "raw", "id,tags\na,cat\nout,cat\nmore/b,cat\n", "a.jpg")
+    photograph(tmp_path / "elsewhere/b.jpg")
+    (root / "images/out.jpg").symlink_to(tmp_path / "elsewhere/b.jpg")
+    (root / "images/more").symlink_to(tmp_path / "elsewhere")
+    (root / "images/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    problems = problems_of(lambda: opened(root).listings())
+    assert len(problems) == 3  # and nothing of ids in tags.csv that lie behind the links
+    for problem, words in zip(
+        problems, ("'images/gone.jpg' is a link to", "'images/more' is a link to the folder", "leads out of"), strict=True
+    ):
+        assert words in problem
+    assert "cp -rL" in problems[1] and str(tmp_path / "elsewhere/b.jpg") in problems[2]
+
+
+@pytest.mark.parametrize("name", ["images", "masks", "tags.csv"])
+def test_what_is_read_must_not_be_a_link_that_leads_out(tmp_path: Path, name: str) -> None:
+    root = own_photographs(tmp_path / "raw", "id,tags\na,cat\n", "a.jpg")
+    photograph(root / "masks/a.png")
+    (root / name).rename(tmp_path / "moved")
+    (root / name).symlink_to(tmp_path / "moved")
+    assert any(f"'{name}' is a link" in problem for problem in problems_of(lambda: opened(root, ("cat",)).listings()))
+
+
+def test_a_link_to_a_file_of_the_same_data_set_is_an_image(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/a.jpg")
+    (root / "images/dog").mkdir()
+    (root / "images/dog/b.jpg").symlink_to("../cat/a.jpg")
+    assert [listing.id for listing in opened(root).listings()] == ["cat/a", "dog/b"]
+
+
+def test_links_of_other_layouts_are_refused_too(tmp_path: Path) -> None:
+    root = voc_layout(tmp_path / "raw")
+    (root / "JPEGImages").rename(tmp_path / "photographs")
+    (root / "JPEGImages").symlink_to(tmp_path / "photographs")
+    _, problems = list_images(voc(root))
+    assert len(problems) == 1 and "'JPEGImages' is a link to the folder" in problems[0]
+
+
+def test_files_that_are_not_read_are_counted_by_ending(tmp_path: Path) -> None:
+    root = own_photographs(tmp_path, None, "cat/a.jpg")
+    for name in (".hidden.heic", "a.heic", "b.HEIC", "notes.txt", "README"):
+        (root / "images/cat" / name).write_bytes(b"")
+    dataset = opened(root)
+    (warning,) = dataset.warnings
+    assert warning.startswith("1 without ending, 2 .heic, 1 .txt in ") and "heif-convert" in warning and ".webp" in warning
+    assert len(dataset.listings()) == 1
+    (root / "images/cat/a.jpg").unlink()
+    assert "holds no image: 1 without ending, 2 .heic" in problems_of(lambda: opened(root))[0]
+
+
+# -- folder: where images and tags lie ---------------------------------------------------------------------------------
+
+
+def test_the_root_itself_may_hold_the_images(tmp_path: Path) -> None:
+    for name in ("a.jpg", "summer/b.jpg", "masks/a.png", "masks/summer/b.png"):
+        photograph(tmp_path / name)
+    (tmp_path / "tags.csv").write_text("id,tags\na,cat\nsummer/b,\n")
+    dataset = folder.Dataset(tmp_path, folder.Params(".", None, None, 0.0))
+    assert [(listing.id, listing.path.as_posix(), listing.mask) for listing in dataset.listings()] == [
+        ("a", "a.jpg", True),
+        ("summer/b", "summer/b.jpg", True),
+    ]
+    assert dataset.warnings == []
+    assert "set it to `.`" in problems_of(lambda: opened(tmp_path))[0]
+
+
+def test_a_sub_folder_may_hold_the_images(tmp_path: Path) -> None:
+    photograph(tmp_path / "export/jpg/cat/a.jpg")
+    (listing,) = folder.Dataset(tmp_path, folder.Params("export/jpg", None, None, 0.0)).listings()
+    assert (listing.id, listing.path, listing.tags) == ("cat/a", Path("export/jpg/cat/a.jpg"), ("cat",))
+
+
+def test_a_table_of_the_project_replaces_tags_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = own_photographs(tmp_path / "raw", "id,tags\na,cat\n", "a.jpg")
+    (tmp_path / "data/tags").mkdir(parents=True)
+    (tmp_path / "data/tags/second.csv").write_text("id,tags\na,dog\n")
+    monkeypatch.chdir(tmp_path)
+    params = folder.Params("images", "data/tags/second.csv", None, 0.0)
+    assert folder.Dataset(root, params).listings()[0].tags == ("dog",)
+    (tmp_path / "data/tags/second.csv").unlink()
+    assert "data/tags/second.csv is missing" in problems_of(lambda: folder.Dataset(root, params))[0]
+    (tmp_path / "data/tags/second.csv").symlink_to(root / "tags.csv")
+    assert "leads out of data/tags" in problems_of(lambda: folder.Dataset(root, params))[0]
+
+
+@pytest.mark.parametrize("tags", ["tags.csv", "/tmp/tags.csv", "data/tags", "data/tags/../x.csv", "data/tags.csv", ""])
+def test_a_table_where_dvc_would_not_see_changes_is_refused(tags: str) -> None:
+    with pytest.raises(ValueError, match="data/tags/ of the project"):
+        folder.Params("images", tags, None, 0.0)
+
+
+@pytest.mark.parametrize("images", ["../x", "/tmp", "", "masks", "a/../..", "a\\b"])
+def test_images_outside_of_the_root_are_refused(images: str) -> None:
+    with pytest.raises(ValueError, match="images: got"):
+        folder.Params(images, None, None, 0.0)
 
 
 # -- voc2012 -----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     figures = json.loads((done.folder / "audit/cam.json").read_text(encoding="utf-8"))
     assert figures["truth"] and set(figures["stages"]) == stages
     metrics = json.loads((done.folder / "metrics/cam.json").read_text(encoding="utf-8"))
-    assert set(metrics["miou"]) == stages
+    assert set(metrics["miou"]) == stages and metrics["supervision"] == "tags"
     page = (done.folder / "report/index.html").read_text(encoding="utf-8")
     assert "data:image/jpeg;base64" in page and "http://" not in page and "https://" not in page
     assert not list((done.folder / ".work").glob("*"))

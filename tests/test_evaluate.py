@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,19 @@ def tallied(inputs: Inputs, read: Records, chunk: int = 3) -> Tally:
     for at in range(0, len(read), chunk):
         tally.add(tally_batch(read.images[at : at + chunk], inputs)[0])
     return tally
+
+
+def test_masks_of_background_alone_are_a_figure_that_the_report_shows(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, with_truth=0)
+    assert "empty_masks" not in figures_of(inputs, read)
+    items = [(record.id, {"mask": np.zeros((64, 64), np.uint8)}) for record in read.split("train")]
+    blank = tmp_path / "blank"
+    store.write_part(
+        store.part_path(blank, 0), store.PSEUDO_MASKS, items, labels=LABELS, part=0, parts=1, params_digest="",
+        compression="gzip",
+    )  # fmt: skip
+    found = figures_of(replace(inputs, pseudo_masks=blank), read)["empty_masks"]
+    assert found["without_pixels"] == list(LABELS.names) and found["message"].startswith("2 of 2 tagged classes")
 
 
 def test_figures_are_those_of_counting_all_pixels_at_once(tmp_path: Path) -> None:

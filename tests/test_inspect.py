@@ -46,7 +46,7 @@ def test_every_map_of_a_method_becomes_a_panel(
     module = plugins.load("methods", name)
     model = toy_recipe(name)["train"]["model"]
     torch.manual_seed(0)
-    schedule = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+    schedule = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     method = module.Method(LABELS, config.parse(module.Params, model, "model"), schedule, plugins.load("nn", "vit")).eval()
     items = inspect.inspections(inspect.chosen(records_of(root), 3), method, 2, root, None, "cpu")
     path = tmp_path / "inspection.h5"

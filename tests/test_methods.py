@@ -30,13 +30,15 @@ ARCHITECTURES = {
     "vit": ["scenes_vit", "deit_tiny_patch16_224"],
     "resnet": ["resnet18", "scenes_resnet"],
     "mit": ["mit_b0", "scenes_mit"],
+    "efficientnet": ["tf_efficientnet_lite0"],
 }
 # class tokens need a ViT, affinities attention, and PPL cuts between blocks of one kind
-REFUSED = {(name, other) for name in ("weaktr", "semples") for other in ("resnet", "mit")} | {
+REFUSED = {(name, other) for name in ("weaktr", "semples") for other in ("resnet", "mit", "efficientnet")} | {
     ("afa", "resnet"),
+    ("afa", "efficientnet"),
     ("ppl", "mit"),
 }
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 BACKBONES = [(name, architecture) for name, names in ARCHITECTURES.items() for architecture in names]
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 8, 0.5, False, "fp32", 64, "gzip", 0, {})
 

@@ -69,7 +69,7 @@ def test_maps_lie_at_strides_4_8_16_and_16(size: tuple[int, int]) -> None:
 
 def segmenter(**changes: Any) -> mit.Segmenter:
     model = toy_recipe("afa")["retrain"]["model"] | changes
-    schedule = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+    schedule = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     torch.manual_seed(0)
     return mit.Segmenter(LabelSpace(("disc", "square")), parse(mit.Params, model, "model"), schedule, backbone)
 

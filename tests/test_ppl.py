@@ -27,7 +27,7 @@ from tests.test_resnet import published
 from tests.toys import SCRATCH, toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
-SCHEDULE = Schedule(6, 4, 2, 1e-2, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(6, 0, 4, 2, 1e-2, 0.0, "adamw", "poly", 0, 0.0)
 BACKBONES = [("resnet", "scenes_resnet"), ("resnet", "resnet18@8"), ("vit", "scenes_vit")]
 BOTH = ppl.Options(1, "both")
 Setting = dict[str, Any]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import h5py
 import numpy as np
 import pytest
@@ -47,10 +48,9 @@ def run(
     audit_list: str | None = None,
 ) -> records.Records:
     settings = Dataset("folder", str(root), options or FOLDER)
-    mapper = partial(runtime.each, what="prepare")
     rules = Prepare(on_bad_image, "gzip", audit_list)  # type: ignore[arg-type]
     places = {"records_out": out / "records.h5", "truth_out": out / "truth.h5"}
-    return prepare(settings, rules, digest="d", mapper=mapper, info=runtime.info, **places)
+    return prepare(settings, rules, digest="d", engine=runtime, **places)
 
 
 def failure(root: Path, out: Path, **how: Any) -> DatasetError:
@@ -300,6 +300,66 @@ def test_a_crash_leaves_what_was_there_before(root: Path, out: Path) -> None:
     assert [(out / name).read_bytes() for name in ("records.h5", "truth.h5")] == before
 
 
+# -- what is likely a mistake ------------------------------------------------------------------------------------------
+
+
+def test_prepare_says_what_the_data_look_like_before_and_what_pixels_say_after(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = toy_folder(tmp_path / "raw")
+    (root / "images/phone.heic").write_bytes(b"")
+    save(Image.open(root / "images/train 000.png").resize((40, 40)), root / "images/small.png")
+    with (root / "tags.csv").open("a", encoding="utf-8") as file:
+        file.write("small,DISC,val\n")
+    with caplog.at_level("INFO", logger="tag2mask"):
+        run(root, out)
+    text = caplog.text
+    before, after = text[: text.index("prepare ")], text[text.index("prepare ") :]
+    for words in ("13 images (9 train, 4 val)", "1 .heic in ", "'DISC' (1 image) stands beside 'disc'", "fewer than 20"):
+        assert words in before
+    assert "1 image with a side under 64 px" in after and "1 value higher: add 1 to the masks" in after
+
+
+def test_masks_of_another_order_are_named_and_change_nothing(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = toy_folder(tmp_path / "raw")
+    with caplog.at_level("INFO", logger="tag2mask"):
+        run(root, out, options=FOLDER | {"classes": ["square", "disc"]})
+    assert "set `classes: [disc, square]` in dataset.options" in caplog.text
+    assert records.read(out / "records.h5").labels.names == ("square", "disc")
+
+
+def test_masks_one_value_too_high_are_named_beside_the_values_of_no_class(tmp_path: Path, out: Path) -> None:
+    root = toy_folder(tmp_path / "raw")
+    for path in (root / "masks").iterdir():
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask > 0, mask + 1, 0).astype(np.uint8)).save(path)
+    text = str(failure(root, out))
+    assert "its mask holds the values [3]; allowed are 0..2 and 255" in text
+    assert "1 value lower (as if the list of classes began with background)" in text
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_image_changed_since_prepare_ends_any_stage_with_one_line(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, processes: str
+) -> None:
+    root = toy_folder(tmp_path / "raw", train=3, val=1)
+    prepared = run(root, out)
+    monkeypatch.setenv("TAG2MASK_WORKERS", processes)
+
+    def read_all() -> str:
+        with pytest.raises(click.ClickException) as caught, runtime.stage(tmp_path / "provenance"):
+            list(runtime.each(partial(records.read_image, root=root), prepared.images, what="read"))
+        return caught.value.message
+
+    changed = root / "images/train 001.png"
+    changed.write_bytes((root / "images/train 002.png").read_bytes())
+    assert read_all() == f"{changed} has changed since prepare read it; run `dvc repro`, which starts from prepare again"
+    changed.unlink()
+    assert read_all() == f"{changed} is gone since prepare read it; put it back, or run `dvc repro`"
+
+
 # -- how it runs -------------------------------------------------------------------------------------------------------
 
 
@@ -372,9 +432,8 @@ def test_the_real_tiny_set_is_prepared(tmp_path: Path) -> None:
     classes = ["cat", "cow", "dog", "horse", "person", "sheep"]
     options = {"train_list": "train_aug", "val_list": "val", "tags": "csv", "classes": classes}
     settings = Dataset("voc2012", str(shared("data", "voc6-tiny")), options)
-    mapper = partial(runtime.each, what="prepare")
     places = {"records_out": tmp_path / "r.h5", "truth_out": tmp_path / "t.h5"}
-    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", mapper=mapper, info=runtime.info, **places)
+    prepared = prepare(settings, Prepare("fail", "gzip", None), digest="d", engine=runtime, **places)
     truth = store.Store(tmp_path / "t.h5", store.TRUTH)
     assert (len(prepared.split("train")), len(prepared.split("val")), len(truth)) == (48, 24, 72)
     with h5py.File(tmp_path / "t.h5") as file:

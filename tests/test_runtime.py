@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline import runtime
+from tests.toys import PROJECT
 
 ITEMS = list(range(9))
 
@@ -77,3 +81,36 @@ def test_a_number_of_workers_that_is_none_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TAG2MASK_WORKERS", "many")
     with pytest.raises(SystemExit, match="TAG2MASK_WORKERS='many' is not allowed; allowed is a whole number >= 1"):
         list(runtime.each(squared, ITEMS, what="squares"))
+
+
+SCRIPT = """
+import click
+from pipeline import runtime
+def broken(item):
+    raise RuntimeError("photo.jpg has changed since prepare read it")
+@click.command()
+def main():
+    with runtime.stage():
+        {call}
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        ("list(runtime.each(broken, [1, 2, 3], what='images'))", "Error: photo.jpg has changed since prepare read it"),
+        ("raise KeyError('a bug')", "Error: unexpected KeyError: 'a bug'; please report it with .work/traceback.txt"),
+    ],
+    ids=["in a worker process", "a bug"],
+)
+def test_an_error_of_a_stage_is_one_line_and_its_traceback_is_kept(tmp_path: Path, call: str, line: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.format(call=call), encoding="utf-8")
+    clean = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**clean, "PYTHONPATH": str(PROJECT), "TAG2MASK_WORKERS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == [line]
+    assert "Traceback" in (tmp_path / ".work" / "traceback.txt").read_text(encoding="utf-8")

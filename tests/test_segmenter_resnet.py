@@ -23,7 +23,7 @@ HEADS = ["deeplab_v2", "deeplab_v3plus"]
 
 def segmenter(**changes: Any) -> resnet.Segmenter:
     model = toy_recipe("ppl")["retrain"]["model"] | changes
-    schedule = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+    schedule = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
     torch.manual_seed(0)
     return resnet.Segmenter(LabelSpace(("disc", "square")), parse(resnet.Params, model, "model"), schedule, backbone)
 

@@ -28,7 +28,7 @@ from tests.toy_masks import Masks
 from tests.toys import PROJECT, SCRATCH, Toy, smp_model, toy_folder
 
 LABELS = LabelSpace(("disc", "square"))
-SCHEDULE = Schedule(1, 4, 2, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 4, 2, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 NETWORKS = [
     ("unet", "resnet18", {"decoder_channels": [32, 16, 16, 16, 16]}),
     ("fpn", "tu-tf_efficientnet_lite0", {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 64}),
@@ -77,7 +77,7 @@ def test_one_and_two_ranks_train_the_same_bytes_and_the_loss_falls(
     root = toy_folder(tmp_path / "raw", train=4, val=0)
     model = smp_model(decoder, encoder, options)
     augment = Augment(**{**vars(AUGMENT), "size": 32})
-    training = Training(0, "fp32", augment, Schedule(3, 4, 2, 3e-3, 0.0, "adamw", "poly", 0, 0.0), model)
+    training = Training(0, "fp32", augment, Schedule(3, 0, 4, 2, 3e-3, 0.0, "adamw", "poly", 0, 0.0), model)
     params = parse(smp.Params, model, "model")
     build = partial(train.build, "segmenters", "smp", "smp", LABELS, training, params, SCRATCH)
     images: Any = TrainingImages(records_of(root), root, 2, augment, 0, Masks())  # pyright: ignore[reportArgumentType]

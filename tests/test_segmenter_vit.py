@@ -23,7 +23,8 @@ from tests.shared_data import golden, golden_weights
 
 LAST = Options(None)
 SCHEDULE = Schedule(
-    epochs=1, batch_size=2, shards=1, lr=1e-3, weight_decay=0.01, optimiser="adamw", schedule="poly", warmup=0, lr_floor=0.0
+    epochs=1, min_steps=0, batch_size=2, shards=1, lr=1e-3, weight_decay=0.01, optimiser="adamw", schedule="poly",
+    warmup=0, lr_floor=0.0
 )  # fmt: skip
 MODEL: dict[str, Any] = {
     "architecture": "scenes_vit", "image_size": 32, "drop_path": 0.0, "decoder_blocks": 1, "decoder_heads": 4,

@@ -37,7 +37,7 @@ from tests.toy_batches import batch
 from tests.toys import SCRATCH, toy_recipe
 
 LABELS = LabelSpace(("disc", "square", "star"))
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 SHAPES = {
     "one image has no tag": ((0, 0, 0), (0, 1, 1)),
     "one pair": ((0, 0, 0), (0, 1, 0)),

@@ -238,7 +238,7 @@ def small(**changes: Any) -> semples.Method:
     torch.manual_seed(0)
     params = config.parse(semples.Params, model | changes, "train.model")
     method = semples.Method(
-        LabelSpace(("disc", "square", "star")), params, Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0), vit
+        LabelSpace(("disc", "square", "star")), params, Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0), vit
     )
     method.load_initial(vit, SCRATCH)
     return method.eval()

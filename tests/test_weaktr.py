@@ -84,7 +84,7 @@ def test_losses_and_gradients_are_those_of_the_authors(variant: str) -> None:
 
 
 LABELS = LabelSpace(("disc", "square", "star"))
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 
 
 def small(**changes: Any) -> Method:

@@ -91,6 +91,15 @@ def test_list_names_file_licence_supervision_and_checksum() -> None:
     assert "pixel masks of DUTS-TR (saliency)" in text and "sha256   unknown" in text
 
 
+def test_the_page_about_weights_has_each_of_them_with_its_licence_and_no_pixel_masks_unsaid() -> None:
+    page = (PROJECT / "docs" / "weights.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for entry in KNOWN:
+        row = next(row for row in rows if f"`{entry.name}`" in row)
+        assert ("pixel masks" in entry.supervision) == ("pixel masks" in row)
+        assert entry.licence == OWN or entry.licence.split()[0].rstrip("'s") in row
+
+
 # ---- get ----
 
 

@@ -64,7 +64,7 @@ def toy_recipe(method: str) -> dict[str, Any]:
         part["model"]["image_size"] = 64
         inner = [value for value in part["model"].values() if isinstance(value, dict) and "schedule" in value]
         for scheduled in (part, *inner):  # a method may have schedules of further phases
-            scheduled["schedule"] |= {"epochs": 1, "batch_size": 4, "shards": 2, "warmup": 0}
+            scheduled["schedule"] |= {"epochs": 1, "min_steps": 0, "batch_size": 4, "shards": 2, "warmup": 0}
     recipe["extract"] |= {"images_per_part": 4, "scales": [1.0], "inspect": 2}
     recipe["refine"]["images_per_part"] = 4
     recipe["segment"] |= {"images_per_part": 2, "scales": [1.0], "window": 64, "window_stride": 64, "short_side": None}
@@ -120,8 +120,8 @@ def learned_fit(architecture: str, crf: dict[str, Any]) -> dict[str, dict[str, A
             "erase": 0.0,
         },
         "schedule": {
-            "epochs": 1, "batch_size": 4, "shards": 2, "lr": 0.01, "weight_decay": 0.0001, "optimiser": "adamw",
-            "schedule": "poly", "warmup": 0, "lr_floor": 0.0,
+            "epochs": 1, "min_steps": 0, "batch_size": 4, "shards": 2, "lr": 0.01, "weight_decay": 0.0001,
+            "optimiser": "adamw", "schedule": "poly", "warmup": 0, "lr_floor": 0.0,
         },
     }  # fmt: skip
     base = {"architecture": architecture, "image_size": 64}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import metrics, metrics_file
-from pipeline.audit import score, truth
+from pipeline.audit import empty_masks, score, truth
 from pipeline.audit.tally import Inputs, RunAudit, Tally
 from pipeline.core import store
 from pipeline.core.records import Records
@@ -49,6 +49,8 @@ def summary(audit: RunAudit, inputs: Inputs, records: Records, records_digest: s
         figures["stages"][stage]["with_reasons"] = fraction
     if (corrections := inputs.pseudo_masks / store.CORRECTED).is_file():
         figures["corrected_by_hand"] = json.loads(corrections.read_text(encoding="utf-8"))["corrected"]
+    if (empty := empty_masks.finding(tally.tags[LAST["train"]], inputs.labels.names, LAST["train"])) is not None:
+        figures["empty_masks"] = empty
     if not scored:
         figures["note"] = "There is no ground truth: only figures that need none are given."
     for split, stage in LAST.items():
@@ -113,7 +115,7 @@ def _background_only(counts: np.ndarray) -> float:
 
 def _stage(tally: Tally, stage: str, names: Sequence[str], inputs: Inputs) -> dict[str, Any]:
     size, foreground, ignored, confidence = (int(value) for value in tally.pixels[stage])
-    tagged, empty = (int(value) for value in tally.tags[stage])
+    tagged, empty = (int(value) for value in tally.tags[stage].sum(axis=0))
     figures: dict[str, Any] = {
         "split": SPLIT_OF[stage],
         "images": tally.images[stage],

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import safe_open
 
 from pipeline import metrics
-from pipeline.audit import indicators, score, truth
+from pipeline.audit import empty_masks, indicators, score, truth
 from pipeline.audit.indicators import INDICATORS, UNDEFINED
 from pipeline.audit.score import Row
 from pipeline.audit.truth import Flow, StageCounts
@@ -54,7 +54,7 @@ class Tally:
     flow       (stage before, stage) → what the stage changed
     histogram  i64[bins, c, c] of the score maps of split train: `metrics.score_histogram`
     pixels     stage → i64[4] all, foreground, ignored, sum of confidences (of 255)
-    tags       stage → i64[2] tagged classes, those without a pixel
+    tags       stage → i64[c - 1, 2] images with the class as a tag, those of them without a pixel of it
     images     stage → images that have it
     """
 
@@ -74,7 +74,7 @@ class Tally:
             flow={pair: Flow.empty(classes) for pair in FLOWS},
             histogram=np.zeros((bins, classes, classes), np.int64),
             pixels={stage: np.zeros(4, np.int64) for stage in STAGES},
-            tags={stage: np.zeros(2, np.int64) for stage in STAGES},
+            tags={stage: np.zeros((classes - 1, 2), np.int64) for stage in STAGES},
             images=dict.fromkeys(STAGES, 0),
         )
 
@@ -214,8 +214,7 @@ class _ImageTally:
             confidence_sum = 0 if confidence is None else int(confidence.sum(dtype=np.int64))
         tally.pixels[stage] += (label.size, foreground, int(present[IGNORE]), confidence_sum)
         tally.images[stage] += 1
-        tags = record.tags or ()
-        tally.tags[stage] += (len(tags), sum(1 for tag in tags if not present[tag + 1]))
+        tally.tags[stage] += empty_masks.counts(record.tags or (), present, len(self.inputs.labels))
         before = next((earlier for earlier, later in FLOWS if later == stage and earlier in self.labels), None)
         same = before is not None and stage == "pseudo_masks" and np.array_equal(label, self.labels[before])
         if not same:  # export mostly changes nothing

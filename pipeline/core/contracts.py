@@ -59,8 +59,8 @@ class Phase:
     """A part of training with an optimiser and a learning-rate schedule of its own.
 
     name          for logs and plots
-    epochs        passes over the training images; the loop makes round(epochs * images / batch_size) steps, at least 1
-                  unless epochs is 0
+    epochs        passes over the training images; the loop makes round(epochs * images / batch_size) steps, at least 1 and
+                  at least min_steps unless epochs is 0
     batch_size    images per step
     shards        equal sub-batches of one step, computed separately and summed in order. It changes the floating-point
                   result, so it is a param; how many processes share the shards does not, and is none
@@ -85,6 +85,7 @@ class Phase:
     lr_floor: float = 0.0
     restart: tuple[str, ...] = ()
     keep_best: tuple[str, ...] = ()
+    min_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,21 @@ def read_mask(path: Path) -> np.ndarray:
         return np.asarray(image).astype(np.uint8)  # a 1-bit image reads as 0 and 1, which are background and the first class
 
 
+class ChangedImageError(ValueError):
+    """An image file is no longer what prepare has read."""
+
+
 def read_image(record: ImageRecord, root: Path) -> np.ndarray:
-    """u8[h,w,3] RGB, upright. RuntimeError if the file has changed since prepare; root: dataset.root."""
-    data = (root / record.path).read_bytes()
+    """u8[h,w,3] RGB, upright. ChangedImageError if the file has changed or gone since prepare; root: dataset.root."""
+    path = root / record.path
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ChangedImageError(f"{path} is gone since prepare read it; put it back, or run `dvc repro`") from error
     if hashlib.sha256(data).digest() != record.sha256:
-        raise RuntimeError(f"{root / record.path} has changed since prepare read it; run `dvc repro` from prepare on")
+        raise ChangedImageError(
+            f"{path} has changed since prepare read it; run `dvc repro`, which starts from prepare again"
+        )
     return decode(data)
 
 

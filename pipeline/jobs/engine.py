@@ -31,16 +31,27 @@ class Engine(Protocol):
         ...
 
     def each(
-        self, function: Callable[[In], Out], items: Sequence[In], *, what: str, device: str = "cpu", unit: int = 1
+        self,
+        function: Callable[[In], Out],
+        items: Sequence[In],
+        *,
+        what: str,
+        device: str = "cpu",
+        unit: int = 1,
+        images: Callable[[In], int] | None = None,
+        done: int = 0,
     ) -> Iterator[Out]:
         """function(item) for every item, results in the order of `items`.
 
-        device: where the function computes; unit: images per item
+        device  where the function computes
+        unit    images per item; of an item that is a list, at most
+        images  how many an item has, where they differ
+        done    images of an earlier run that this one goes on from
         """
         ...
 
-    def progress(self, items: Iterable[Out], total: int, what: str) -> Iterator[Out]:
-        """Passes items through and shows how many of `total` there were."""
+    def progress(self, items: Iterable[Out], total: int, what: str, *, done: int = 0, noun: str = "images") -> Iterator[Out]:
+        """Passes items through and shows how many of `total` there were, from `done` on; noun: what they are."""
         ...
 
     def code_digest(self) -> str:
@@ -49,6 +60,10 @@ class Engine(Protocol):
 
     def info(self, text: str, *values: object) -> None:
         """Logs a line."""
+        ...
+
+    def warn(self, text: str, *values: object) -> None:
+        """Logs a line that must not be missed."""
         ...
 
 
@@ -72,5 +87,10 @@ def run_parts(
     The function writes its part; it and `job`, a frozen dataclass, are picklable. A job that has a `device` computes there.
     """
     missing = [(number, parts[number]) for number in store.missing_parts(out, parts)]
-    for _ in engine.each(partial(function, job=job), missing, what=what, device=getattr(job, "device", "cpu")):
+    done = sum(map(len, parts)) - sum(len(part) for _, part in missing)
+    results = engine.each(
+        partial(function, job=job), missing, what=what, device=getattr(job, "device", "cpu"),
+        images=lambda item: len(item[1]), done=done,
+    )  # fmt: skip
+    for _ in results:
         pass

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipeline.audit import gallery, score, tables, tally
+from pipeline.audit import empty_masks, gallery, score, tables, tally
 from pipeline.audit.summary import headline, summary
 from pipeline.audit.tally import Inputs, RunAudit, Tally
 from pipeline.core import records as records_file
@@ -67,6 +67,8 @@ def run(
     for path, values in ((outs.figures, figures), (outs.metrics, headline(figures))):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if "empty_masks" in figures:
+        engine.warn("%s", empty_masks.warning(settings.name, figures["empty_masks"]))
 
 
 def _write(path: Path, schema: store.Schema, items: Any, records: Records, compression: str) -> None:

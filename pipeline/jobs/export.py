@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
+from pipeline.audit import empty_masks
 from pipeline.core import plugins, store
 from pipeline.core import records as records_file
 from pipeline.core.contracts import CheckedExporter
@@ -21,6 +23,8 @@ from pipeline.corrections import Corrections, load_corrections
 from pipeline.jobs.engine import Engine, parts_of, run_parts
 
 PRODUCT = "hdf5"  # always written, as pseudo_masks/
+PSEUDO_MASKS = "pseudo_masks"  # what evaluate calls the masks
+EMPTY_SAMPLE = 1000  # masks that are looked at for classes without a pixel
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,18 @@ def run(
         write_corrected(job, {record.id: record for part in parts for record in part})
     with store.Workspace(exports, store.digest([key, "formats"])) as work:
         write_formats(pseudo_masks, image_records, formats, work.result)
+    if (found := _empty_masks(pseudo_masks, image_records)) is not None:
+        engine.warn("%s", empty_masks.warning(settings.name, found))
+
+
+def _empty_masks(pseudo_masks: Path, records: Records) -> dict[str, Any] | None:
+    """Whether most tagged classes have no pixel, by a sample of the masks: a million are not read once more."""
+    masks_store = store.Store(pseudo_masks, store.PSEUDO_MASKS)
+    table = np.zeros((len(records.labels), 2), np.int64)
+    for record in records_file.sample(records.split("train"), EMPTY_SAMPLE):
+        present = np.bincount(masks_store.read(record.id, "mask").ravel(), minlength=256)
+        table += empty_masks.counts(record.tags or (), present, len(records.labels))
+    return empty_masks.finding(table, records.labels.names, PSEUDO_MASKS)
 
 
 def mask_of(refined: dict[str, np.ndarray], record: ImageRecord, labels: LabelSpace, settings: Export) -> np.ndarray:

@@ -23,6 +23,7 @@ from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Settings
 from pipeline.jobs.engine import Engine, parts_of, run_parts
 from pipeline.jobs.refine import fit, is_learned, maps_of
+from pipeline.jobs.training_run import follow
 
 if TYPE_CHECKING:
     from pipeline.training import loop
@@ -165,9 +166,7 @@ def train(job: loop.Job, engine: Engine, what: str) -> dict[str, np.ndarray]:
 
     trained = job.work / "trained.safetensors"
     if not trained.exists():
-        run = loop.train(job)
-        for _ in engine.progress(run.notes, run.steps, what):
-            pass
+        follow(loop.train(job), engine, what)
     return {refiner_state.NETWORK + key: value.numpy() for key, value in checkpoint.read_tensors(trained).items()}
 
 

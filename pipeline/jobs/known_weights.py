@@ -105,7 +105,7 @@ KNOWN = (
         "timm/resnet101.a1h_in1k", url=TIMM + "v0.1-rsb-weights/resnet101_a1h-36d3f2aa.pth", digest="36d3f2aa",
     ),
     _timm(
-        "tf_efficientnet_lite0", "no backbone takes it yet; for segmenters of other programs", 19, "",
+        "tf_efficientnet_lite0", "cam, apc and ppl with backbone efficientnet; segmenter smp", 19, "efficientnet",
         "timm/tf_efficientnet_lite0.in1k",
         at_hand={"57f92a8d5a8fe26c1ff93ba7b7cac13275d95a1c2f6c9a9ff12e743e2c8fcb20": "without num_batches_tracked"},
     ),

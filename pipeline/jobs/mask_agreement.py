@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from pipeline.core.labels import BACKGROUND, IGNORE
-from pipeline.core.problems import quantity
+from pipeline.core.problems import listed, quantity
 
 TOO_LITTLE = 0.5  # agreement under which something is said
 BETTER = 0.2  # by how much another order must agree better to be named
@@ -91,7 +91,7 @@ class MaskAgreement:
             return []
         text = (
             f"masks and tags of the same images agree in {agreement:.0%} of {quantity(self.pairs(), 'pair')} of image and "
-            f"class ({quantity(self.images, 'image')}), so figures will be near 0"
+            f"class ({quantity(self.images, 'image')}), so figures will be far too low"
         )
         fit = self.best()
         if fit.agreement < agreement + BETTER:
@@ -106,10 +106,10 @@ def _cure(fit: Fit, names: Sequence[str]) -> str:
         if fit.shift > 0:
             return f"every value but 0 and 255 were {number} lower{why}: subtract {fit.shift} from the masks' values"
         return f"every value but 0 and 255 were {number} higher: add {-fit.shift} to the masks' values (0 is background)"
-    meanings = ", ".join(f"{value} {names[index]!r}" for value, index in enumerate(fit.order, 1) if index >= 0)
+    meanings = listed([f"{value} {names[index]!r}" for value, index in enumerate(fit.order, 1) if index >= 0], ", ")
     values = [value for value, index in enumerate(fit.order, 1) if index >= 0]
     if max(values) > len(names):
-        return f"values meant: {meanings}"
+        return f"values meant: {meanings}; `classes` of dataset.options must name each value of the masks, in their order"
     rest = [name for index, name in enumerate(names) if index not in fit.order]
     order = [names[index] if index >= 0 else rest.pop(0) for index in fit.order[: len(names)]]
     return f"values meant: {meanings}; set `classes: [{', '.join(order)}]` in dataset.options, or change the masks"

@@ -76,7 +76,7 @@ class Metadata:
         written = properties.get("format")
         if written != FORMAT:
             raise ValueError(
-                f"{path} was not written by `tag2mask export-model` of this version: its format is {written!r}, not {FORMAT!r}"
+                f"{path} is no model of `tag2mask export-model` of this version: its format is {written!r}, not {FORMAT!r}"
             )
         return cls(
             labels=LabelSpace(tuple(json.loads(properties["names"]))),

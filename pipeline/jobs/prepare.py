@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,6 @@ from pipeline.jobs.near_duplicates import Fingerprints, fingerprint
 from pipeline.listing import DatasetError
 
 IMAGES_PER_TASK = 32  # images that a worker opens at a time
-
-Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,7 @@ def run(values: Mapping[str, Any], raw: Path, *, records: Path, truth: Path, eng
     rules = config.parse(Prepare, values["prepare"], "prepare")
     settings = replace(sections.dataset(values), root=str(raw))
     digest = store.digest([settings.name, settings.options])
-    mapper = partial(engine.each, what="prepare", unit=IMAGES_PER_TASK)
-    result = prepare(settings, rules, digest=digest, records_out=records, truth_out=truth, mapper=mapper, info=engine.info)
+    result = prepare(settings, rules, digest=digest, records_out=records, truth_out=truth, engine=engine)
     engine.info(
         "%s (%d train, %d val), %s, %d skipped",
         quantity(len(result), "image"), len(result.split("train")), len(result.split("val")),
@@ -98,15 +95,13 @@ def prepare(
     digest: str,
     records_out: Path,
     truth_out: Path,
-    mapper: Mapper,
-    info: Callable[..., None],
+    engine: Engine,
 ) -> Records:
     """Checks everything, then writes both files. DatasetError lists every problem; then nothing is written.
 
     Problems of lists, tags and ids are always errors. Images and masks that cannot be used are errors where
     rules.on_bad_image is `fail`; with `skip` they are left out and named in the records. What is likely a mistake goes to
-    info(text, *values): by lists alone before any image is opened, by pixels afterwards. mapper(function, items) returns
-    results in the order of items, perhaps from several processes.
+    engine.info: by lists alone before any image is opened, by pixels afterwards.
     """
     dataset = open_dataset(settings)
     listings, problems = list_images(dataset)
@@ -117,9 +112,9 @@ def prepare(
     if problems and skip:  # no need to open images: these problems are never skipped
         raise DatasetError(problems)
     if not problems:
-        _show(survey.of_listings(listings, dataset.labels, survey.dataset_warnings(dataset)), info)
+        _show(survey.of_listings(listings, dataset.labels, survey.dataset_warnings(dataset)), engine)
     checked = CheckedImages(MaskAgreement(len(dataset.labels)))
-    masks = _check_images(listings, dataset, Path(settings.root), mapper, checked)
+    masks = _check_images(listings, dataset, Path(settings.root), engine, checked)
     draft = truth_out.with_name(truth_out.name + ".draft")
     try:
         store.write_part(
@@ -136,7 +131,7 @@ def prepare(
         if problems:
             raise DatasetError(problems)
         for warning in checked.warnings(dataset.labels.names):
-            info("warning: %s", warning)
+            engine.info("warning: %s", warning)
         result = Records(dataset.labels, tuple(checked.usable), tuple(checked.rejected))
         records.write(records_out, result)
         draft.replace(truth_out)
@@ -145,24 +140,22 @@ def prepare(
     return result
 
 
-def _show(seen: survey.Survey, info: Callable[..., None]) -> None:
-    for line in seen.lines():
-        info("%s", line)
-    for warning in seen.warnings:
-        info("warning: %s", warning)
+def _show(seen: survey.Survey, engine: Engine) -> None:
+    for line in [*seen.lines(), *(f"warning: {warning}" for warning in seen.warnings)]:
+        engine.info("%s", line)
 
 
 def _check_images(
-    listings: Sequence[Listing], dataset: Any, root: Path, mapper: Mapper, checked: CheckedImages
+    listings: Sequence[Listing], dataset: Any, root: Path, engine: Engine, checked: CheckedImages
 ) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
     """Fills `checked` in the order of listings, and yields id and mask of every usable image that has a mask.
 
     Workers open the images. Masks are read in this process, since COCO's are in one large file that is best parsed once.
     """
     paths = [listing.path for listing in listings]
-    chunks = [paths[at : at + IMAGES_PER_TASK] for at in range(0, len(paths), IMAGES_PER_TASK)]
-    files: Iterator[FileCheck] = (file for batch in mapper(partial(open_images, root=root), chunks) for file in batch)
-    for listing, file in zip(listings, files, strict=True):
+    tasks = [paths[at : at + IMAGES_PER_TASK] for at in range(0, len(paths), IMAGES_PER_TASK)]
+    batches = engine.each(partial(open_images, root=root), tasks, what="prepare", unit=IMAGES_PER_TASK)
+    for listing, file in zip(listings, (file for batch in batches for file in batch), strict=True):
         mask, problem = None, file.problem
         if listing.mask and problem is None:
             mask, problem = _read_mask(listing, dataset, file.size, checked.agreement)

@@ -16,6 +16,7 @@ from pipeline.core import records as records_file
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Settings
 from pipeline.jobs.engine import Engine
+from pipeline.jobs.training_run import follow
 from pipeline.training import checkpoint, loop
 from pipeline.training.data import TrainingImages, seed_of
 from pipeline.training.settings import Training
@@ -118,9 +119,7 @@ def train(made: loop.Job, metadata: Mapping[str, str], *, model: Path, log: Path
     with store.Workspace(model, made.work.name) as work:
         trained = made.work / "trained.safetensors"
         if not trained.exists():
-            training = loop.train(made)
-            for _ in engine.progress(training.notes, training.steps, what):
-                pass
+            follow(loop.train(made), engine, what)
         checkpoint.save_tensors(work.result / model.name, checkpoint.read_tensors(trained), metadata)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes((made.work / "log.csv").read_bytes())

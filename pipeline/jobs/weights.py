@@ -23,7 +23,7 @@ SAFETENSORS, ONNX, TORCH = ".safetensors", ".onnx", (".pth", ".pt", ".bin")
 # architectures that `check` tries, by a key that only their family has; ViTs by width: position embeddings are resampled
 MARKS = {
     "blocks.0.norm1.weight": "vit", "patch_embed1.proj.weight": "mit", "encoder.patch_embed1.proj.weight": "mit",
-    "layer1.0.conv1.weight": "resnet", "conv1a.weight": "resnet",
+    "layer1.0.conv1.weight": "resnet", "conv1a.weight": "resnet", "conv_stem.weight": "efficientnet",
 }  # fmt: skip
 VITS = {
     192: ("deit_tiny_patch16_224",),
@@ -35,6 +35,7 @@ OTHERS = {
     "vit": ("scenes_vit",),
     "mit": ("scenes_mit", "mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"),
     "resnet": ("scenes_resnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet38d"),
+    "efficientnet": ("tf_efficientnet_lite0", "efficientnet_b0", "mobilenetv2_100"),
 }
 ANY_SIZE = 224  # px, for which a ViT is built; position embeddings are resampled
 

@@ -30,6 +30,10 @@ class Gathered:
     figures: Tensor
 
 
+class OtherRankFailed(RuntimeError):
+    """The exchange has ended because another rank failed, or gave no answer."""
+
+
 class Exchange(Protocol):
     """Rounds of put and gather. In each round every rank puts in its own shards, and together they put in all of them."""
 
@@ -38,7 +42,7 @@ class Exchange(Protocol):
         ...
 
     def gather(self, shards: int, size: int) -> Gathered:
-        """Waits for all ranks and ends the round. size: elements of a shard's tensors. RuntimeError if a rank failed."""
+        """Waits for all ranks and ends the round. size: elements of a shard's tensors. OtherRankFailed if a rank did."""
         ...
 
     def abort(self) -> None:
@@ -77,8 +81,8 @@ class SharedMemory:
             try:
                 self._barrier.wait(timeout=ANSWER_SECONDS)
             except BrokenBarrierError as error:
-                raise RuntimeError(
-                    f"another training process failed (its own error says why) or gave no answer for {ANSWER_SECONDS:g} s"
+                raise OtherRankFailed(
+                    f"another training process failed or gave no answer for {ANSWER_SECONDS:g} s"
                 ) from error
         rows = self._tensors[self._parity, :shards, :size]
         sums = rows[0].clone()

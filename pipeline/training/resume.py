@@ -29,6 +29,14 @@ class Checkpoint:
         self._moments: dict[str, Tensor] = {}  # of the phase that was cut off, as the file names them
         self._saved = time.monotonic()
 
+    @staticmethod
+    def position(path: Path) -> tuple[int, int]:
+        """phase and step of a checkpoint's file, both 0 where there is none."""
+        if not path.exists():
+            return 0, 0
+        state = json.loads(checkpoint.read_metadata(path)["state"])
+        return state["phase"], state["step"]
+
     def load(self) -> None:
         """Puts everything back where it was; without a file, all stays as it is."""
         if not self.path.exists():

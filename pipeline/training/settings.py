@@ -60,6 +60,7 @@ class Schedule:
     """Optimisation of a phase.
 
     epochs        passes over the images; 0 leaves the initial weights as they are (to use a published checkpoint)
+    min_steps     a floor: with so few images that the epochs make fewer steps, so many are made (more passes); 0: none
     batch_size    images per step, a multiple of shards
     shards        equal sub-batches whose gradients are summed in a step; a setting of the numerics, whatever the number of
                   processes
@@ -72,6 +73,7 @@ class Schedule:
     """
 
     epochs: NonNegative
+    min_steps: Count
     batch_size: Positive
     shards: Positive
     lr: AboveZero
@@ -89,6 +91,7 @@ class Schedule:
         return Phase(
             name=name,
             epochs=self.epochs,
+            min_steps=self.min_steps,
             batch_size=self.batch_size,
             shards=self.shards,
             lr=self.lr,

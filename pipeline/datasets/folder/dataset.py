@@ -41,7 +41,7 @@ class Params:
             raise ValueError(f"images: got {self.images!r}, allowed is a folder within dataset.root, or `.` for itself")
         if images.parts[:1] == (MASKS,):
             raise ValueError(f"images: got {self.images!r}, but {MASKS}/ of dataset.root holds masks")
-        tags = PurePosixPath(self.tags or TABLES / TABLE)
+        tags = TABLES / TABLE if self.tags is None else PurePosixPath(self.tags)
         if not tags.is_relative_to(TABLES) or tags == TABLES or ".." in tags.parts or "\\" in str(tags):
             raise ValueError(
                 f"tags: got {self.tags!r}, allowed is null, or a file in {TABLES}/ of the project, where DVC sees changes"
@@ -80,7 +80,8 @@ class Dataset:
             hint = f"the images lie in {self.root} itself, set it to `.`" if own else "edit params.yaml"
             raise DatasetError([f"folder {folder} is missing: dataset.options.images names it; {hint}"])
         content = image_files.content_of(folder, self.root, {self.root / TABLE, self.root / MASKS})
-        self.problems += content.problems
+        self.links = content.problems
+        self.problems += self.links
         passed_over = image_files.passed_over(content.others, f"{folder}/")
         if passed_over:
             self.warnings.append(passed_over)
@@ -109,7 +110,7 @@ class Dataset:
             problem = id_problem(image_id)
             if problem:
                 self.problems.append(problem)
-            elif image_id not in self.files:
+            elif image_id not in self.files and not self.links:  # behind a link it may well be
                 file = (PurePosixPath(self.params.images) / f"{image_id}.*").as_posix()
                 self.problems.append(f"{image_id!r}: in {table.name}, but no file {file}")
             split = row.get("split", "")

@@ -121,7 +121,8 @@ class Options:
 
 # Section 4, for from_official
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=7.6, batch_size=4, shards=1, lr=6e-4, lr_floor=0.0, weight_decay=0.01, optimiser="adamw", schedule="linear",
+    epochs=7.6, min_steps=0, batch_size=4, shards=1, lr=6e-4, lr_floor=0.0, weight_decay=0.01, optimiser="adamw",
+    schedule="linear",
     warmup=1500,
 )  # fmt: skip
 PUBLISHED_LABELS = SpreadSettings(0.35, 0.55, ParSettings(0.5, (1, 2, 4, 8, 12, 24), 10, 0.3, 0.01), 8, 2.0, 0.1)

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.core import plugins
-from pipeline.core.config import AboveZero, NonNegative, Positive, Share
+from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Share
 from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase, ScoreMaps
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.imaging import pseudo_labels, transforms
@@ -42,11 +42,13 @@ Dropout = Annotated[float, Field(ge=0, le=0.9)]
 class WarmHead:
     """A first phase that trains the patch classifier and its context on a frozen backbone.
 
-    epochs  passes over the images
-    lr      peak learning rate; batch size, optimiser and the rest are the schedule's
+    epochs     passes over the images
+    min_steps  a floor, as the schedule's
+    lr         peak learning rate; batch size, optimiser and the rest are the schedule's
     """
 
     epochs: AboveZero
+    min_steps: Count
     lr: AboveZero
 
 
@@ -152,6 +154,7 @@ class Options:
 # ViT-PCM section 2.3, for from_official: its second phase; the early stop on masks is left out
 PUBLISHED_SCHEDULE = Schedule(
     epochs=79,
+    min_steps=0,
     batch_size=64,
     shards=1,
     lr=1e-4,
@@ -219,7 +222,7 @@ class Method(nn.Module):
             classifier_std=0.05,
             background_tag="always",
             classifier_l2=0.01,
-            warm_head=WarmHead(epochs=1.0, lr=1e-3),
+            warm_head=WarmHead(epochs=1.0, min_steps=0, lr=1e-3),
             contrast=None,
             equivariance=Equivariance(weight=1.0, scale=0.5),
             decoder=None,
@@ -232,7 +235,9 @@ class Method(nn.Module):
 
     def phases(self) -> list[Phase]:
         last, warm = self.schedule.phase("end_to_end"), self.params.warm_head
-        return [last] if warm is None else [replace(last, name="head", epochs=warm.epochs, lr=warm.lr), last]
+        if warm is None:
+            return [last]
+        return [replace(last, name="head", epochs=warm.epochs, min_steps=warm.min_steps, lr=warm.lr), last]
 
     def param_groups(self, phase: Phase) -> list[ParamGroup]:
         heads = [*self.classifier.parameters()]

@@ -48,7 +48,8 @@ class Params:
                           topk_share
     topk_share            fraction of the cells, at least one cell; only topk uses it
     dropout               of whole channels before the classifier
-    later_epochs_factor   epochs of each later phase over those of the first; progressive only, as the next two
+    later_epochs_factor   epochs (and min_steps) of each later phase over those of the first; progressive only, as
+                          the next two
     later_lr_factor       the same for the learning rate
     reset_classifier      whether each later phase starts with the classifier's initial weights
     frozen_groups         number of leading groups or blocks whose weights are frozen (PSA 1, IRN 2)
@@ -153,6 +154,7 @@ class Method(nn.Module):
         later = replace(
             self.schedule,
             epochs=self.schedule.epochs * self.params.later_epochs_factor,
+            min_steps=round(self.schedule.min_steps * self.params.later_epochs_factor),
             lr=self.schedule.lr * self.params.later_lr_factor,
         )
         restart = ("fc8.",) if self.params.reset_classifier else ()

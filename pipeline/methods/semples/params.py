@@ -103,13 +103,14 @@ class Params(network.CamParams):
 
 # Section 5, VOC: lr 5.12e-4 · 64 / 512 and 0.1 · 128 / 512
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=60, batch_size=64, shards=1, lr=6.4e-5, lr_floor=0.0, weight_decay=0.03, optimiser="adamw", schedule="cosine",
+    epochs=60, min_steps=0, batch_size=64, shards=1, lr=6.4e-5, lr_floor=0.0, weight_decay=0.03, optimiser="adamw",
+    schedule="cosine",
     warmup=0,
 )  # fmt: skip
 PUBLISHED_PROMPT = Prompts(
     "learned", 30, "uniform", None, (), None, True,
     Schedule(
-        epochs=60, batch_size=128, shards=1, lr=2.5e-2, lr_floor=0.0, weight_decay=0.03, optimiser="adamw",
+        epochs=60, min_steps=0, batch_size=128, shards=1, lr=2.5e-2, lr_floor=0.0, weight_decay=0.03, optimiser="adamw",
         schedule="cosine", warmup=0,
     ),
 )  # fmt: skip

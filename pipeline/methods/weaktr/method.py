@@ -44,7 +44,8 @@ class Options:
 
 # The paper's step 1 (weaktr.md section 1.5), for from_official: lr 6e-4 · 64 / 512, floor 1e-5
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=60, batch_size=64, shards=1, lr=7.5e-5, lr_floor=0.13, weight_decay=0.03, optimiser="adamw", schedule="cosine",
+    epochs=60, min_steps=0, batch_size=64, shards=1, lr=7.5e-5, lr_floor=0.13, weight_decay=0.03, optimiser="adamw",
+    schedule="cosine",
     warmup=825,
 )  # fmt: skip
 

@@ -92,7 +92,8 @@ class Attention(nn.Module):
         coarse = tokens
         if self.sr is not None:
             maps = tokens.transpose(1, 2).reshape(b, dim, *grid)
-            missing = [max(0, kernel - side) for kernel, side in zip(self.sr.kernel_size, grid, strict=True)]
+            short = [kernel - side for kernel, side in zip(self.sr.kernel_size, grid, strict=True)]
+            missing = [(value + abs(value)) // 2 for value in short]  # max(0, value), which a trace for ONNX would fix
             maps = F.pad(maps, (0, missing[1], 0, missing[0]))  # images below 32 px, which the original refuses
             coarse = self.norm(self.sr(maps).flatten(2).transpose(1, 2))
         k, v = self.kv(coarse).view(b, coarse.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)

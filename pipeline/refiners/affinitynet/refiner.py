@@ -96,7 +96,8 @@ class Params:
 
 
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=8, batch_size=8, shards=1, lr=0.1, weight_decay=5e-4, optimiser="sgd", schedule="poly", warmup=0, lr_floor=0.0
+    epochs=8, min_steps=0, batch_size=8, shards=1, lr=0.1, weight_decay=5e-4, optimiser="sgd", schedule="poly",
+    warmup=0, lr_floor=0.0
 )  # fmt: skip
 PUBLISHED_MODEL = Model("resnet38d", 448, 8, (64, 128, 256), 5, 0.1)
 

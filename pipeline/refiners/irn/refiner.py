@@ -106,7 +106,8 @@ class Params:
 
 
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=3, batch_size=32, shards=1, lr=0.1, weight_decay=1e-4, optimiser="sgd", schedule="poly", warmup=0, lr_floor=0.0
+    epochs=3, min_steps=0, batch_size=32, shards=1, lr=0.1, weight_decay=1e-4, optimiser="sgd", schedule="poly",
+    warmup=0, lr_floor=0.0
 )  # fmt: skip
 PUBLISHED_MODEL = Model("resnet50", 512, 4, 10, 1.0, 10.0)
 

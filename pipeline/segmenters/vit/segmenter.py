@@ -87,7 +87,8 @@ class Options:
 
 # WeakTr section 2.3, for from_official
 PUBLISHED_SCHEDULE = Schedule(
-    epochs=100, batch_size=4, shards=1, lr=1e-4, lr_floor=0.1, weight_decay=0.0, optimiser="sgd", schedule="poly", warmup=0
+    epochs=100, min_steps=0, batch_size=4, shards=1, lr=1e-4, lr_floor=0.1, weight_decay=0.0, optimiser="sgd",
+    schedule="poly", warmup=0
 )  # fmt: skip
 PUBLISHED_CLIPPING = Clipping(start=1.2, cell=120)
 SMALLEST = 1e-30  # a probability that is 0 in single precision must not become minus infinity
