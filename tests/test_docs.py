@@ -123,7 +123,7 @@ def test_every_command_in_the_documentation_exists() -> None:
         for text in code(page):
             named = re.findall(r"(?:^|&& |`)\s*make ([a-z]+)", text, re.MULTILINE)
             missing |= {f"make {target}" for target in named if target not in targets}
-            for name, words in re.findall(r"(?:^\s*|&& )tag2mask ([a-z][\w-]*)([^\n#]*)", text, re.MULTILINE):
+            for name, words in re.findall(r"(?:^\s*|&& )tag2mask ([a-z][\w-]*)\b(?! \d)([^\n#]*)", text, re.MULTILINE):
                 options = re.findall(r"(?<= )--[a-z][\w-]*", words)
                 missing |= {f"tag2mask {name} {option}" for option in options if option not in options_of(name)}
                 missing |= set() if name in COMMANDS else {f"tag2mask {name}"}

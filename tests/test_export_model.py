@@ -202,3 +202,10 @@ def test_position_embeddings_are_resampled_as_timm_does(size: tuple[int, int]) -
     embeddings = torch.randn(1, 1 + 14 * 14, 8)
     expected = resample_abs_pos_embed(embeddings, list(size), [14, 14], num_prefix_tokens=1)
     torch.testing.assert_close(onnx_graph.resampled(embeddings, size, (14, 14), 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("output_size", [1, 3, (6, 2)])
+def test_maps_are_pooled_as_torch_does(output_size: Any) -> None:
+    maps = torch.randn(2, 3, 5, 13)
+    expected = torch.nn.functional.adaptive_avg_pool2d(maps, output_size)
+    torch.testing.assert_close(onnx_graph.pooled(maps, output_size), expected)

@@ -20,11 +20,12 @@ from pipeline import runtime
 from pipeline.core import records, store
 from pipeline.core.labels import IGNORE
 from pipeline.core.sections import Dataset, Prepare
+from pipeline.jobs import train
 from pipeline.jobs.prepare import prepare
 from pipeline.listing import DatasetError
 from stages.prepare import main
 from tests.shared_data import shared
-from tests.toys import PROJECT, Toy, toy_folder
+from tests.toys import PROJECT, SCRATCH, Toy, toy_folder
 
 FOLDER = {"images": "images", "tags": None, "classes": None, "val_share": 0.0}
 
@@ -205,6 +206,16 @@ def test_untagged_images_and_images_without_a_class_stay_apart(root: Path, out: 
         "none": (),
         "unknown": None,
     }
+
+
+def test_train_learns_from_images_without_any_class_and_not_from_untagged_ones(root: Path, out: Path) -> None:
+    (root / "tags.csv").write_text("id,tags\ncat/good,cat\nnone,\n")
+    for name in ("none", "unknown"):
+        save(Image.new("RGB", (3, 3)), root / f"images/{name}.png")
+    run(root, out)
+    settings = Toy(root).settings()
+    made, _ = train.job(settings, "methods", records=out / "records.h5", init=SCRATCH, masks=None, engine=runtime)
+    assert [(record.id, record.tags) for record in made.images.records] == [("cat/good", (0,)), ("none", ())]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 torch's tracing exporter follows sizes as values, so one trace serves all sizes; its successor, which reasons about sizes in
 symbols, takes a minute for a ViT and does not end for a MiT. Two things are ours: padding to the stride and cropping back
-are nodes around the network, as pad_to_stride (nn/weights.py) does it; and a ViT's position embeddings are resampled by
-two matrices, since the exporter lacks torch's bicubic interpolation with antialiasing.
+are nodes around the network, as pad_to_stride (nn/weights.py) does it; and what the exporter lacks, the resampling of a
+ViT's position embeddings and the pooling of a map to a fixed size, is done by two matrices each.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.jobs.onnx_model import INPUT, OUTPUT
@@ -46,7 +47,7 @@ def model_of(segmenter: Any, options: Any) -> Any:
     stride = segmenter.backbone.stride
     sizes = {0: "batch", 2: "height", 3: "width"}
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), resampling_by_matrices(), torch.no_grad():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), linear_maps_by_matrices(), torch.no_grad():
         warnings.simplefilter("ignore")  # of a trace that does not follow every branch
         try:
             sink: Any = buffer  # the stub knows paths only
@@ -63,19 +64,34 @@ def model_of(segmenter: Any, options: Any) -> Any:
 
 
 @contextmanager
-def resampling_by_matrices() -> Iterator[None]:
-    """timm's ViTs resample their position embeddings by `resampled`, to the same values."""
+def linear_maps_by_matrices() -> Iterator[None]:
+    """timm's ViTs resample their position embeddings by `resampled`, and torch pools by `pooled`, to the same values."""
     from timm.layers import pos_embed
 
-    original = pos_embed.resample_abs_pos_embed
-    users = [module for module in list(sys.modules.values()) if vars(module).get(original.__name__) is original]
-    for module in users:
-        setattr(module, original.__name__, resampled)
+    replaced = []
+    for original, ours in ((pos_embed.resample_abs_pos_embed, resampled), (F.adaptive_avg_pool2d, pooled)):
+        users = [module for module in list(sys.modules.values()) if vars(module).get(original.__name__) is original]
+        replaced += [(module, original) for module in users]
+        for module in users:
+            setattr(module, original.__name__, ours)
     try:
         yield
     finally:
-        for module in users:
+        for module, original in replaced:
             setattr(module, original.__name__, original)
+
+
+def pooled(maps: Tensor, output_size: Any) -> Tensor:
+    """f32[b,c,h,w] → f32[b,c,*output_size], torch's adaptive average pooling. output_size: one number, or two."""
+    rows, columns = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    return averages(maps.shape[-2], rows) @ maps @ averages(maps.shape[-1], columns).T
+
+
+def averages(old: Any, new: int) -> Tensor:
+    """f32[new,old]: each row the mean over a cell of torch's adaptive pooling along one side."""
+    place, cell = torch.arange(old)[None], torch.arange(new)[:, None]
+    inside = (place >= cell * old // new) & (place < ((cell + 1) * old + new - 1) // new)
+    return inside.float() / inside.float().sum(dim=1, keepdim=True)
 
 
 def resampled(posemb: Tensor, new_size: Any, old_size: Any, num_prefix_tokens: int = 1, **unused: Any) -> Tensor:

@@ -61,11 +61,7 @@ def run(values: Mapping[str, Any], raw: Path, *, records: Path, truth: Path, eng
     settings = replace(sections.dataset(values), root=str(raw))
     digest = store.digest([settings.name, settings.options])
     result = prepare(settings, rules, digest=digest, records_out=records, truth_out=truth, engine=engine)
-    engine.info(
-        "%s (%d train, %d val), %s, %d skipped",
-        quantity(len(result), "image"), len(result.split("train")), len(result.split("val")),
-        quantity(len(result.labels), "class", "classes"), len(result.skipped),
-    )  # fmt: skip
+    engine.info("%s usable, %d skipped", quantity(len(result), "image"), len(result.skipped))
 
 
 def open_images(paths: Sequence[Path], root: Path) -> list[FileCheck]:
