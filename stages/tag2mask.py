@@ -13,7 +13,7 @@ COMMANDS = {
     "run": ("run", "Runs whatever is not up to date, and shows figures as they come."),
     "status": ("status", "Says what is up to date, and what a run would do."),
     "report": ("report", "Writes the report from what is there, and opens it."),
-    "check": ("check", "Lists everything that is wrong in params.yaml and recipes."),
+    "check": ("check", "Lists what is wrong or missing: settings, recipes, data, weights, steps."),
     "doctor": ("doctor", "Checks this machine and the installation."),
     "weights": ("weights", "Lists, gets and checks initial weights."),
     "export": ("export_masks", "Writes a run's pseudo-masks in the formats of other tools."),
