@@ -185,7 +185,7 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> str:
             return "dynamic"
         quantization.quantize_static(
             source, target, _reader(iter(batches)), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-            op_types_to_quantize=["Conv", "MatMul", "Add", "Relu", "Clip", "MaxPool"],
+            op_types_to_quantize=sorted(CONV | MATMUL),
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
         )  # fmt: skip
         return "static"
