@@ -289,7 +289,7 @@ TABLE: list[tuple[str, Rule]] = [
     *((f"stages/{kind}.py", each(kind)) for kind in ("prepare", *TRAINED, "export", "evaluate", "report")),
     *(
         (f"stages/{command}.py", nothing)
-        for command in ("check", "doctor", "schema", "segment_folder", "serve", "plots_page")
+        for command in ("check", "doctor", "schema", "segment_folder", "serve", "to_fiftyone", "plots_page")
     ),
     ("benchmarks/*", nothing),
 ]
