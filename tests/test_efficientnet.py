@@ -19,7 +19,7 @@ from tests.toy_batches import batch
 from tests.toys import SCRATCH, toy_recipe
 
 LITE = "tf_efficientnet_lite0"
-SCHEDULE = Schedule(1, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
+SCHEDULE = Schedule(1, 0, 2, 1, 1e-3, 0.0, "adamw", "poly", 0, 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,6 @@ def test_metrics_and_plots_can_be_shown(done: Copy) -> None:
     ("file", "expected"),
     [
         ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "cross_validate@cam", "segment@cam"]),
-        ("pipeline/metrics.py", ["cross_validate@cam", "evaluate@cam"]),
         ("pipeline/exporters/voc_png.py", ["export@cam"]),
         ("pipeline/methods/cam/method.py", ["train@cam", "extract@cam"]),
         ("pipeline/runtime.py", []),

@@ -178,7 +178,7 @@ def test_a_class_that_grows_beside_another_is_named() -> None:
 def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
     audit = audit_of(tallied(inputs, read))
-    figures = summary(audit, inputs, read)
+    figures = summary(audit, inputs, read, "")
     outs = outs_of(tmp_path)
     write_tables(audit, figures, read, outs)
     text = outs.images.read_bytes().decode("utf-8")
@@ -204,7 +204,7 @@ def test_the_table_has_a_row_per_image_and_stage_and_survives_hostile_names(tmp_
 def test_without_truth_the_table_has_scores_and_no_figures_of_truth(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
     audit = audit_of(tallied(inputs, read))
-    figures = summary(audit, inputs, read)
+    figures = summary(audit, inputs, read, "")
     assert figures["flow"] == [] and "score" not in figures and figures["indicators"]["pseudo_masks"]["ignored"] > 0
     score.write(tmp_path / "i.csv", audit.rows, read.by_id(), read.labels, audit.limits, audit.scores)
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8", newline="")))

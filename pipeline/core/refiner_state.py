@@ -65,5 +65,9 @@ def network_tensors(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _metadata(path: Path) -> list[Any]:
+    """[name, params, supervision]. ValueError for a file of an older version, or of something else."""
     with safe_open(path, "np") as file:
-        return json.loads((file.metadata() or {})[METADATA_KEY])
+        entries = json.loads((file.metadata() or {}).get(METADATA_KEY, "[]"))
+    if len(entries) != 3:
+        raise ValueError(f"{path} is no refiner of this version of tag2mask; run fit_refiner again")
+    return entries

@@ -28,7 +28,7 @@ PRESET, RECIPES = "presets/folder.yaml", "recipes/photos"
 TAGS_COPY = "data/tags/tags.csv"  # of the project: DVC sees changes of it
 IGNORED = {
     ".gitignore": [
-        ".work/", "__pycache__/", "/provenance/", "/report.new", "/against.html", "/dvc_plots/",
+        ".work/", "__pycache__/", "/provenance/", "/report.new", "/against.html", "/dvc_plots/", "/fiftyone/",
         "/data/weights/*.safetensors", "/data/weights/*.pt", "/data/weights/*.pth", "/data/weights/*.onnx",
     ],
     ".dvcignore": [".work/", "__pycache__/"],

@@ -65,7 +65,7 @@ def repro(targets: Sequence[str], environment: Mapping[str, str]) -> Iterator[Ev
     if running is not None:
         yield Event("failed" if failed else "done", running)
     elif failed:
-        yield Event("failed", "dvc")
+        yield Event("failed", "DVC, before a stage began,")
 
 
 def _event(line: str) -> Event | None:

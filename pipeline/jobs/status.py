@@ -29,9 +29,10 @@ def states() -> dict[str, State]:
 
     with Repo() as repo:
         changed: Mapping[str, list[Any]] = {name: why for name, why in repo.status().items() if name != "code"}
-        graph = repo.index.graph
+        graph = repo.index.graph  # with files that `dvc add` keeps, which are no stages
         names = {stage: stage.addressing for stage in graph}
-        order = [names[stage] for stage in reversed(list(networkx.topological_sort(graph)))]
+        sorted_stages = reversed(list(networkx.topological_sort(graph)))
+        order = [names[stage] for stage in sorted_stages if not names[stage].endswith(".dvc")]
         before = {names[stage]: {names[other] for other in networkx.descendants(graph, stage)} for stage in graph}
     locked = _locked()
     new_code = _changed_code(locked)
