@@ -55,6 +55,30 @@ def test_a_second_run_runs_nothing(done: Copy) -> None:
     assert done.ran() == []
 
 
+def test_status_says_that_all_is_done_and_after_a_change_of_params_what_will_run(done: Copy) -> None:
+    command = [sys.executable, "-m", "stages.status"]
+
+    def lines() -> list[str]:
+        shown = subprocess.run(command, cwd=done.folder, env=environment(), capture_output=True, text=True, check=True)
+        return shown.stdout.splitlines()
+
+    assert lines()[-1] == "everything is up to date"
+    title, done.toy.params["report"]["title"] = done.toy.params["report"]["title"], "Another"
+    done.toy.write(done.folder)
+    assert "report: report of params.yaml modified" in lines()
+    done.toy.params["report"]["title"] = title
+    done.toy.write(done.folder)
+
+
+def test_masks_are_exported_in_another_format_without_a_change_of_params(done: Copy, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stages.export_masks", "cam", "voc_png", "--out", str(tmp_path / "out")]
+    first = subprocess.run(command, cwd=done.folder, env=environment(), capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert len(list((tmp_path / "out" / "voc_png").rglob("*.png"))) == 9
+    again = subprocess.run(command, cwd=done.folder, env=environment(), capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "exist already: choose another --out" in again.stderr
+
+
 def test_the_report_can_be_written_at_any_time_and_names_the_runs_that_it_lacks(done: Copy) -> None:
     lock, page = (done.folder / "dvc.lock").read_bytes(), done.folder / "report" / "index.html"
     before = page.read_bytes()

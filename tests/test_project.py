@@ -195,13 +195,14 @@ class Installed:
     """The console command of an installed wheel, in a folder."""
 
     def __init__(self, installation: Path, folder: Path) -> None:
-        self.installation, self.folder = installation, folder
+        self.installation, self.folder, self.said = installation, folder, ""
 
     def __call__(self, *words: str) -> str:
         env = environment(PYTHONPATH=str(self.installation / "site"), TAG2MASK_RANKS="1", TAG2MASK_WORKERS="1")
         command = [str(self.installation / "bin" / "tag2mask"), *words]
         done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        self.said = done.stdout
         return done.stdout
 
     def ran(self, *words: str) -> list[str]:
@@ -237,6 +238,7 @@ def test_two_data_sets_share_an_installation_and_each_reruns_what_changed_for_it
         edit(tmp_path / name / "params.yaml", "deit_tiny_patch16_224.safetensors", "scratch.txt")
         assert command.ran("--until", "prepare") == ["prepare"]
     assert projects["a"].ran("--until", "train") == ["train@cam"]
+    assert re.search(r"^train@cam +\d+ s  step 1, loss \d", projects["a"].said, re.MULTILINE)
     edit(tmp_path / "a" / "params.yaml", "on_bad_image: fail", "on_bad_image: skip")
     assert projects["b"].ran("--until", "prepare") == []
     assert projects["a"].ran("--until", "train") == ["prepare"]  # its result is the same
