@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_status_says_that_all_is_done_and_after_a_change_of_params_what_will_run
     assert "report: report of params.yaml modified" in lines()
     done.toy.params["report"]["title"] = title
     done.toy.write(done.folder)
+
+
+def test_a_run_of_one_method_shows_its_figures_and_writes_the_report(done: Copy) -> None:
+    (done.folder / "metrics" / "cam.json").unlink()  # so that there is something to do
+    command = [sys.executable, "-m", "stages.run", "cam"]
+    shown = subprocess.run(command, cwd=done.folder, env=environment(), capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert any(re.match(r"evaluate@cam .* mIoU: score maps 0\.\d{3} → refined 0\.\d{3} → ", line) for line in lines), lines
+    assert lines[-1] == f"report: {(done.folder / 'report' / 'index.html').resolve().as_uri()}"
+    assert done.ran() == []
 
 
 def test_masks_are_exported_in_another_format_without_a_change_of_params(done: Copy, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from pipeline import code_files
 from pipeline.core import sections
-from pipeline.jobs import project
+from pipeline.jobs import project, run
 from stages.tag2mask import COMMANDS, main
 from tests.project_copy import environment
 from tests.test_dag import ALL, covered, deps, params, project_files
@@ -165,6 +166,16 @@ def test_the_list_of_commands_imports_no_torch() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str) -> None:
     assert "Usage: " in tag2mask(name, "--help")
+
+
+def test_without_truth_a_run_shows_how_much_is_foreground_and_which_tags_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics").mkdir()
+    figures = {"version": 3, "coverage": {"pseudo_masks": 0.357}, "tagged_classes_without_pixels": 0.02}
+    (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
+    assert run.figures("evaluate@cam") == "coverage 36%, 2% of tags have no pixel"
 
 
 # ---- the wheel ----

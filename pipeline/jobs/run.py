@@ -98,19 +98,12 @@ def _losses(path: Path) -> str:
 
 
 def _quality(figures: Mapping[str, Any]) -> str:
-    """mIoU from stage to stage; without ground truth how much of the images is foreground, and tags without a pixel."""
-    stages = figures["stages"]
-    scored = [
-        f"{name.replace('_', ' ')} {values['miou']:.3f}" for name, values in stages.items() if values.get("miou") is not None
-    ]
-    if scored:
-        return "mIoU: " + " → ".join(scored)
-    masks = stages.get("pseudo_masks", {})
-    return (
-        f"coverage {masks['coverage']:.0%}, {masks['tagged_classes_without_pixels']:.0%} of tags have no pixel"
-        if masks
-        else ""
-    )
+    """Of metrics/<run>.json: mIoU from stage to stage; without truth the foreground's fraction, and tags without a pixel."""
+    if "miou" in figures:
+        miou = [f"{stage.replace('_', ' ')} {value:.3f}" for stage, value in figures["miou"].items()]
+        return "mIoU: " + " → ".join(miou)
+    coverage, empty = figures.get("coverage", {}).get("pseudo_masks"), figures.get("tagged_classes_without_pixels")
+    return "" if coverage is None or empty is None else f"coverage {coverage:.0%}, {empty:.0%} of tags have no pixel"
 
 
 def targets_of(runs: Sequence[str], until: str | None, known: Sequence[str]) -> list[str]:
