@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from pipeline import code_files
 from pipeline.core import sections
 from pipeline.jobs import project, run
+from pipeline.report import out_of_date
 from stages.tag2mask import COMMANDS, main
 from tests.project_copy import environment
 from tests.test_dag import ALL, covered, deps, params, project_files
@@ -44,6 +45,7 @@ print([name for name in sys.modules if name.partition(".")[0] in ("pipeline", "s
 """
 NO_TORCH = """\
 import sys
+from pipeline.report import out_of_date
 from stages.tag2mask import main
 main(["--help"], standalone_mode=False)
 print("torch" in sys.modules)
@@ -176,6 +178,20 @@ def test_without_truth_a_run_shows_how_much_is_foreground_and_which_tags_are_emp
     figures = {"version": 3, "coverage": {"pseudo_masks": 0.357}, "tagged_classes_without_pixels": 0.02}
     (tmp_path / "metrics" / "cam.json").write_text(json.dumps(figures), encoding="utf-8")
     assert run.figures("evaluate@cam") == "coverage 36%, 2% of tags have no pixel"
+
+
+def test_a_project_whose_code_is_as_before_is_not_out_of_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {"cmd": "echo a: 1 > code.yaml", "always_changed": True, "outs": [{"code.yaml": {"cache": False}}]}
+    evaluate = {"cmd": "echo ${item} > ${item}.txt", "params": [{"code.yaml": ["a"]}, "b"], "outs": ["${item}.txt"]}
+    stages = {"code": code, "evaluate": {"foreach": ["cam"], "do": evaluate}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text("b: 1\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for words in (("init", "-q", "--no-scm"), ("repro", "-q")):
+        subprocess.run([sys.executable, "-m", "dvc", *words], check=True, env=environment())
+    assert out_of_date.runs(["cam"]) == set()
+    (tmp_path / "params.yaml").write_text("b: 2\n", encoding="utf-8")
+    assert out_of_date.runs(["cam"]) == {"cam"}
 
 
 # ---- the wheel ----
