@@ -139,6 +139,15 @@ def test_init_lists_everything_that_is_wrong_and_writes_nothing(tmp_path: Path) 
     assert not (tmp_path / "mine").exists()
 
 
+def test_init_in_a_folder_of_git_keeps_its_list_of_ignored_files(tmp_path: Path) -> None:
+    toy_folder(tmp_path / "set", train=3, val=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".gitignore").write_text("*.secret\n.work/\n", encoding="utf-8")
+    tag2mask("init", str(tmp_path / "mine"), "--images", str(tmp_path / "set"))
+    lines = (tmp_path / "mine" / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["*.secret", ".work/"] and "/provenance/" in lines and lines.count(".work/") == 1
+
+
 def test_init_never_writes_over_a_project(tmp_path: Path) -> None:
     toy_folder(tmp_path / "set", train=3, val=1)
     words = ("init", str(tmp_path / "mine"), "--images", str(tmp_path / "set"))

@@ -51,7 +51,7 @@ def create(folder: Path, images: Path, tags: Path | None, methods: Sequence[str]
     for name in ("data/corrections", "data/tags"):
         (folder / name / ".gitkeep").touch()
     for name, lines in IGNORED.items():
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _add_lines(folder / name, lines)
     for recipe in sorted((code_files.ROOT / RECIPES).glob("*.yaml")):
         text = recipe.read_text(encoding="utf-8").replace("$schema=../schema.json", "$schema=schema.json")
         (folder / "recipes" / recipe.name).write_text(text, encoding="utf-8")
@@ -133,6 +133,12 @@ def _survey(images: Path, tags: Path | None, options: Mapping[str, Any]) -> Surv
             Path(TAGS_COPY).parent.mkdir(parents=True)
             shutil.copyfile(table, TAGS_COPY)
         return survey.of(root, Dataset("folder", str(root), options))
+
+
+def _add_lines(path: Path, lines: Sequence[str]) -> None:
+    """Adds lines that a file lacks; the folder may be one of git's, with a list of its own."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    path.write_text("\n".join([*before, *(line for line in lines if line not in before)]) + "\n", encoding="utf-8")
 
 
 def _filled(line: str, values: Mapping[str, Any]) -> str:
