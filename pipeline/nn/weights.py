@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.core.problems import listed
+from pipeline.nn.torchvision_guard import define_missing_operators
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -84,6 +85,21 @@ def load_exactly(
     if problems:
         raise ValueError(f"{source} does not fit: {listed(problems, '; ')}; {advice}")
     module.load_state_dict(dict(tensors))
+
+
+def initial_tensors(init: Path) -> dict[str, Tensor] | None:
+    """What training starts from: a local file, or the model of timm's hub that a .hub file names; None for a .txt file.
+
+    FileNotFoundError; ValueError where the file cannot be read as weights.
+    """
+    if init.suffix == SCRATCH and init.is_file():
+        return None
+    if init.suffix == HUB and init.is_file():
+        define_missing_operators()
+        import timm
+
+        return timm.create_model(hub_name(init), pretrained=True, num_classes=0).state_dict()
+    return read_weights(init)
 
 
 def load_whole(

@@ -149,12 +149,9 @@ def load_initial(backbone: Backbone, init: Path) -> None:
     Key names are timm's, which are torchvision's, PSA's (resnet38d) or IRN's aliases. Counters of batch norms may be
     missing, as in old files: fixed norms do not read them.
     """
-    if init.suffix == weights.SCRATCH and init.is_file():
+    tensors = weights.initial_tensors(init)
+    if tensors is None:
         return
-    if init.suffix == weights.HUB and init.is_file():
-        tensors = timm.create_model(weights.hub_name(init), pretrained=True, num_classes=0).state_dict()
-    else:
-        tensors = weights.read_weights(init)
     counters = {name: v for name, v in backbone.net.state_dict().items() if name.endswith("num_batches_tracked")}
     weights.load_matching(backbone.net, counters | renamed(tensors), init)
 

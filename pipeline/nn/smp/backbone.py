@@ -137,12 +137,9 @@ def load_initial(backbone: Backbone, init: Path) -> None:
     Every tensor of the encoder must be in the file. Its names are the package's, alone or in a whole model, or timm's.
     ValueError lists what is missing or misshapen. Counters of batch norms may be missing, as in old files.
     """
-    if init.suffix == weights.SCRATCH and init.is_file():
+    tensors = weights.initial_tensors(init)
+    if tensors is None:
         return
-    if init.suffix == weights.HUB and init.is_file():
-        tensors = timm.create_model(weights.hub_name(init), pretrained=True, num_classes=0).state_dict()
-    else:
-        tensors = weights.read_weights(init)
     own = backbone.encoder.state_dict()
     matching = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
     for name in own:

@@ -167,12 +167,9 @@ def initial_tensors(net: Any, prefix: int, init: Path) -> dict[str, Tensor] | No
 
     None where training starts from random weights.
     """
-    if init.suffix == weights.SCRATCH and init.is_file():
+    tensors = weights.initial_tensors(init)
+    if tensors is None:
         return None
-    if init.suffix == weights.HUB and init.is_file():
-        tensors = timm.create_model(weights.hub_name(init), pretrained=True, num_classes=0).state_dict()
-    else:
-        tensors = weights.read_weights(init)
     positions, grid, before = tensors.get("pos_embed"), list(net.patch_embed.grid_size), 0 if net.no_embed_class else prefix
     if positions is not None and positions.ndim == 3 and positions.shape[1] != before + grid[0] * grid[1]:
         tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=before)
