@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import platform
 import resource
@@ -23,7 +22,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -35,15 +33,18 @@ import yaml
 from pipeline import code_files
 from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
-from pipeline.core.processes import begin_child, deaf_children, interrupted_by_signal
+from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
+from pipeline.engine import local
+from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as progress  # Engine's
 from pipeline.progress import warn as warn
 
 PROVENANCE = Path("provenance")
 TRACEBACK = Path(".work/traceback.txt")
 INTERRUPTED = 130  # exit code of shells for Ctrl-C
-EXEMPT = ("pipeline/runtime.py", "pipeline/progress.py", "pipeline/code_files.py", "stages/tag2mask.py")
+# files, and folders with a slash behind, that no stage has among its deps
+EXEMPT = ("pipeline/runtime.py", "pipeline/engine/", "pipeline/progress.py", "pipeline/code_files.py", "stages/tag2mask.py")
 STAGES = (
     f"{(__package__ or '').removesuffix('pipeline')}stages"  # package of the command lines: `tag2mask.stages` in a wheel
 )
@@ -147,78 +148,33 @@ def stage_name() -> str | None:
     return os.environ.get("DVC_STAGE")
 
 
-def one_thread() -> None:
-    """One torch thread in this process and in those that it starts: cores serve images and shards, sums have a fixed order.
-
-    To be called before anything is computed: two threads that make MKL's first call of a vector function together can get a
-    kernel of low accuracy (pytorch/pytorch#188792).
-    """
-    # for a torch that is imported later, and for child processes
-    os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-
-
-def each(
+def map_parts(
     function: Callable[[In], Out],
-    items: Sequence[In],
+    parts: Sequence[In],
     *,
     what: str,
     device: str = "cpu",
-    unit: int = 1,
     images: Callable[[In], int] | None = None,
     done: int = 0,
 ) -> Iterator[Out]:
-    """function(item) for every item, results in the order of `items`, with a progress bar of images.
+    """function(part) for every part, results in the order of `parts`, with a progress bar of images.
 
-    images: how many an item holds; without it an item that is a list holds its members where `unit` is above 1, any other
-    item `unit`; done: images of an earlier run that this one goes on from.
+    device  where the function computes
+    images  how many a part has; without it, a part is an image
+    done    images of an earlier run that this one goes on from
 
-    With more than one process `function` must be picklable. At most two items per process are in flight, so that memory does
-    not grow with their number. An error, or a signal, ends the run after the items in flight have finished. Every process
+    With more than one process `function` must be picklable. At most two parts per process are in flight, so that memory does
+    not grow with their number. An error, or a signal, ends the run after the parts in flight have finished. Every process
     has one torch thread.
     """
     one_thread()
     processes = workers(device)
-    counts = [images(item) if images else len(item) if unit > 1 and isinstance(item, list) else unit for item in items]
-    if processes == 1 or len(items) <= 1 or inline():
-        results: Iterator[Out] = map(function, items)
+    counts = [images(part) if images else 1 for part in parts]
+    if processes == 1 or len(parts) <= 1 or inline():
+        results: Iterator[Out] = map(function, parts)
     else:
-        results = _pooled(function, items, processes)
+        results = local.map_parts(function, parts, processes)
     yield from progress(results, done + sum(counts), what, done=done, counts=counts)
-
-
-def _begin_worker() -> None:
-    begin_child()
-    one_thread()
-
-
-def _pooled(function: Callable[[In], Out], items: Sequence[In], processes: int) -> Iterator[Out]:
-    context = multiprocessing.get_context("spawn")  # fork after torch has threads is unsafe
-    pool = ProcessPoolExecutor(min(processes, len(items)), context, _begin_worker)
-    try:
-        with deaf_children():
-            first = pool.submit(function, items[0])  # starts all processes
-        running: dict[Future[Out], int] = {first: 0}
-        done: dict[int, Out] = {}
-        source, next_out = iter(enumerate(items[1:], 1)), 0
-        exhausted = False
-        while not exhausted or running:
-            while not exhausted and len(running) + len(done) < 2 * processes + 2:
-                try:
-                    index, item = next(source)
-                except StopIteration:
-                    exhausted = True
-                    break
-                running[pool.submit(function, item)] = index
-            finished, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
-            for future in finished:
-                done[running.pop(future)] = future.result()
-            while next_out in done:
-                yield done.pop(next_out)
-                next_out += 1
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def info(text: str, *values: object) -> None:
@@ -308,11 +264,16 @@ def imported_files() -> list[str]:
     return sorted(file for file in files if code_files.is_code(file))
 
 
+def is_exempt(file: str) -> bool:
+    """Whether a file of the project says where work runs, and never what comes out."""
+    return any(file == exempt or (exempt.endswith("/") and file.startswith(exempt)) for exempt in EXEMPT)
+
+
 def code_digest() -> str:
     """sha256 of the files imported so far, by which unfinished work of other code is not continued."""
     digest = hashlib.sha256()
     for file in imported_files():
-        if file not in EXEMPT:
+        if not is_exempt(file):
             digest.update(file.encode() + (code_files.ROOT / file).read_bytes())
     return digest.hexdigest()
 
@@ -338,7 +299,7 @@ def guard(name: str, folder: Path = Path()) -> None:
     undeclared = [
         file
         for file in imported_files()
-        if file not in EXEMPT
+        if not is_exempt(file)
         and file not in deps
         and not file.startswith(covered)
         and not any(code_files.covers(entry, file) for entry in entries)

@@ -20,7 +20,6 @@ from pipeline import runtime
 from pipeline.core.plugins import ENTRIES
 from tests.toys import PROJECT
 
-EXEMPT = set(runtime.EXEMPT)
 PRESETS = sorted((PROJECT / "presets").glob("*.yaml"))
 ALL = PROJECT / "presets" / "scenes-all.yaml"
 SECTIONS = {"prepare": "prepare", "export": "export", "evaluate": "evaluate", "report": "report"}  # of params.yaml
@@ -107,7 +106,7 @@ def imported(name: str, stage: Any) -> set[str]:
             starts.append(f"{dep}/{ENTRIES[kind]}.py")
         elif kind == "exporters":
             starts.append(dep)
-    return closure(starts) - EXEMPT
+    return {file for file in closure(starts) if not runtime.is_exempt(file)}
 
 
 def test_every_import_of_every_stage_is_covered_by_its_deps(stages_of_preset: dict[str, Any]) -> None:
@@ -236,6 +235,7 @@ def of_dataset(name: str) -> Rule:
 # the first pattern that a file matches is its row; the whole project is covered
 TABLE: list[tuple[str, Rule]] = [
     ("pipeline/runtime.py", nothing),  # where work runs, never what comes out
+    ("pipeline/engine/*", nothing),  # so
     ("pipeline/progress.py", nothing),
     ("pipeline/code_files.py", nothing),  # which code is installed
     ("pipeline/readers.py", nothing),

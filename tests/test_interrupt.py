@@ -26,7 +26,7 @@ def slow(item):
     return item
 if __name__ == "__main__":
     with runtime.stage():
-        for item in runtime.each(slow, list(range(200)), what="items"):
+        for item in runtime.map_parts(slow, list(range(200)), what="items"):
             sys.stderr.write("an item\\n"); sys.stderr.flush()
 """
 

@@ -361,7 +361,7 @@ def test_an_image_changed_since_prepare_ends_any_stage_with_one_line(
 
     def read_all() -> str:
         with pytest.raises(click.ClickException) as caught, runtime.stage(tmp_path / "provenance"):
-            list(runtime.each(partial(records.read_image, root=root), prepared.images, what="read"))
+            list(runtime.map_parts(partial(records.read_image, root=root), prepared.images, what="read"))
         return caught.value.message
 
     changed = root / "images/train 001.png"

@@ -22,7 +22,7 @@ def seen(item):
     return item
 if __name__ == "__main__":
     with runtime.stage():
-        list(runtime.each(seen, [["a", "b"], ["c"], ["d", "e"]], what="look at images", images=len))
+        list(runtime.map_parts(seen, [["a", "b"], ["c"], ["d", "e"]], what="look at images", images=len))
         notes = (f"classify loss {0.5 - step / 10:.4f}" for step in range(3))
         for note in runtime.progress(notes, 10, "train cam", done=7, noun="steps"):
             time.sleep(0.3)
@@ -87,7 +87,7 @@ def test_images_are_counted_one_by_one_where_the_last_part_is_smaller(
 ) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", "1")
     with caplog.at_level(logging.INFO, logger="tag2mask"):
-        list(runtime.each(len, [["a"] * 32, ["b"] * 32, ["c"] * 8], what="prepare", unit=32))
+        list(runtime.map_parts(len, [["a"] * 32, ["b"] * 32, ["c"] * 8], what="prepare", images=len))
     assert [record.getMessage().split()[1] for record in caplog.records] == ["32/72", "64/72", "72/72"]
 
 

@@ -44,13 +44,13 @@ def failing_at_four(item: int) -> int:
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_results_come_in_the_order_of_the_items(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", workers)
-    assert list(runtime.each(squared, ITEMS, what="squares")) == [item * item for item in ITEMS]
+    assert list(runtime.map_parts(squared, ITEMS, what="squares")) == [item * item for item in ITEMS]
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_every_worker_process_has_one_torch_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", "2")
-    workers = set(runtime.each(process_and_threads, ITEMS, what="threads"))
+    workers = set(runtime.map_parts(process_and_threads, ITEMS, what="threads"))
     assert {threads for _, threads in workers} == {1}
     assert os.getpid() not in {process for process, _ in workers}
 
@@ -60,7 +60,7 @@ def test_every_worker_process_has_one_torch_thread(monkeypatch: pytest.MonkeyPat
 def test_work_inside_this_process_has_one_torch_thread(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", "2")
     monkeypatch.setenv(variable, value)
-    assert set(runtime.each(process_and_threads, ITEMS, what="threads")) == {(os.getpid(), 1)}
+    assert set(runtime.map_parts(process_and_threads, ITEMS, what="threads")) == {(os.getpid(), 1)}
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -74,13 +74,13 @@ def test_a_stage_has_one_torch_thread_from_its_first_line_on(monkeypatch: pytest
 def test_an_error_in_one_item_ends_the_run(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", workers)
     with pytest.raises(ValueError, match="item 4 is broken"):
-        list(runtime.each(failing_at_four, ITEMS, what="items"))
+        list(runtime.map_parts(failing_at_four, ITEMS, what="items"))
 
 
 def test_a_number_of_workers_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", "many")
     with pytest.raises(SystemExit, match="TAG2MASK_WORKERS='many' is not allowed; allowed is a whole number >= 1"):
-        list(runtime.each(squared, ITEMS, what="squares"))
+        list(runtime.map_parts(squared, ITEMS, what="squares"))
 
 
 SCRIPT = """
@@ -100,7 +100,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        ("list(runtime.each(broken, [1, 2, 3], what='images'))", "Error: photo.jpg has changed since prepare read it"),
+        ("list(runtime.map_parts(broken, [1, 2, 3], what='images'))", "Error: photo.jpg has changed since prepare read it"),
         ("raise KeyError('a bug')", "Error: unexpected KeyError: 'a bug'; please report it with .work/traceback.txt"),
     ],
     ids=["in a worker process", "a bug"],

@@ -30,22 +30,20 @@ class Engine(Protocol):
         """Threads that decode images ahead of training."""
         ...
 
-    def each(
+    def map_parts(
         self,
         function: Callable[[In], Out],
-        items: Sequence[In],
+        parts: Sequence[In],
         *,
         what: str,
         device: str = "cpu",
-        unit: int = 1,
         images: Callable[[In], int] | None = None,
         done: int = 0,
     ) -> Iterator[Out]:
-        """function(item) for every item, results in the order of `items`.
+        """function(part) for every part, results in the order of `parts`.
 
         device  where the function computes
-        unit    images per item; of an item that is a list, at most
-        images  how many an item has, where they differ
+        images  how many a part has; without it, a part is an image
         done    images of an earlier run that this one goes on from
         """
         ...
@@ -88,9 +86,9 @@ def run_parts(
     """
     missing = [(number, parts[number]) for number in store.missing_parts(out, parts)]
     done = sum(map(len, parts)) - sum(len(part) for _, part in missing)
-    results = engine.each(
+    results = engine.map_parts(
         partial(function, job=job), missing, what=what, device=getattr(job, "device", "cpu"),
-        images=lambda item: len(item[1]), done=done,
+        images=lambda part: len(part[1]), done=done,
     )  # fmt: skip
     for _ in results:
         pass

@@ -54,7 +54,8 @@ def run(
     )  # fmt: skip
     batches = [listed.images[at : at + tally.BATCH] for at in range(0, len(listed), tally.BATCH)]
     total = Tally.empty(len(listed.labels) + 1, rules.threshold_bins)
-    tallies = engine.each(partial(tally.tally_batch, inputs=inputs), batches, what=f"evaluate {settings.name}", images=len)
+    count = partial(tally.tally_batch, inputs=inputs)
+    tallies = engine.map_parts(count, batches, what=f"evaluate {settings.name}", images=len)
     _write(outs.small_masks, store.SMALL_MASKS, tally.add_batches(tallies, total), listed, "gzip")
     audit = tally.audit_of(total)
     figures = summary(audit, inputs, listed, store.file_digest(records))
@@ -62,7 +63,7 @@ def run(
     write_tables(audit, figures, listed, outs)
     images = gallery.gallery_images(audit, listed, rules.gallery)
     groups = [images[at : at + gallery.BATCH] for at in range(0, len(images), gallery.BATCH)]
-    items = engine.each(partial(gallery.items, inputs=inputs), groups, what=f"pictures {settings.name}", images=len)
+    items = engine.map_parts(partial(gallery.items, inputs=inputs), groups, what=f"pictures {settings.name}", images=len)
     _write(outs.gallery, store.GALLERY, chain.from_iterable(items), listed, "none")
     for path, values in ((outs.figures, figures), (outs.metrics, headline(figures))):
         path.parent.mkdir(parents=True, exist_ok=True)

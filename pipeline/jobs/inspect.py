@@ -33,7 +33,7 @@ def write(path: Path, records: Records, parts: Sequence[Part], job: score_maps.J
     )
     if shows_surroundings(method, count):
         summarise = partial(summarise_surroundings, job=job)
-        summaries = engine.each(summarise, [tagged(part) for part in parts], what=what, device=job.device, images=len)
+        summaries = engine.map_parts(summarise, [tagged(part) for part in parts], what=what, device=job.device, images=len)
         pictures = with_surroundings(pictures, merged(summaries))
     store.write_part(
         path, store.INSPECTION, pictures, labels=job.labels, part=0, parts=1, params_digest="", compression="gzip"

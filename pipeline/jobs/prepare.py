@@ -150,7 +150,7 @@ def _check_images(
     """
     paths = [listing.path for listing in listings]
     tasks = [paths[at : at + IMAGES_PER_TASK] for at in range(0, len(paths), IMAGES_PER_TASK)]
-    batches = engine.each(partial(open_images, root=root), tasks, what="prepare", unit=IMAGES_PER_TASK)
+    batches = engine.map_parts(partial(open_images, root=root), tasks, what="prepare", images=len)
     for listing, file in zip(listings, (file for batch in batches for file in batch), strict=True):
         mask, problem = None, file.problem
         if listing.mask and problem is None:

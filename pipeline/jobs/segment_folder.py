@@ -81,7 +81,7 @@ def run(predictor: Predictor, images: Path, out: Path, *, overwrite: bool, engin
     description = describe(predictor)
     unfinished = remaining(all_targets, out, description, overwrite=overwrite)
     apply = partial(apply_one, images=images, predictor=predictor)
-    image_problems = engine.each(apply, unfinished, what=f"segment {predictor.name}", device=predictor.device)
+    image_problems = engine.map_parts(apply, unfinished, what=f"segment {predictor.name}", device=predictor.device)
     problems = [problem for problem in image_problems if problem is not None]
     return Result(len(unfinished) - len(problems), len(all_targets) - len(unfinished), problems)
 
