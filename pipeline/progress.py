@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 Out = TypeVar("Out")
@@ -35,18 +37,39 @@ def progress(
     done: int = 0,
     counts: Sequence[int] | None = None,
     noun: str = "images",
+    timeline: Path | None = None,
 ) -> Iterator[Out]:
     """Yields items, with a progress bar on a terminal, else with a log line per tenth of total.
 
     unit, counts: how many of `total` an item is, all the same or one by one; done: where an earlier run has stopped;
-    noun: what is counted. An item that is a text is shown as a note.
+    noun: what is counted. An item that is a text is shown as a note. timeline: a file to which `_timed` appends.
     """
     sizes = itertools.repeat(unit) if counts is None else iter(counts)
     show = _bar if sys.stderr.isatty() else _lines
-    with show(total, what, done, noun) as advance:
+    record = nullcontext(_ignore) if timeline is None else _timed(timeline, what, noun)
+    with record as add, show(total, what, done, noun) as advance:
         for item in items:
             yield item
-            advance(next(sizes), item if isinstance(item, str) else "")
+            count, note = next(sizes), item if isinstance(item, str) else ""
+            add(count, note)
+            advance(count, note)
+
+
+def _ignore(count: int, note: str) -> None:
+    """Of a run without a timeline."""
+
+
+@contextmanager
+def _timed(path: Path, what: str, noun: str) -> Iterator[Advance]:
+    """Appends a line of JSON at the start and as each item is done: what, noun, count, note, s of the monotonic clock."""
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+
+        def add(count: int, note: str) -> None:
+            line = {"what": what, "noun": noun, "count": count, "note": note, "seconds": time.monotonic()}
+            file.write(json.dumps(line) + "\n")
+
+        add(0, "")
+        yield add
 
 
 @contextmanager

@@ -6,6 +6,7 @@ TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
 TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
 TAG2MASK_RANKS     processes that share the shards of a training step; default: one per core, or per CUDA device
 TAG2MASK_LAUNCHER  spawn (default) | inline: run everything in this process, for debugging
+TAG2MASK_TIMELINE  a file: when each part and step was done, for `plan`
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -37,8 +38,8 @@ from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
 from pipeline.engine import local
 from pipeline.engine.threads import one_thread
-from pipeline.progress import progress as progress  # Engine's
-from pipeline.progress import warn as warn
+from pipeline.progress import progress as shown
+from pipeline.progress import warn as warn  # Engine's
 
 PROVENANCE = Path("provenance")
 TRACEBACK = Path(".work/traceback.txt")
@@ -174,7 +175,34 @@ def map_parts(
         results: Iterator[Out] = map(function, parts)
     else:
         results = local.map_parts(function, parts, processes)
-    yield from progress(results, done + sum(counts), what, done=done, counts=counts)
+    yield from shown(results, done + sum(counts), what, done=done, counts=counts, timeline=_timeline())
+
+
+def progress(items: Iterable[Out], total: int, what: str, *, done: int = 0, noun: str = "images") -> Iterator[Out]:
+    """Passes items through and shows how many of `total` there were, from `done` on; noun: what they are."""
+    return shown(items, total, what, done=done, noun=noun, timeline=_timeline())
+
+
+def _timeline() -> Path | None:
+    value = os.environ.get("TAG2MASK_TIMELINE")
+    return Path(value) if value else None
+
+
+def stage_command(name: str, folder: Path, timeline: Path) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment by which a stage of the project in `folder` runs as DVC runs it, with a timeline."""
+    words = shlex.split(_resolved(name, folder)["cmd"])
+    if words[0] == "python":
+        words[0] = sys.executable
+    path = os.pathsep.join([str(code_files.ROOT), os.environ.get("PYTHONPATH", "")])
+    names = {"DVC_STAGE": name, "TAG2MASK_TIMELINE": str(timeline), "PYTHONPATH": path}
+    return words, {**with_own_commands(), **names}
+
+
+def outs_of(name: str, folder: Path) -> list[Path]:
+    """Outs of a stage, with its metrics and plots."""
+    entry = _resolved(name, folder)
+    listed = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
+    return [folder / (out if isinstance(out, str) else next(iter(out))) for out in listed]
 
 
 def info(text: str, *values: object) -> None:

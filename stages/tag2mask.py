@@ -14,6 +14,7 @@ COMMANDS = {
     "status": ("status", "Says what is up to date, and what a run would do."),
     "report": ("report", "Writes the report from what is there, and opens it."),
     "check": ("check", "Lists what is wrong or missing: settings, recipes, data, weights, steps."),
+    "plan": ("plan", "Predicts hours, bytes and memory for a number of images."),
     "doctor": ("doctor", "Checks this machine and the installation."),
     "weights": ("weights", "Lists, gets and checks initial weights."),
     "export": ("export_masks", "Writes a run's pseudo-masks in the formats of other tools."),

@@ -72,10 +72,13 @@ def maps_of(scores: store.Store, record: ImageRecord) -> ImageMaps:
     )  # fmt: skip
 
 
-def fit(name: str, params: Any, scores: store.Store, records: Sequence[ImageRecord], root: Path) -> dict[str, np.ndarray]:
-    """State of refiner `name` from the score maps of `records` (split train), streamed; no ground truth is at hand."""
-    return plugins.load("refiners", name).fit(
-        params, (maps_of(scores, record) for record in records), lambda at: read_image(records[at], root)
+def fit(
+    settings: Settings, params: Any, scores: store.Store, records: Sequence[ImageRecord], engine: Engine
+) -> dict[str, np.ndarray]:
+    """State of the run's refiner from the score maps of `records` (split train), streamed; no ground truth is at hand."""
+    seen = engine.progress(records, len(records), f"fit_refiner {settings.name}")
+    return plugins.load("refiners", settings.run.refiner).fit(
+        params, (maps_of(scores, record) for record in seen), lambda at: read_image(records[at], settings.root)
     )
 
 
