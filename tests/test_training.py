@@ -25,7 +25,7 @@ from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
 from pipeline.training import checkpoint, loop, optim, resume
 from pipeline.training.data import TrainingImages, order
-from pipeline.training.exchange import SharedMemory
+from pipeline.training.exchange import BlockSum, block, tree_sum
 from pipeline.training.loss_scale import GROWS_AFTER, LossScale
 from pipeline.training.settings import Augment, RandAugment, Schedule
 from tests import toys
@@ -153,15 +153,27 @@ def test_the_run_ends_with_an_error_as_soon_as_another_process_fails(tmp_path: P
         trained(job_in(tmp_path / "a", root, ranks=2, build=partial(only_in, os.getpid())))
 
 
-def test_shards_are_summed_in_their_order_whatever_the_order_they_came_in() -> None:
-    exchange = SharedMemory(ranks=1, shards=3, size=2)
-    values = [1e8, 1.0, -1e8]  # in f32 their sum depends on the order
-    for shards in ((0, 1, 2), (2, 1, 0)):
-        for shard in shards:
-            exchange.put(shard, [torch.tensor([[values[shard]]]), torch.tensor(1.0)], torch.tensor([float(shard)]))
-        gathered = exchange.gather(3, 2)
-        assert gathered.sums.tolist() == [0.0, 3.0]
-        assert gathered.figures[:, :2].tolist() == [[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]
+@given(shards=st.integers(1, 40), ranks=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_every_number_of_ranks_adds_shards_in_the_same_order(shards: int, ranks: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=shards) * 10.0 ** np.arange(shards)  # their sum depends on the order
+    numbers = [torch.tensor([value], dtype=torch.float32) for value in values]
+    blocks = [block(shards, rank, ranks) for rank in range(ranks)]
+    assert [shard for of_rank in blocks for shard in of_rank] == list(range(shards))
+    sums = []
+    for of_rank in blocks:
+        total = BlockSum(torch.zeros(1))
+        for shard in of_rank:
+            total.begin()
+            total.memory.copy_(numbers[shard])
+            total.end()
+        total.finish()
+        sums += [total.memory] if len(of_rank) else []
+    assert torch.equal(tree_sum(sums), tree_sum([number.clone() for number in numbers]))
+
+
+def test_up_to_three_shards_are_added_one_after_another() -> None:
+    numbers = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
+    assert tree_sum(numbers).tolist() == [0.0]  # (1e8 + 1) - 1e8 in f32
 
 
 def test_the_loss_scale_halves_at_once_and_doubles_after_many_finite_steps() -> None:
