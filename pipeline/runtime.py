@@ -35,7 +35,7 @@ from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
-from pipeline.engine import local
+from pipeline.engine import local, torchrun
 from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as progress  # Engine's
 from pipeline.progress import warn as warn
@@ -95,8 +95,15 @@ def workers(device: str = "cpu") -> int:
     return _count("TAG2MASK_WORKERS", cores() if device == "cpu" else 1)
 
 
+def launch() -> Any:
+    """How ranks of a training are started: by torchrun, if that has started this process; None: as processes beside it."""
+    return torchrun.launch if torchrun.is_in_use() else None
+
+
 def ranks(shards: int) -> int:
-    """Training processes, at most one per shard."""
+    """Training processes, at most one per shard; as many as torchrun has started."""
+    if torchrun.is_in_use():
+        return torchrun.ranks()
     device_name = device()
     if device_name == "cpu":
         default = cores()
@@ -190,8 +197,8 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     started = time.time()
     one_thread()
     try:
-        check_code()
-        with interrupted_by_signal():
+        with interrupted_by_signal(), _beside_rank_0():
+            check_code()
             yield
     except KeyboardInterrupt as interrupt:
         log.warning("%s", str(interrupt) or "interrupted; what is finished is kept; run again to go on")
@@ -229,6 +236,21 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     }
     _write_atomically(provenance / f"{name}.json", json.dumps(record, indent=1) + "\n")
     provenance_script(provenance)
+
+
+@contextmanager
+def _beside_rank_0() -> Iterator[None]:
+    """Of the processes that torchrun has started, rank 0 alone runs the stage; the others train with it, and end here."""
+    if not torchrun.is_in_use():
+        yield
+    elif torchrun.is_first():
+        try:
+            yield
+        finally:
+            torchrun.end()
+    else:
+        torchrun.follow()
+        raise SystemExit
 
 
 def _keep_traceback() -> Path:

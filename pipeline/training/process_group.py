@@ -84,17 +84,14 @@ def backends(device: str) -> str:
     return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
 
 
-def placed(job: Job, local_rank: int) -> Job:
-    """The job of one of several ranks on a host: a GPU each."""
-    return dataclasses.replace(job, device=f"cuda:{local_rank}") if job.device == "cuda" else job
-
-
-def run(job: Job) -> Iterator[str]:
-    """One rank of the default group, from building the trainable to the end of the job: its notes.
+def run(job: Job, device: str) -> Iterator[str]:
+    """One rank of the default group, from building the trainable to the end of the job: its notes. device: the rank's own.
 
     What starts ranks other than as processes beside this one (engine/) calls it in each of them. A signal in any rank ends
     all in order: Interrupted.
     """
     threads.single()
+    if device != "cpu":
+        torch.cuda.set_device(device)
     with stop_on_signal() as stop:
-        yield from Run(job, job.build(), ProcessGroup(), stop).notes()
+        yield from Run(dataclasses.replace(job, device=device), job.build(), ProcessGroup(), stop).notes()

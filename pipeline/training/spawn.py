@@ -5,6 +5,7 @@ CPUs sum through shared memory, GPUs through NCCL; so do CPUs through gloo where
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,7 @@ def _rank_of_shared_memory(job: Job, exchange: SharedMemory) -> None:
 
 
 def _by_process_group(job: Job, trainable: Any, ranks: int, stop: StopRequest) -> Iterator[str]:
-    jobs = [process_group.placed(job, rank) for rank in range(ranks)]
+    jobs = [dataclasses.replace(job, device=f"cuda:{rank}" if job.device == "cuda" else job.device) for rank in range(ranks)]
     store = process_group.store_at(0, ranks, serves=True)
     with (
         _beside(_rank_of_process_group, [(jobs[rank], store.port, rank, ranks) for rank in range(1, ranks)]),
