@@ -35,7 +35,7 @@ from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
-from pipeline.engine import local, torchrun
+from pipeline.engine import local, ray_train, torchrun
 from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as progress  # Engine's
 from pipeline.progress import warn as warn
@@ -96,22 +96,35 @@ def workers(device: str = "cpu") -> int:
 
 
 def launch() -> Any:
-    """How ranks of a training are started: by torchrun, if that has started this process; None: as processes beside it."""
-    return torchrun.launch if torchrun.is_in_use() else None
+    """How ranks of a training are started: by torchrun, if that has started this process, or by Ray Train; None: as
+    processes beside this one."""
+    if torchrun.is_in_use():
+        return torchrun.launch
+    return ray_train.launch if engine() == "ray" else None
 
 
 def ranks(shards: int) -> int:
     """Training processes, at most one per shard; as many as torchrun has started."""
     if torchrun.is_in_use():
         return torchrun.ranks()
-    device_name = device()
-    if device_name == "cpu":
-        default = cores()
+    name = device()
+    if engine() == "ray":
+        places = ray_train.places(name)
+    elif name == "cpu":
+        places = cores()
     else:
         import torch
 
-        default = torch.cuda.device_count() if device_name == "cuda" else 1
-    return min(shards, _count("TAG2MASK_RANKS", default))
+        places = torch.cuda.device_count() if name == "cuda" else 1
+    count = _count("TAG2MASK_RANKS", places)
+    if count > places and (name != "cpu" or engine() == "ray"):  # cores of one host can be shared
+        raise SystemExit(f"TAG2MASK_RANKS={count} is not allowed; allowed is one per {name} device, here 1 to {places}")
+    return min(shards, count)
+
+
+def engine() -> str:
+    """What starts the processes that work is shared out to."""
+    return _choice("TAG2MASK_ENGINE", "local", lambda text: text in ("local", "ray"), "local or ray")
 
 
 def loaders(device: str) -> int:

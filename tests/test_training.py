@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,72 +15,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.core.config import ParamsError, parse
-from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
-from pipeline.core.records import ChangedImageError, ImageRecord
+from pipeline.core.contracts import Batch, Clock, Phase
+from pipeline.core.records import ChangedImageError
 from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
 from pipeline.training import checkpoint, loop, optim, resume
 from pipeline.training.data import TrainingImages, order
 from pipeline.training.exchange import BlockSum, block, tree_sum
 from pipeline.training.loss_scale import GROWS_AFTER, LossScale
-from pipeline.training.settings import Augment, RandAugment, Schedule
+from pipeline.training.settings import RandAugment, Schedule
 from tests import toys
 from tests.toys import toy_folder
-
-AUGMENT = Augment(
-    size=16, scale_min=0.8, scale_max=1.5, area_min=None, flip=0.5, jitter=0.2, rand_augment=None, erase=0.0
-)  # fmt: skip
-
-
-class Toy(nn.Module):
-    """A trainable with dropout (so that random streams matter) and a batch norm (so that buffers matter), in two phases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
-        self.head = nn.Linear(4, 2)
-
-    def phases(self) -> list[Phase]:
-        settings: dict[str, Any] = {
-            "batch_size": 4, "shards": 4, "lr": 0.05, "weight_decay": 0.01, "schedule": "cosine", "warmup": 1,
-        }  # fmt: skip
-        return [
-            Phase("first", epochs=2, optimiser="adamw", **settings),
-            Phase("second", epochs=1, optimiser="sgd", restart=("head.",), **settings),
-        ]
-
-    def param_groups(self, phase: Phase) -> list[ParamGroup]:
-        return [ParamGroup(list(self.parameters()), 1.0, 1.0)]
-
-    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        logits = self.head(self.body(batch.images).mean(dim=(2, 3)))
-        return {"tags": nn.functional.multilabel_soft_margin_loss(logits, batch.tags), "size": 0.01 * logits.square().mean()}
-
-
-def records_of(root: Path) -> list[ImageRecord]:
-    import hashlib
-
-    records = []
-    for path in sorted((root / "images").glob("*.png")):
-        digest = hashlib.sha256(path.read_bytes()).digest()
-        records.append(ImageRecord(path.stem, f"images/{path.name}", (64, 64), "train", (len(records) % 2,), digest))
-    return records
-
-
-def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
-    images = TrainingImages(records_of(root), root, 2, AUGMENT, 0, None)
-    job = loop.Job(build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0)
-    return dataclasses.replace(job, **changes)
-
-
-def trained(job: loop.Job) -> bytes:
-    training = loop.train(job)
-    assert len(list(training.notes)) <= training.steps
-    return (job.work / "trained.safetensors").read_bytes() + (job.work / "log.csv").read_bytes()
+from tests.training_case import AUGMENT, Toy, job_in, trained
 
 
 @pytest.fixture

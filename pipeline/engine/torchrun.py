@@ -14,9 +14,9 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from pipeline.core.processes import Interrupted
+from pipeline.core.processes import Interrupted, StopRequest, stop_on_signal
 
-Run = Callable[[Any, str], Iterator[str]]  # (job, torch device of the rank) → notes
+Run = Callable[[Any, str, StopRequest], Iterator[str]]  # (job, torch device of the rank, stop) → notes
 
 BEGIN, END = "begin", "end"
 POLL_SECONDS = 0.2
@@ -41,13 +41,13 @@ def is_first() -> bool:
 
 
 def launch(run: Run, job: Any) -> Iterator[str]:
-    """In rank 0: has run(job, device) called in all ranks → its own notes."""
+    """In rank 0: has run(job, device, stop) called in all ranks → its own notes. A signal in any of them stops all."""
     import torch.distributed as dist
 
     _say(f"{BEGIN} {job.device}")
     _join(job.device)
     dist.broadcast_object_list([run, job], src=0)
-    return run(job, _device(job.device))
+    yield from _run(run, job)
 
 
 def follow() -> None:
@@ -58,9 +58,8 @@ def follow() -> None:
         _join(message.removeprefix(f"{BEGIN} "))
         received: list[Any] = [None, None]
         dist.broadcast_object_list(received, src=0)
-        run, job = received
         with suppress(Interrupted):  # rank 0 was, too, and has saved
-            for _ in run(job, _device(job.device)):
+            for _ in _run(*received):
                 pass
 
 
@@ -69,9 +68,10 @@ def end() -> None:
     _say(END)
 
 
-def _device(device: str) -> str:
-    """This rank's: a GPU each."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+def _run(run: Run, job: Any) -> Iterator[str]:
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" else job.device
+    with stop_on_signal() as stop:
+        yield from run(job, device, stop)
 
 
 def _join(device: str) -> None:

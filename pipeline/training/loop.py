@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.contracts import Phase
+from pipeline.core.processes import StopRequest
 from pipeline.training import process_group, spawn, threads
 from pipeline.training.epochs import steps_before
 from pipeline.training.job import Job as Job
 from pipeline.training.resume import Checkpoint
 from pipeline.training.run import CHECKPOINT
 
-Launch = Callable[[Callable[[Job, str], Iterator[str]], Job], Iterator[str]]
+Launch = Callable[[Callable[[Job, str, StopRequest], Iterator[str]], Job], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Training:
 def train(job: Job, launch: Launch | None = None) -> Training:
     """Builds the trainable. Its run leaves `trained.safetensors` and `log.csv` in job.work. ValueError without an image.
 
-    launch: has a function called with the job and a device in job.ranks processes, which are ranks of torch.distributed's
-    default group, and passes on the notes of rank 0. None starts processes of this host.
+    launch: has a function called with job, device and stop request in job.ranks processes, which are ranks of
+    torch.distributed's default group, and passes on the notes of rank 0. None starts processes of this host.
 
     A signal that asks the run to end (SIGINT, SIGTERM) makes it save a checkpoint after the current step and raise
     Interrupted. What another rank raised, the run raises.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.core.processes import stop_on_signal
+from pipeline.core.processes import StopRequest
 from pipeline.training import threads
 from pipeline.training.exchange import OtherRankFailed, tree_sum
 from pipeline.training.job import Job
@@ -58,7 +58,7 @@ def _failures_of_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OtherRankFailed(str(error).splitlines()[0]) from error
+        raise OtherRankFailed from error
 
 
 def store_at(port: int, ranks: int, *, serves: bool) -> Any:
@@ -84,14 +84,13 @@ def backends(device: str) -> str:
     return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
 
 
-def run(job: Job, device: str) -> Iterator[str]:
+def run(job: Job, device: str, stop: StopRequest) -> Iterator[str]:
     """One rank of the default group, from building the trainable to the end of the job: its notes. device: the rank's own.
 
-    What starts ranks other than as processes beside this one (engine/) calls it in each of them. A signal in any rank ends
-    all in order: Interrupted.
+    What starts ranks other than as processes beside this one (engine/) calls it in each of them. A request to stop in any
+    rank ends all in order: Interrupted.
     """
     threads.single()
     if device != "cpu":
         torch.cuda.set_device(device)
-    with stop_on_signal() as stop:
-        yield from Run(dataclasses.replace(job, device=device), job.build(), ProcessGroup(), stop).notes()
+    yield from Run(dataclasses.replace(job, device=device), job.build(), ProcessGroup(), stop).notes()

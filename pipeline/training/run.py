@@ -25,11 +25,16 @@ from pipeline.training.step import Stepper
 CHECKPOINT = "checkpoint.safetensors"
 
 
+def read_steps(device: str) -> int:
+    """After how many steps their figures are read from the device: at once where the host need not wait for it."""
+    return 1 if device == "cpu" else ROW_STEPS
+
+
 class Run:
     """It leaves trained.safetensors and log.csv in job.work.
 
-    Losses, stop requests and whether all is finite are read from the device every ROW_STEPS steps, on a CPU after each.
-    Checkpoints are written then, too: never of weights that are not known to be finite.
+    Losses, stop requests and whether all is finite are read from the device every read_steps steps. Checkpoints are written
+    then, too: never of weights that are not known to be finite.
     """
 
     def __init__(self, job: Job, trainable: Any, exchange: Exchange, stop: StopRequest) -> None:
@@ -39,7 +44,7 @@ class Run:
         self.phases: list[Phase] = trainable.phases()
         self.scale, self.log, self.best = LossScale(job.precision), LossLog(job.work / "log.csv"), BestWeights()
         self.checkpoint = Checkpoint(job.work / CHECKPOINT, trainable, self.scale, self.log, self.best)
-        self._read_steps = 1 if job.device == "cpu" else ROW_STEPS
+        self._read_steps = read_steps(job.device)
 
     def notes(self) -> Iterator[str]:
         """Runs or resumes, with a short note after each step. Interrupted in all ranks, if any of them was asked to stop."""
