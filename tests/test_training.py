@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.contracts import Batch, Clock, Phase
 from pipeline.core.records import ChangedImageError
 from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
-from pipeline.training import checkpoint, loop, optim, resume
+from pipeline.training import checkpoint, loop, optim, resume, run
 from pipeline.training.data import TrainingImages, order
 from pipeline.training.exchange import BlockSum, block, tree_sum
 from pipeline.training.loss_scale import GROWS_AFTER, LossScale
@@ -160,6 +161,90 @@ class Exploding(Toy):
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path, root: Path) -> None:
     with pytest.raises(RuntimeError, match=r"phase first, step 0.*lower schedule\.lr"):
         trained(job_in(tmp_path / "a", root, build=Exploding))
+
+
+@pytest.fixture
+def reads_every_ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device for which the host has to wait."""
+    monkeypatch.setattr(run, "read_steps", lambda device: 10)
+
+
+class Long(Toy):
+    """25 steps."""
+
+    def phases(self) -> list[Phase]:
+        return [dataclasses.replace(super().phases()[0], epochs=10)]
+
+
+def test_figures_that_are_read_late_change_no_byte(
+    tmp_path: Path, root: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = trained(job_in(tmp_path / "a", root, build=Long))
+    request.getfixturevalue("reads_every_ten_steps")
+    assert trained(job_in(tmp_path / "b", root, build=Long)) == at_once
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
+    job = job_in(tmp_path / "c", root, build=Long)
+    steps: Any = loop.train(job).notes
+    for _ in range(13):
+        next(steps)
+    steps.close()
+    assert loop.train(job).done == 10
+    assert trained(job) == at_once
+
+
+class ExplodingLate(Long):
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        return {"tags": super().losses(batch, clock)["tags"] * (float("inf") if clock.step == 13 else 1.0)}
+
+
+@pytest.mark.usefixtures("reads_every_ten_steps")
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
+    job = job_in(tmp_path / "a", root, build=ExplodingLate)
+    with pytest.raises(RuntimeError, match=r"phase first, step 13: gradients are not finite \(losses: tags inf"):
+        trained(job)
+    assert loop.train(job).done == 10
+    saved = checkpoint.read_tensors(job.work / run.CHECKPOINT)
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+class Frozen(Toy):
+    """Three shards, and statistics that no forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("mean", values)
+
+    def phases(self) -> list[Phase]:
+        return [dataclasses.replace(super().phases()[0], batch_size=3, shards=3)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_statistics_that_no_shard_changes_keep_their_bytes(tmp_path: Path, root: Path, ranks: int) -> None:
+    """The sum of three equal numbers, divided by three, may be another number."""
+    job = job_in(tmp_path / "a", root, build=Frozen, ranks=ranks)
+    trained(job)
+    weights, initial = checkpoint.read_tensors(job.work / "trained.safetensors"), Frozen().state_dict()
+    assert torch.equal(weights["mean"], initial["mean"])
+    assert not torch.equal(weights["body.1.running_mean"], initial["body.1.running_mean"])
+
+
+class Unused(Toy):
+    """A layer of which the losses know nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def test_a_parameter_without_a_gradient_is_trained_as_with_a_gradient_of_0(tmp_path: Path, root: Path) -> None:
+    job = job_in(tmp_path / "a", root, build=Unused)
+    trained(job)
+    weights = checkpoint.read_tensors(job.work / "trained.safetensors")
+    initial = Unused().unused.weight
+    decayed = weights["unused.weight"] / initial
+    assert (decayed < 1).all() and (decayed > 0.9).all()  # weight decay alone
 
 
 def test_no_image_is_a_clear_error(tmp_path: Path, root: Path) -> None:
