@@ -15,7 +15,7 @@ from pipeline import runtime
 from pipeline.training import loop, shared_memory
 from pipeline.training.exchange import OtherRankFailed
 from tests.toys import PROJECT, toy_folder
-from tests.training_case import bytes_of, job_in, signalled_job, trained
+from tests.training_case import bytes_of, signalled_job, trained
 
 ONE_HOST = ["--standalone"]
 
@@ -54,30 +54,35 @@ def messages(process: subprocess.Popen[str]) -> str:
     return process.communicate()[1]
 
 
-def test_two_processes_that_share_memory_end_with_the_bytes_of_one(shared: Path, alone: bytes, monkeypatch) -> None:
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_DEVICE", "cpu")
+    monkeypatch.setenv("TAG2MASK_RANKS", "2")
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_two_processes_that_share_memory_end_with_the_bytes_of_one(
+    shared: Path, alone: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TAG2MASK_DEVICE", "cpu")
     monkeypatch.setenv("TAG2MASK_RANKS", "2")
     assert trained(signalled_job(shared / "two")) == alone
 
 
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("through", ["shared memory", "gloo"])
 def test_a_killed_process_ends_the_run_at_once_and_the_next_goes_on_to_the_same_bytes(
-    shared: Path, alone: bytes, monkeypatch
+    shared: Path, alone: bytes, through: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TAG2MASK_DEVICE", "cpu")
-    monkeypatch.setenv("TAG2MASK_RANKS", "2")
-    job = signalled_job(shared / "killed")
+    if through == "gloo":
+        monkeypatch.setattr(shared_memory, "fits", lambda ranks, size: False)
+    job = signalled_job(shared / f"killed, {through}")
     job.work.mkdir()
     (job.work / "kill").touch()
     with pytest.raises(OtherRankFailed, match=r"rank 1 was killed by signal 9.*run again to go on from the last checkpoint"):
         trained(job)
     assert loop.train(job).done == 12
     assert trained(job) == alone
-
-
-def test_a_host_with_little_shared_memory_trains_through_gloo(tmp_path: Path, shared: Path, monkeypatch) -> None:
-    one = trained(job_in(tmp_path / "one", shared / "raw"))
-    monkeypatch.setattr(shared_memory, "fits", lambda ranks, size: False)
-    assert trained(job_in(tmp_path / "two", shared / "raw", ranks=2)) == one
 
 
 def test_shared_memory_is_asked_for_the_ranks_rows_and_no_more() -> None:

@@ -79,6 +79,12 @@ def joined(store: Any, rank: int, ranks: int, device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def abort() -> None:
+    """Ends what other threads of this process wait for, as far as the backend can: NCCL can, gloo need not."""
+    if (group := dist.group.WORLD) is not None:
+        group.abort()
+
+
 def backends(device: str) -> str:
     """Of the default group; objects that are no tensors go by gloo."""
     return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"

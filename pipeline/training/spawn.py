@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -71,9 +73,10 @@ def _by_process_group(job: Job, trainable: Any, ranks: int, stop: StopRequest) -
     jobs = [dataclasses.replace(job, device=f"cuda:{rank}" if job.device == "cuda" else job.device) for rank in range(ranks)]
     store = process_group.store_at(0, ranks, serves=True)
     with (
-        _beside(_rank_of_process_group, [(jobs[rank], store.port, rank, ranks) for rank in range(1, ranks)]),
+        _beside(_rank_of_process_group, [(jobs[rank], store.port, rank, ranks) for rank in range(1, ranks)]) as others,
         process_group.joined(store, 0, ranks, jobs[0].device),
     ):
+        threading.Thread(target=_abort_where_one_fails, args=(others,), daemon=True).start()
         yield from Run(jobs[0], trainable, ProcessGroup(), stop).notes()
 
 
@@ -84,8 +87,19 @@ def _rank_of_process_group(job: Job, port: int, rank: int, ranks: int) -> None:
             pass
 
 
+def _abort_where_one_fails(others: Sequence[BaseProcess]) -> None:
+    """NCCL does not notice that a process was killed: the group is aborted, lest this process waits until NCCL's timeout."""
+    waiting = {other.sentinel: other for other in others}
+    while waiting:
+        ready = connection.wait(list(waiting))
+        ended = [waiting.pop(sentinel) for sentinel in list(waiting) if sentinel in ready]
+        if any(other.exitcode for other in ended):
+            process_group.abort()
+            return
+
+
 @contextmanager
-def _beside(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+def _beside(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[BaseProcess]]:
     """Processes that call target(*arguments), until the end of the context. RuntimeError of what made one of them fail."""
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
@@ -94,7 +108,7 @@ def _beside(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -
         for other in others:
             other.start()
     try:
-        yield
+        yield others
     except OtherRankFailed as error:
         _end(others)
         raise _failure_of(error, others, failures) from None
