@@ -5,6 +5,8 @@ The only file that reads os.environ. With code_files.py, which it uses, and the 
 TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
 TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
 TAG2MASK_RANKS     processes that share the shards of a training step; default: one per core, or per CUDA device
+                   (torchrun's own variables say instead, where it has started this process)
+TAG2MASK_ENGINE    local (default) | ray: ranks are workers of Ray Train
 TAG2MASK_LAUNCHER  spawn (default) | inline: run everything in this process, for debugging
 """
 
@@ -119,6 +121,12 @@ def ranks(shards: int) -> int:
     count = _count("TAG2MASK_RANKS", places)
     if count > places and (name != "cpu" or engine() == "ray"):  # cores of one host can be shared
         raise SystemExit(f"TAG2MASK_RANKS={count} is not allowed; allowed is one per {name} device, here 1 to {places}")
+    if name != "cpu" and shards < places:
+        log.info(
+            "only %d of %d GPUs train, as many as schedule.shards of the recipe; more shards are another result",
+            shards,
+            places,
+        )
     return min(shards, count)
 
 

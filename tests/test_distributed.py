@@ -61,11 +61,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_ranks")
-def test_two_processes_that_share_memory_end_with_the_bytes_of_one(
-    shared: Path, alone: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TAG2MASK_DEVICE", "cpu")
-    monkeypatch.setenv("TAG2MASK_RANKS", "2")
+def test_two_processes_that_share_memory_end_with_the_bytes_of_one(shared: Path, alone: bytes) -> None:
     assert trained(signalled_job(shared / "two")) == alone
 
 
