@@ -22,18 +22,15 @@ BEGIN, END = "begin", "end"
 POLL_SECONDS = 0.2
 
 
+@cache
 def is_in_use() -> bool:
-    """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun has started this process. What this process starts is no rank, and does not see the variable."""
+    return os.environ.pop("TORCHELASTIC_RUN_ID", None) is not None
 
 
 def ranks() -> int:
     """On all hosts together."""
     return int(os.environ["WORLD_SIZE"])
-
-
-def ranks_of_host() -> int:
-    return int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def is_first() -> bool:

@@ -73,7 +73,8 @@ class Run:
         job, rank, steps = self.job, self.rank, step_count(phase, len(self.job.images))
         stepper = Stepper(rank, phase, self.scale)
         self.checkpoint.load_moments(stepper.optimiser)
-        loader = Loader(job.images, job.seed, phase, number, rank.shards(phase))
+        pinned = job.device != "cpu" and torch.cuda.is_available()
+        loader = Loader(job.images, job.seed, phase, number, rank.shards(phase), pinned)
         note = phase.name
         for step, batches in loader.batches(range(self.checkpoint.step, steps), job.loaders):
             clock = Clock(number, step, steps)
