@@ -41,7 +41,10 @@ class ProcessGroup:
     def sum(self, blocks: int) -> None:
         with _failures_of_others():
             dist.all_to_all_single(self._received, self._slices)
-            dist.all_gather(list(self._slices), tree_sum(list(self._received[:blocks])))
+        own = tree_sum(list(self._received[:blocks]))
+        self._received[1:] = own  # all are sent the same slice; gloo's all_gather takes three times as long
+        with _failures_of_others():
+            dist.all_to_all_single(self._slices, self._received)
 
     def gather(self, row: Tensor) -> Tensor:
         rows = row.new_empty(self.ranks, len(row))
