@@ -123,9 +123,7 @@ def ranks(shards: int) -> int:
         raise SystemExit(f"TAG2MASK_RANKS={count} is not allowed; allowed is one per {name} device, here 1 to {places}")
     if name != "cpu" and shards < places:
         log.info(
-            "only %d of %d GPUs train, as many as schedule.shards of the recipe; more shards are another result",
-            shards,
-            places,
+            "%d of %d GPUs train: as many as schedule.shards of the recipe, which is part of the result", shards, places
         )
     return min(shards, count)
 

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pipeline import runtime
-from pipeline.training import loop, shared_memory
+from pipeline.jobs import fit_refiner, train
+from pipeline.training import loop, process_group, shared_memory, spawn
 from pipeline.training.exchange import OtherRankFailed
 from tests.toys import PROJECT, toy_folder
-from tests.training_case import bytes_of, signalled_job, trained
+from tests.training_case import bytes_of, job_in, signalled_job, trained
 
 ONE_HOST = ["--standalone"]
 
@@ -100,6 +103,42 @@ def test_torchrun_with_two_and_four_ranks_side_by_side_ends_with_the_same_bytes(
     text = messages(beside)
     assert beside.returncode == 0, text
     assert bytes_of(two) == alone and bytes_of(four) == alone
+
+
+def test_stages_start_their_trainings_as_the_engine_says(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[loop.Job] = []
+
+    def launch(run: Any, job: loop.Job) -> Iterator[str]:
+        assert run is process_group.run
+        started.append(job)
+        yield from spawn.run(job, job.build())
+
+    monkeypatch.setattr(runtime, "launch", lambda: launch)
+    monkeypatch.chdir(tmp_path)
+    first, second = (job_in(Path(".work") / name, shared / "raw") for name in ("first", "second"))
+    train.train(first, {}, model=Path("model.safetensors"), log=Path("log.csv"), engine=runtime, what="train")
+    fit_refiner.train(second, runtime, "fit_refiner")
+    assert started == [first, second]
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_have_a_rank_each_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("TAG2MASK_RANKS", raising=False)
+    assert runtime.ranks(4) == 2 and not caplog.messages
+    with caplog.at_level("INFO"):
+        assert runtime.ranks(1) == 1
+    assert "1 of 2 GPUs train: as many as schedule.shards" in caplog.text
+    monkeypatch.setenv("TAG2MASK_RANKS", "3")
+    with pytest.raises(SystemExit, match="TAG2MASK_RANKS=3 is not allowed; allowed is one per cuda device, here 1 to 2"):
+        runtime.ranks(4)
 
 
 @pytest.fixture
