@@ -23,7 +23,7 @@ from pipeline.core.contracts import Batch, Clock, Phase
 from pipeline.core.records import ChangedImageError
 from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
-from pipeline.training import checkpoint, loop, optim, resume, run
+from pipeline.training import checkpoint, loop, optim, resume, run, shared_memory
 from pipeline.training.data import TrainingImages, order
 from pipeline.training.exchange import BlockSum, block, tree_sum
 from pipeline.training.loss_scale import GROWS_AFTER, LossScale
@@ -97,7 +97,11 @@ def only_in(process: int) -> Toy:
     return Toy()
 
 
-def test_the_run_ends_with_an_error_as_soon_as_another_process_fails(tmp_path: Path, root: Path) -> None:
+@pytest.mark.parametrize("through", ["shared memory", "gloo"])
+def test_the_run_ends_with_an_error_as_soon_as_another_process_fails(
+    tmp_path: Path, root: Path, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "fits", lambda ranks, size: through == "shared memory")
     with pytest.raises(RuntimeError, match="no memory left"):
         trained(job_in(tmp_path / "a", root, ranks=2, build=partial(only_in, os.getpid())))
 

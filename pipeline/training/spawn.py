@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,9 @@ from pipeline.training.process_group import ProcessGroup
 from pipeline.training.rank import float_buffers
 from pipeline.training.run import Run
 from pipeline.training.shared_memory import SharedMemory
+
+START_SECONDS = 0.05
+END_SECONDS = 30.0
 
 
 def run(job: Job, trainable: Any) -> Iterator[str]:
@@ -72,16 +76,19 @@ def _rank_of_shared_memory(job: Job, exchange: SharedMemory) -> None:
 def _by_process_group(job: Job, trainable: Any, ranks: int, stop: StopRequest) -> Iterator[str]:
     jobs = [dataclasses.replace(job, device=f"cuda:{rank}" if job.device == "cuda" else job.device) for rank in range(ranks)]
     store = process_group.store_at(0, ranks, serves=True)
-    with (
-        _beside(_rank_of_process_group, [(jobs[rank], store.port, rank, ranks) for rank in range(1, ranks)]) as others,
-        process_group.joined(store, 0, ranks, jobs[0].device),
-    ):
+    with _beside(_rank_of_process_group, [(jobs[rank], store.port, rank, ranks) for rank in range(1, ranks)]) as others:
+        while not store.check([str(rank) for rank in range(1, ranks)]):  # a group would wait for a dead one
+            if any(other.exitcode for other in others):
+                raise OtherRankFailed
+            time.sleep(START_SECONDS)
         threading.Thread(target=_abort_where_one_fails, args=(others,), daemon=True).start()
-        yield from Run(jobs[0], trainable, ProcessGroup(), stop).notes()
+        with process_group.joined(store, 0, ranks, jobs[0].device):
+            yield from Run(jobs[0], trainable, ProcessGroup(), stop).notes()
 
 
 def _rank_of_process_group(job: Job, port: int, rank: int, ranks: int) -> None:
     store = process_group.store_at(port, ranks, serves=False)
+    store.set(str(rank), "started")
     with process_group.joined(store, rank, ranks, job.device):
         for _ in Run(job, job.build(), ProcessGroup(), StopRequest()).notes():
             pass
@@ -118,8 +125,9 @@ def _beside(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -
 
 def _end(others: Sequence[BaseProcess]) -> None:
     """Waits for processes that have nothing left to do; one that hangs is killed, since it ignores other signals."""
+    deadline = time.monotonic() + END_SECONDS
     for other in others:
-        other.join(timeout=30)
+        other.join(timeout=max(0.0, deadline - time.monotonic()))
         if other.is_alive():
             other.kill()
             other.join()
