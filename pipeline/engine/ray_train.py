@@ -91,6 +91,8 @@ def connect() -> None:
     import ray
 
     if not ray.is_initialized():
+        # a head that is gone ends the stage within a minute; Ray itself says so
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
 
 
