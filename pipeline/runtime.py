@@ -5,6 +5,8 @@ The only file that reads os.environ. With code_files.py, which it uses, and the 
 TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
 TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
 TAG2MASK_RANKS     processes that share the shards of a training step; default: one per core, or per CUDA device
+                   (torchrun's own variables say instead, where it has started this process)
+TAG2MASK_ENGINE    local (default) | ray: ranks are workers of Ray Train
 TAG2MASK_LAUNCHER  spawn (default) | inline: run everything in this process, for debugging
 TAG2MASK_TIMELINE  a file: when each part and step was done, for `plan`
 """
@@ -36,7 +38,7 @@ from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
-from pipeline.engine import local
+from pipeline.engine import local, ray_train, torchrun
 from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as shown
 from pipeline.progress import warn as warn  # Engine's
@@ -96,16 +98,40 @@ def workers(device: str = "cpu") -> int:
     return _count("TAG2MASK_WORKERS", cores() if device == "cpu" else 1)
 
 
+def launch() -> Any:
+    """How ranks of a training are started: by torchrun, if that has started this process, or by Ray Train; None: as
+    processes beside this one."""
+    if torchrun.is_in_use():
+        return torchrun.launch
+    return ray_train.launch if engine() == "ray" else None
+
+
 def ranks(shards: int) -> int:
-    """Training processes, at most one per shard."""
-    device_name = device()
-    if device_name == "cpu":
-        default = cores()
+    """Training processes, at most one per shard; as many as torchrun has started."""
+    if torchrun.is_in_use():
+        return torchrun.ranks()
+    name = device()
+    if engine() == "ray":
+        places = ray_train.places(name)
+    elif name == "cpu":
+        places = cores()
     else:
         import torch
 
-        default = torch.cuda.device_count() if device_name == "cuda" else 1
-    return min(shards, _count("TAG2MASK_RANKS", default))
+        places = torch.cuda.device_count() if name == "cuda" else 1
+    count = _count("TAG2MASK_RANKS", places)
+    if count > places and (name != "cpu" or engine() == "ray"):  # cores of one host can be shared
+        raise SystemExit(f"TAG2MASK_RANKS={count} is not allowed; allowed is one per {name} device, here 1 to {places}")
+    if name != "cpu" and shards < places:
+        log.info(
+            "%d of %d GPUs train: as many as schedule.shards of the recipe, which is part of the result", shards, places
+        )
+    return min(shards, count)
+
+
+def engine() -> str:
+    """What starts the processes that work is shared out to."""
+    return _choice("TAG2MASK_ENGINE", "local", lambda text: text in ("local", "ray"), "local or ray")
 
 
 def loaders(device: str) -> int:
@@ -218,8 +244,8 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     started = time.time()
     one_thread()
     try:
-        check_code()
-        with interrupted_by_signal():
+        with interrupted_by_signal(), _beside_rank_0():
+            check_code()
             yield
     except KeyboardInterrupt as interrupt:
         log.warning("%s", str(interrupt) or "interrupted; what is finished is kept; run again to go on")
@@ -257,6 +283,21 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     }
     _write_atomically(provenance / f"{name}.json", json.dumps(record, indent=1) + "\n")
     provenance_script(provenance)
+
+
+@contextmanager
+def _beside_rank_0() -> Iterator[None]:
+    """Of the processes that torchrun has started, rank 0 alone runs the stage; the others train with it, and end here."""
+    if not torchrun.is_in_use():
+        yield
+    elif torchrun.is_first():
+        try:
+            yield
+        finally:
+            torchrun.end()
+    else:
+        torchrun.follow()
+        raise SystemExit
 
 
 def _keep_traceback() -> Path:

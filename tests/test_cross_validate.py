@@ -144,10 +144,10 @@ def test_an_image_that_is_held_out_trains_no_segmenter_that_is_asked_about_it(
     trained: list[set[str]] = []
     real = loop.train
 
-    def seen(job: loop.Job) -> loop.Training:
+    def seen(job: loop.Job, launch: loop.Launch | None) -> loop.Training:
         drawn = job.images.records
         trained.append({record.id for record in drawn})
-        return real(job)
+        return real(job, launch)
 
     asked: list[tuple[str, set[str]]] = []
     score = cross_validate.score_part
@@ -222,9 +222,9 @@ def test_a_run_that_was_killed_in_its_second_fold_keeps_the_first(project: Path,
     scored: list[tuple[str, int]] = []
     real, score = loop.train, cross_validate.score_part
 
-    def training(job: loop.Job) -> loop.Training:
+    def training(job: loop.Job, launch: loop.Launch | None) -> loop.Training:
         trained.append(len(job.images))
-        return real(job)
+        return real(job, launch)
 
     def dying(item: Any, job: cross_validate.Job) -> int:
         name = job.segment.out.name

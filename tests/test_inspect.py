@@ -16,8 +16,8 @@ from pipeline.core.records import ImageRecord
 from pipeline.imaging import sheet
 from pipeline.jobs import inspect
 from pipeline.training.settings import Schedule
-from tests.test_training import records_of
 from tests.toys import toy_folder, toy_recipe
+from tests.training_case import records_of
 
 LABELS = LabelSpace(("disc", "square"))
 

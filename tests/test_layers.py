@@ -34,7 +34,8 @@ def test_every_init_is_empty() -> None:
 def test_only_runtime_and_its_engines_know_the_environment() -> None:
     environment = {"os.environ", "os.getenv", "environ", "getenv"}
     readers = [path.relative_to(PROJECT).as_posix() for path in SOURCES if environment & names_used(path)]
-    assert readers == ["pipeline/engine/threads.py", "pipeline/runtime.py"]
+    assert "pipeline/runtime.py" in readers
+    assert all(file == "pipeline/runtime.py" or file.startswith("pipeline/engine/") for file in readers), readers
 
 
 def test_members_of_open_sets_have_names_that_python_can_import() -> None:

@@ -23,9 +23,9 @@ from pipeline.training import loop
 from pipeline.training.checkpoint import save_tensors
 from pipeline.training.data import TrainingImages
 from pipeline.training.settings import Augment, Schedule, Training
-from tests.test_training import AUGMENT, records_of, trained
 from tests.toy_masks import Masks
 from tests.toys import PROJECT, SCRATCH, Toy, smp_model, toy_folder
+from tests.training_case import AUGMENT, records_of, trained
 
 LABELS = LabelSpace(("disc", "square"))
 SCHEDULE = Schedule(1, 0, 4, 2, 1e-3, 0.0, "adamw", "poly", 0, 0.0)

@@ -25,9 +25,9 @@ from pipeline.training import checkpoint, loop, resume, scoring
 from pipeline.training.data import Draw
 from pipeline.training.epochs import ends_epoch, step_count
 from pipeline.training.settings import Training
-from tests.test_training import Toy, job_in, records_of, trained
 from tests.toy_batches import batch
 from tests.toys import SCRATCH, toy_folder, toy_recipe
+from tests.training_case import Toy, job_in, records_of, trained
 
 EPOCHS = 4
 

@@ -26,9 +26,9 @@ from pipeline.methods.semples import method as semples
 from pipeline.nn.vit import backbone as vit
 from pipeline.report import inner_maps, surroundings, templates
 from pipeline.training.settings import Schedule
-from tests.test_training import records_of
 from tests.toy_batches import batch
 from tests.toys import SCRATCH, toy_folder, toy_recipe
+from tests.training_case import records_of
 
 LABELS = LabelSpace(("disc", "<i>", "größe"))
 SETTINGS = Extract((1.0, 1.5), None, True, "irn", 4, 3, 0.5, False, "fp32", 4, "gzip", 2, {})

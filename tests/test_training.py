@@ -19,69 +19,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.core.config import ParamsError, parse
-from pipeline.core.contracts import Batch, Clock, ParamGroup, Phase
-from pipeline.core.records import ChangedImageError, ImageRecord
+from pipeline.core.contracts import Batch, Clock, Phase
+from pipeline.core.records import ChangedImageError
 from pipeline.imaging import rand_augment, transforms
 from pipeline.jobs import train
-from pipeline.training import checkpoint, loop, optim, resume
+from pipeline.training import checkpoint, loop, optim, resume, run, shared_memory
 from pipeline.training.data import TrainingImages, order
-from pipeline.training.exchange import SharedMemory
+from pipeline.training.exchange import BlockSum, block, tree_sum
 from pipeline.training.loss_scale import GROWS_AFTER, LossScale
-from pipeline.training.settings import Augment, RandAugment, Schedule
+from pipeline.training.settings import RandAugment, Schedule
 from tests import toys
 from tests.toys import toy_folder
-
-AUGMENT = Augment(
-    size=16, scale_min=0.8, scale_max=1.5, area_min=None, flip=0.5, jitter=0.2, rand_augment=None, erase=0.0
-)  # fmt: skip
-
-
-class Toy(nn.Module):
-    """A trainable with dropout (so that random streams matter) and a batch norm (so that buffers matter), in two phases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
-        self.head = nn.Linear(4, 2)
-
-    def phases(self) -> list[Phase]:
-        settings: dict[str, Any] = {
-            "batch_size": 4, "shards": 4, "lr": 0.05, "weight_decay": 0.01, "schedule": "cosine", "warmup": 1,
-        }  # fmt: skip
-        return [
-            Phase("first", epochs=2, optimiser="adamw", **settings),
-            Phase("second", epochs=1, optimiser="sgd", restart=("head.",), **settings),
-        ]
-
-    def param_groups(self, phase: Phase) -> list[ParamGroup]:
-        return [ParamGroup(list(self.parameters()), 1.0, 1.0)]
-
-    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        logits = self.head(self.body(batch.images).mean(dim=(2, 3)))
-        return {"tags": nn.functional.multilabel_soft_margin_loss(logits, batch.tags), "size": 0.01 * logits.square().mean()}
-
-
-def records_of(root: Path) -> list[ImageRecord]:
-    import hashlib
-
-    records = []
-    for path in sorted((root / "images").glob("*.png")):
-        digest = hashlib.sha256(path.read_bytes()).digest()
-        records.append(ImageRecord(path.stem, f"images/{path.name}", (64, 64), "train", (len(records) % 2,), digest))
-    return records
-
-
-def job_in(folder: Path, root: Path, **changes: Any) -> loop.Job:
-    images = TrainingImages(records_of(root), root, 2, AUGMENT, 0, None)
-    job = loop.Job(build=Toy, images=images, seed=0, precision="fp32", work=folder, device="cpu", ranks=1, loaders=0)
-    return dataclasses.replace(job, **changes)
-
-
-def trained(job: loop.Job) -> bytes:
-    training = loop.train(job)
-    assert len(list(training.notes)) <= training.steps
-    return (job.work / "trained.safetensors").read_bytes() + (job.work / "log.csv").read_bytes()
+from tests.training_case import AUGMENT, Toy, job_in, trained
 
 
 @pytest.fixture
@@ -148,20 +97,36 @@ def only_in(process: int) -> Toy:
     return Toy()
 
 
-def test_the_run_ends_with_an_error_as_soon_as_another_process_fails(tmp_path: Path, root: Path) -> None:
+@pytest.mark.parametrize("through", ["shared memory", "gloo"])
+def test_the_run_ends_with_an_error_as_soon_as_another_process_fails(
+    tmp_path: Path, root: Path, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "fits", lambda ranks, size: through == "shared memory")
     with pytest.raises(RuntimeError, match="no memory left"):
         trained(job_in(tmp_path / "a", root, ranks=2, build=partial(only_in, os.getpid())))
 
 
-def test_shards_are_summed_in_their_order_whatever_the_order_they_came_in() -> None:
-    exchange = SharedMemory(ranks=1, shards=3, size=2)
-    values = [1e8, 1.0, -1e8]  # in f32 their sum depends on the order
-    for shards in ((0, 1, 2), (2, 1, 0)):
-        for shard in shards:
-            exchange.put(shard, [torch.tensor([[values[shard]]]), torch.tensor(1.0)], torch.tensor([float(shard)]))
-        gathered = exchange.gather(3, 2)
-        assert gathered.sums.tolist() == [0.0, 3.0]
-        assert gathered.figures[:, :2].tolist() == [[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]
+@given(shards=st.integers(1, 40), ranks=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_every_number_of_ranks_adds_shards_in_the_same_order(shards: int, ranks: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=shards) * 10.0 ** np.arange(shards)  # their sum depends on the order
+    numbers = [torch.tensor([value], dtype=torch.float32) for value in values]
+    blocks = [block(shards, rank, ranks) for rank in range(ranks)]
+    assert [shard for of_rank in blocks for shard in of_rank] == list(range(shards))
+    sums = []
+    for of_rank in blocks:
+        total = BlockSum(torch.zeros(1))
+        for shard in of_rank:
+            total.begin()
+            total.memory.copy_(numbers[shard])
+            total.end()
+        total.finish()
+        sums += [total.memory] if len(of_rank) else []
+    assert torch.equal(tree_sum(sums), tree_sum([number.clone() for number in numbers]))
+
+
+def test_up_to_three_shards_are_added_one_after_another() -> None:
+    numbers = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
+    assert tree_sum(numbers).tolist() == [0.0]  # (1e8 + 1) - 1e8 in f32
 
 
 def test_the_loss_scale_halves_at_once_and_doubles_after_many_finite_steps() -> None:
@@ -200,6 +165,90 @@ class Exploding(Toy):
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path, root: Path) -> None:
     with pytest.raises(RuntimeError, match=r"phase first, step 0.*lower schedule\.lr"):
         trained(job_in(tmp_path / "a", root, build=Exploding))
+
+
+@pytest.fixture
+def reads_every_ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device for which the host has to wait."""
+    monkeypatch.setattr(run, "read_steps", lambda device: 10)
+
+
+class Long(Toy):
+    """25 steps."""
+
+    def phases(self) -> list[Phase]:
+        return [dataclasses.replace(super().phases()[0], epochs=10)]
+
+
+def test_figures_that_are_read_late_change_no_byte(
+    tmp_path: Path, root: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = trained(job_in(tmp_path / "a", root, build=Long))
+    request.getfixturevalue("reads_every_ten_steps")
+    assert trained(job_in(tmp_path / "b", root, build=Long)) == at_once
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
+    job = job_in(tmp_path / "c", root, build=Long)
+    steps: Any = loop.train(job).notes
+    for _ in range(13):
+        next(steps)
+    steps.close()
+    assert loop.train(job).done == 10
+    assert trained(job) == at_once
+
+
+class ExplodingLate(Long):
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        return {"tags": super().losses(batch, clock)["tags"] * (float("inf") if clock.step == 13 else 1.0)}
+
+
+@pytest.mark.usefixtures("reads_every_ten_steps")
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
+    job = job_in(tmp_path / "a", root, build=ExplodingLate)
+    with pytest.raises(RuntimeError, match=r"phase first, step 13: gradients are not finite \(losses: tags inf"):
+        trained(job)
+    assert loop.train(job).done == 10
+    saved = checkpoint.read_tensors(job.work / run.CHECKPOINT)
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+class Frozen(Toy):
+    """Three shards, and statistics that no forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("mean", values)
+
+    def phases(self) -> list[Phase]:
+        return [dataclasses.replace(super().phases()[0], batch_size=3, shards=3)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_statistics_that_no_shard_changes_keep_their_bytes(tmp_path: Path, root: Path, ranks: int) -> None:
+    """The sum of three equal numbers, divided by three, may be another number."""
+    job = job_in(tmp_path / "a", root, build=Frozen, ranks=ranks)
+    trained(job)
+    weights, initial = checkpoint.read_tensors(job.work / "trained.safetensors"), Frozen().state_dict()
+    assert torch.equal(weights["mean"], initial["mean"])
+    assert not torch.equal(weights["body.1.running_mean"], initial["body.1.running_mean"])
+
+
+class Unused(Toy):
+    """A layer of which the losses know nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def test_a_parameter_without_a_gradient_is_trained_as_with_a_gradient_of_0(tmp_path: Path, root: Path) -> None:
+    job = job_in(tmp_path / "a", root, build=Unused)
+    trained(job)
+    weights = checkpoint.read_tensors(job.work / "trained.safetensors")
+    initial = Unused().unused.weight
+    decayed = weights["unused.weight"] / initial
+    assert (decayed < 1).all() and (decayed > 0.9).all()  # weight decay alone
 
 
 def test_no_image_is_a_clear_error(tmp_path: Path, root: Path) -> None:

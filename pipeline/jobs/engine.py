@@ -26,6 +26,10 @@ class Engine(Protocol):
         """Processes that share the shards of a training step."""
         ...
 
+    def launch(self) -> Any:
+        """How ranks of a training are started, as loop.train takes it; None: as processes of this host."""
+        ...
+
     def loaders(self, device: str) -> int:
         """Threads that decode images ahead of training."""
         ...

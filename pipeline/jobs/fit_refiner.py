@@ -166,7 +166,7 @@ def train(job: loop.Job, engine: Engine, what: str) -> dict[str, np.ndarray]:
 
     trained = job.work / "trained.safetensors"
     if not trained.exists():
-        follow(loop.train(job), engine, what)
+        follow(loop.train(job, engine.launch()), engine, what)
     return {refiner_state.NETWORK + key: value.numpy() for key, value in checkpoint.read_tensors(trained).items()}
 
 

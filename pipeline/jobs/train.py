@@ -119,7 +119,7 @@ def train(made: loop.Job, metadata: Mapping[str, str], *, model: Path, log: Path
     with store.Workspace(model, made.work.name) as work:
         trained = made.work / "trained.safetensors"
         if not trained.exists():
-            follow(loop.train(made), engine, what)
+            follow(loop.train(made, engine.launch()), engine, what)
         checkpoint.save_tensors(work.result / model.name, checkpoint.read_tensors(trained), metadata)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes((made.work / "log.csv").read_bytes())

@@ -1,97 +1,136 @@
-"""What ranks (processes) put in for each shard of a step → its sum over shards, in every rank.
+"""What ranks (processes) put in for the shards of a step → its sum over shards, in every rank.
 
-Sums are made in shard order, so the bytes do not depend on how many ranks share the shards.
+Shards are summed along a fixed binary tree, ((0 + 1) + (2 + 3)) + …. A rank computes a block of consecutive shards that is
+a whole subtree, and sums it first (`BlockSum`); then the blocks' sums are summed along the rest of the tree (`tree_sum`). So
+the bytes depend neither on the number of ranks nor on what connects them: shared memory (`shared_memory.py`) or
+torch.distributed (`process_group.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from threading import BrokenBarrierError
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.multiprocessing as processes
 from torch import Tensor
-
-FIGURES = 16  # at most, per shard
-ANSWER_SECONDS = 3600.0  # the longest step that a rank waits for
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A round's result, the same in every rank.
-
-    sums     f32[n] on CPU, the tensors of a shard laid end to end, summed over shards
-    figures  f64[shards, FIGURES] on CPU; 0 behind the figures that were put in
-    """
-
-    sums: Tensor
-    figures: Tensor
 
 
 class OtherRankFailed(RuntimeError):
-    """The exchange has ended because another rank failed, or gave no answer."""
+    """The exchange has ended because another rank failed, was killed, or gave no answer."""
+
+    def __init__(self, reason: str = "it ended, or was killed") -> None:
+        super().__init__(
+            f"another process of this training failed ({reason}); what is saved is kept: run again to go on from the last "
+            "checkpoint"
+        )
 
 
 class Exchange(Protocol):
-    """Rounds of put and gather. In each round every rank puts in its own shards, and together they put in all of them."""
+    """One rank's way to the others. All ranks call the same methods in the same order; OtherRankFailed if one does not."""
 
-    def put(self, shard: int, tensors: Iterable[Tensor], figures: Tensor) -> None:
-        """tensors: float, any shapes and device, the same for every shard of the round; figures: f64[k], k <= FIGURES."""
+    rank: int
+    ranks: int
+
+    def memory(self, size: int, device: str) -> Tensor:
+        """f32[size] on the device, where the rank puts the sum of its block; ends the use of an earlier call's."""
         ...
 
-    def gather(self, shards: int, size: int) -> Gathered:
-        """Waits for all ranks and ends the round. size: elements of a shard's tensors. OtherRankFailed if a rank did."""
+    def sum(self, blocks: int) -> None:
+        """Replaces the memory's content, in every rank, by the sum along the tree over the first `blocks` ranks."""
         ...
 
-    def abort(self) -> None:
-        """This rank has failed: the gather of every other rank raises, now or when it is called."""
+    def gather(self, row: Tensor) -> Tensor:
+        """f64[k] → f64[ranks,k], the rows of all ranks, on the row's device."""
+        ...
+
+    def close(self) -> None:
+        """No more calls: a rank that still waits for this one is told by OtherRankFailed."""
         ...
 
 
-class SharedMemory:
-    """An Exchange of processes on one host, picklable to them as they start.
+class Single:
+    """The Exchange of one rank alone, on any device."""
 
-    Even and odd rounds have memory of their own. So one meeting per round is enough: what a rank reads after it is
-    written again only after the next meeting, which that rank attends when it has read.
+    rank, ranks = 0, 1
+
+    def memory(self, size: int, device: str) -> Tensor:
+        return torch.zeros(size, device=device)
+
+    def sum(self, blocks: int) -> None:
+        del blocks
+
+    def gather(self, row: Tensor) -> Tensor:
+        return row[None]
+
+    def close(self) -> None:
+        pass
+
+
+def block_size(shards: int, ranks: int) -> int:
+    """Shards of a block: the least power of two with which the ranks can hold all. 4 shards and 3 ranks: 2, for 2 ranks."""
+    size = 1
+    while block_count(shards, size) > ranks:
+        size *= 2
+    return size
+
+
+def block_count(shards: int, size: int) -> int:
+    """Blocks of `size` shards, the last of which may be smaller."""
+    return -(-shards // size)
+
+
+def block(shards: int, rank: int, ranks: int) -> range:
+    """The shards that a rank computes; none where there are more ranks than blocks."""
+    size = block_size(shards, ranks)
+    return range(min(shards, rank * size), min(shards, (rank + 1) * size))
+
+
+def tree_sum(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of one shape → their sum along the tree, which is made in place: rows[0]."""
+    distance = 1
+    while distance < len(rows):
+        for at in range(0, len(rows) - distance, 2 * distance):
+            rows[at].add_(rows[at + distance])
+        distance *= 2
+    return rows[0]
+
+
+class BlockSum:
+    """The sum along the tree over a block's shards, which come one after another.
+
+    memory: holds one shard's values between `begin` and `end`, and the sum after `finish`. Beside it there is a copy per
+    level of the tree, none for a single shard.
     """
 
-    def __init__(self, *, ranks: int, shards: int, size: int) -> None:
-        """shards and size: the most of any round."""
-        self._tensors = torch.zeros(2, shards, size)
-        self._figures = torch.zeros(2, shards, FIGURES, dtype=torch.float64)
-        self._barrier = None
-        self._parity = 0
-        if ranks > 1:
-            self._barrier = processes.get_context("spawn").Barrier(ranks)
-            self._tensors.share_memory_()
-            self._figures.share_memory_()
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._copies: list[Tensor] = []  # kept from step to step
+        self._waiting = 0  # copies that hold sums of subtrees
+        self._shards = 0
 
-    def put(self, shard: int, tensors: Iterable[Tensor], figures: Tensor) -> None:
-        row, start = self._tensors[self._parity, shard], 0
-        for tensor in tensors:
-            row[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
-            start += tensor.numel()
-        self._figures[self._parity, shard].zero_()
-        self._figures[self._parity, shard, : len(figures)] = figures
+    def begin(self) -> None:
+        """Before a shard: sets the memory to 0, and what it held aside."""
+        if self._shards:
+            if self._waiting == len(self._copies):
+                self._copies.append(torch.empty_like(self.memory))
+            self._copies[self._waiting].copy_(self.memory)
+            self._waiting += 1
+        self.memory.zero_()
 
-    def gather(self, shards: int, size: int) -> Gathered:
-        if self._barrier is not None:
-            try:
-                self._barrier.wait(timeout=ANSWER_SECONDS)
-            except BrokenBarrierError as error:
-                raise OtherRankFailed(
-                    f"another training process failed or gave no answer for {ANSWER_SECONDS:g} s"
-                ) from error
-        rows = self._tensors[self._parity, :shards, :size]
-        sums = rows[0].clone()
-        for row in rows[1:]:
-            sums += row
-        figures = self._figures[self._parity, :shards].clone()
-        self._parity = 1 - self._parity
-        return Gathered(sums, figures)
+    def end(self) -> None:
+        """After a shard: adds the subtrees that it completes."""
+        self._shards += 1
+        completed = self._shards
+        while completed % 2 == 0:
+            self._add_last()
+            completed //= 2
 
-    def abort(self) -> None:
-        if self._barrier is not None:
-            self._barrier.abort()
+    def finish(self) -> None:
+        """After the last shard: adds the subtrees that have no partner of their size."""
+        while self._waiting:
+            self._add_last()
+        self._shards = 0
+
+    def _add_last(self) -> None:
+        self._waiting -= 1
+        self.memory.add_(self._copies[self._waiting])

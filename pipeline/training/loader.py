@@ -12,13 +12,17 @@ from pipeline.training.data import TrainingImages, order
 
 @dataclass(frozen=True)
 class Loader:
-    """number: the phase's place in the run, from 0; shards: those of each step that the rank computes."""
+    """number: the phase's place in the run, from 0; shards: those of each step that the rank computes.
+
+    pinned: whether batches lie in memory from which a GPU copies while the host goes on.
+    """
 
     images: TrainingImages
     seed: int
     phase: Phase
     number: int
     shards: Sequence[int]
+    pinned: bool
 
     def batches(self, steps: range, threads: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, a batch per shard) for consecutive steps. threads: 0 decodes in line."""
@@ -41,4 +45,10 @@ class Loader:
     def _batch(self, step: int, shard: int) -> Batch:
         size = self.phase.batch_size // self.phase.shards
         draws = order(self.seed, self.number, len(self.images), self.phase.batch_size, step)
-        return self.images.batch(self.number, draws[shard * size : (shard + 1) * size])
+        batch = self.images.batch(self.number, draws[shard * size : (shard + 1) * size])
+        if not self.pinned:
+            return batch
+        return Batch(
+            images=batch.images.pin_memory(), tags=batch.tags.pin_memory(), valid=batch.valid.pin_memory(),
+            masks=None if batch.masks is None else batch.masks.pin_memory(),
+        )  # fmt: skip

@@ -30,13 +30,14 @@ def mean_score(rank: Rank, phase: Phase, number: int, images: TrainingImages) ->
     """
     modes = [(module, module.training) for module in rank.trainable.modules()]
     rank.trainable.eval()
+    scores = []
     for shard in rank.shards(phase):
         torch.manual_seed(seed_of("score", rank.seed, number, shard))
-        rank.exchange.put(shard, (), _shard_score(rank, phase, number, shard, images))
+        scores.append(_shard_score(rank, phase, number, shard, images))
     for module, mode in modes:
         module.training = mode
-    figures = rank.exchange.gather(phase.shards, 0).figures
-    total, count = figures[:, :2].contiguous().sum(dim=0).tolist()
+    _, figures = rank.gather(phase, scores)
+    total, count = figures[:, :2].contiguous().cpu().sum(dim=0).tolist()
     return total / count if count and math.isfinite(total) else None
 
 
@@ -44,9 +45,9 @@ def mean_score(rank: Rank, phase: Phase, number: int, images: TrainingImages) ->
 def _shard_score(rank: Rank, phase: Phase, number: int, shard: int, images: TrainingImages) -> torch.Tensor:
     """f64[2]: the sum of scores over a shard's images, and of how many. A shard has every shards-th sub-batch."""
     size = phase.batch_size // phase.shards
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=rank.device)
     for start in range(shard * size, len(images), size * phase.shards):
         draws = [Draw(index, 0) for index in range(start, min(start + size, len(images)))]
         with rank.autocast():
-            total += rank.trainable.score(rank.on_device(images.batch(number, draws))).double().cpu()
+            total += rank.trainable.score(rank.on_device(images.batch(number, draws))).double()
     return total
