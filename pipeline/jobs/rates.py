@@ -176,6 +176,8 @@ def _project(settings: Settings, sample: Records, truth: Path) -> None:
     shutil.copy("dvc.yaml", FOLDER / "dvc.yaml")
     for init in {settings.run.init, settings.run.segmenter_init}:
         target = FOLDER / init
+        if Path(init).is_absolute():
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(init, target)
     records_file.write(FOLDER / "data/records.h5", sample)
