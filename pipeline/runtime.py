@@ -6,7 +6,7 @@ TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
 TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
 TAG2MASK_RANKS     processes that share the shards of a training step; default: one per core, or per CUDA device
                    (torchrun's own variables say instead, where it has started this process)
-TAG2MASK_ENGINE    local (default) | ray: ranks are workers of Ray Train
+TAG2MASK_ENGINE    local (default) | ray: parts are tasks of a Ray cluster, ranks workers of Ray Train
 TAG2MASK_LAUNCHER  spawn (default) | inline: run everything in this process, for debugging
 TAG2MASK_TIMELINE  a file: when each part and step was done, for `plan`
 """
@@ -38,7 +38,7 @@ from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
-from pipeline.engine import local, ray_train, torchrun
+from pipeline.engine import local, ray_cluster, ray_parts, ray_train, torchrun
 from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as shown
 from pipeline.progress import warn as warn  # Engine's
@@ -112,7 +112,7 @@ def ranks(shards: int) -> int:
         return torchrun.ranks()
     name = device()
     if engine() == "ray":
-        places = ray_train.places(name)
+        places = ray_cluster.places(name)
     elif name == "cpu":
         places = cores()
     else:
@@ -195,10 +195,12 @@ def map_parts(
     has one torch thread.
     """
     one_thread()
-    processes = workers(device)
     counts = [images(part) if images else 1 for part in parts]
-    if processes == 1 or len(parts) <= 1 or inline():
-        results: Iterator[Out] = map(function, parts)
+    results: Iterator[Out]
+    if engine() == "ray" and not inline() and parts:
+        results = ray_parts.map_parts(function, parts, device)
+    elif (processes := workers(device)) == 1 or len(parts) <= 1 or inline():
+        results = map(function, parts)
     else:
         results = local.map_parts(function, parts, processes)
     yield from shown(results, done + sum(counts), what, done=done, counts=counts, timeline=_timeline())

@@ -162,7 +162,8 @@ def write_part(
 
     StoreError on wrong fields, shapes or order. Arrays are cast to the field's dtype.
     """
-    partial = path.with_name(path.name + ".partial")
+    # of this process alone: a part whose worker seems lost may be written by two
+    partial = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     ids: list[bytes] = []
@@ -434,6 +435,8 @@ class Workspace:
             shutil.rmtree(self.out)
         else:
             self.out.unlink(missing_ok=True)
+        for partial in self.result.rglob("*.partial"):  # of writers that were killed
+            partial.unlink()
         if self.out.suffix:  # an out that is a file has the same name inside the workspace
             (self.result / self.out.name).replace(self.out)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from pipeline.core.processes import begin_child, deaf_children
@@ -13,32 +14,53 @@ from pipeline.engine.threads import one_thread
 In = TypeVar("In")
 Out = TypeVar("Out")
 
+LOSSES = 3  # times in a row that workers may be killed before a part is done
+
 
 def map_parts(function: Callable[[In], Out], parts: Sequence[In], processes: int) -> Iterator[Out]:
-    """function(part) for every part, at most two parts per process in flight."""
+    """function(part) for every part, at most two parts per process in flight. Where a process is killed, new ones compute
+    what is not done.
+
+    RuntimeError where they are killed LOSSES times and no part is done in between.
+    """
+    done: dict[int, Out] = {}
+    returned = losses = 0
+    while returned < len(parts):
+        missing = [number for number in range(returned, len(parts)) if number not in done]
+        try:
+            for number, result in _finished(function, parts, missing, processes):
+                done[number], losses = result, 0
+                while returned in done:
+                    yield done.pop(returned)
+                    returned += 1
+        except BrokenProcessPool as error:
+            losses += 1
+            if losses == LOSSES:
+                raise RuntimeError(
+                    f"worker processes were killed {LOSSES} times in a row: memory may have run out (fewer need less: "
+                    "TAG2MASK_WORKERS); what is finished is kept, run again to go on"
+                ) from error
+
+
+def _finished(
+    function: Callable[[In], Out], parts: Sequence[In], missing: Sequence[int], processes: int
+) -> Iterator[tuple[int, Out]]:
+    """(number, result) of the missing parts as they are done, never further ahead of the first that is not done than the
+    parts in flight. BrokenProcessPool where a process is killed."""
     context = multiprocessing.get_context("spawn")  # fork after torch has threads is unsafe
-    pool = ProcessPoolExecutor(min(processes, len(parts)), context, _begin_worker)
+    pool = ProcessPoolExecutor(min(processes, len(missing)), context, _begin_worker)
     try:
-        with deaf_children():
-            first = pool.submit(function, parts[0])  # starts all processes
-        running: dict[Future[Out], int] = {first: 0}
-        done: dict[int, Out] = {}
-        source, next_out = iter(enumerate(parts[1:], 1)), 0
-        exhausted = False
-        while not exhausted or running:
-            while not exhausted and len(running) + len(done) < 2 * processes + 2:
-                try:
-                    index, part = next(source)
-                except StopIteration:
-                    exhausted = True
-                    break
-                running[pool.submit(function, part)] = index
-            finished, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
+        running: dict[Future[Out], int] = {}
+        at = 0
+        while at < len(missing) or running:
+            first = min(running.values(), default=missing[at] if at < len(missing) else 0)
+            while at < len(missing) and missing[at] - first < 2 * processes + 2:
+                with deaf_children():  # the first call starts all processes
+                    running[pool.submit(function, parts[missing[at]])] = missing[at]
+                at += 1
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                done[running.pop(future)] = future.result()
-            while next_out in done:
-                yield done.pop(next_out)
-                next_out += 1
+                yield running.pop(future), future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,7 +5,6 @@ All nodes see the project folder under the same path.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.processes import Interrupted, StopRequest, stop_on_signal
+from pipeline.engine.ray_cluster import connect
 
 Run = Callable[[Any, str, StopRequest], Iterator[str]]  # (job, torch device of the rank, stop) → notes
 
@@ -59,9 +59,7 @@ def launch(run: Run, job: Any) -> Iterator[str]:
     A signal makes rank 0 save, and raises Interrupted. RuntimeError of what made a rank fail, without a second try: the next
     run goes on from the last checkpoint.
     """
-    import ray
-
-    connect()
+    ray = connect()
     board = ray.remote(num_cpus=0)(Board).remote()
     with ThreadPoolExecutor(1) as thread, stop_on_signal() as stop:  # in the main thread Ray Train takes SIGINT for itself
         training = thread.submit(_trainer(run, job, board).fit)
@@ -76,24 +74,6 @@ def launch(run: Run, job: Any) -> Iterator[str]:
             wait([training])
         yield from ray.get(board.notes.remote())
         _raise_failure(training, *ray.get(board.outcome.remote()))
-
-
-def places(device: str) -> int:
-    """GPUs of the cluster or, for the device cpu, its cores."""
-    import ray
-
-    connect()
-    return int(ray.cluster_resources().get("CPU" if device == "cpu" else "GPU", 0))
-
-
-def connect() -> None:
-    """To the cluster that RAY_ADDRESS names; without it, to one that is started on this host."""
-    import ray
-
-    if not ray.is_initialized():
-        # a head that is gone ends the stage within a minute; Ray itself says so
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _trainer(run: Run, job: Any, board: Any) -> Any:

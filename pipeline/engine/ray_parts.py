@@ -1,0 +1,91 @@
+"""Parts of work → results in their order, by tasks on a Ray cluster whose nodes all see the project folder.
+
+Nothing large goes through Ray's object store: a task reads its inputs from the project folder and writes its part there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.engine.ray_cluster import connect, places
+from pipeline.engine.threads import one_thread
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+RETRIES = 3  # of a part whose worker or node is lost
+
+
+def map_parts(function: Callable[[In], Out], parts: Sequence[In], device: str) -> Iterator[Out]:
+    """function(part) for every part, at most two parts per core or GPU in flight. A part whose worker or node is lost is
+    computed again elsewhere; what `function` raises is raised here, and is not tried again.
+
+    RuntimeError where a part was lost RETRIES times, or no node has the resources.
+    """
+    ray = connect()
+    workers = places(device)
+    if not workers:
+        raise RuntimeError(f"the Ray cluster has no {'CPU' if device == 'cpu' else 'GPU'}; see `ray status`")
+    submit = _submitter(ray, function, device, workers)
+    running: dict[Any, int] = {}
+    done: dict[int, Out] = {}
+    submitted = returned = 0
+    try:
+        while returned < len(parts):
+            while submitted < len(parts) and len(running) + len(done) < 2 * workers + 2:
+                running[submit(submitted, parts[submitted])] = submitted
+                submitted += 1
+            if running:
+                (finished, *_), _ = ray.wait(list(running), num_returns=1)
+                done[running.pop(finished)] = _result(ray, finished)
+            while returned in done:
+                yield done.pop(returned)
+                returned += 1
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=False)
+
+
+def _submitter(ray: Any, function: Callable[[In], Out], device: str, workers: int) -> Callable[[int, In], Any]:
+    """(number, part) → reference of its result. A GPU has an actor, so that the model that it loaded stays there."""
+    shared, folder = ray.put(function), str(Path.cwd())  # the function holds the job, which is the same for all parts
+    if device == "cpu":
+        task = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_compute)
+        return lambda number, part: task.remote(shared, part, folder)
+    make = ray.remote(num_cpus=1, num_gpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(_GpuWorker)
+    actors = [make.remote() for _ in range(workers)]
+    return lambda number, part: actors[number % workers].compute.remote(shared, part, folder)
+
+
+class _GpuWorker:
+    """An actor: Ray lets it see its GPU alone."""
+
+    def compute(self, function: Callable[[In], Out], part: In, folder: str) -> Out:
+        return _compute(function, part, folder)
+
+
+def _compute(function: Callable[[In], Out], part: In, folder: str) -> Out:
+    """In a worker, in the project folder as the stage itself."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ValueError(
+            f"node {os.uname().nodename} of the Ray cluster does not see the project folder {folder}; all must share it"
+        ) from error
+    one_thread()
+    return function(part)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(
+            f"a part was lost {RETRIES + 1} times on the Ray cluster ({type(error).__name__}): its memory may have run out; "
+            "what is finished is kept; see `ray status` and `ray logs`"
+        ) from error
