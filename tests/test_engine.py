@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline import runtime
+from pipeline.core import store
+from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ChangedImageError
 from pipeline.engine import local, ray_cluster
+from tests.ray_case import cluster, two_nodes
 from tests.toys import PROJECT
 
 SOURCES = sorted(path for folder in ("pipeline", "stages") for path in (PROJECT / folder).rglob("*.py"))
@@ -37,6 +41,21 @@ def killed(item: int) -> int:
     return item
 
 
+def written(number: int) -> int:
+    """Writes a part of masks, slowly."""
+
+    def items() -> Iterator[store.Item]:
+        for image in range(4):
+            time.sleep(0.05)
+            yield f"{number:05d}-{image}", {"mask": np.full((8, 8), image, np.uint8)}
+
+    store.write_part(
+        store.part_path(Path(), number), store.PSEUDO_MASKS, items(), labels=LabelSpace(("cat",)), part=number, parts=12,
+        params_digest="", compression="gzip",
+    )  # fmt: skip
+    return number
+
+
 def failing(item: int) -> int:
     if item == 4:
         raise ChangedImageError("photo.jpg has changed")
@@ -49,24 +68,16 @@ def folder_of(item: int) -> tuple[str, str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Address of a Ray cluster of two nodes on this machine, with a core each."""
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
-    nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    nodes.wait_for_nodes()
-    yield nodes.address
-    import ray
-
-    ray.shutdown()
-    nodes.shutdown()
+def address() -> Iterator[str]:
+    """Of a Ray cluster of two nodes on this machine, with a core each."""
+    with two_nodes() as made:
+        yield made
 
 
 @pytest.fixture
-def on_ray(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_ray(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this file
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("TAG2MASK_ENGINE", "ray")
 
 
@@ -116,6 +127,30 @@ def test_a_node_that_does_not_see_the_project_folder_is_named(
     monkeypatch.setattr(Path, "cwd", lambda: gone)
     with pytest.raises(ValueError, match=r"does not see the project folder .*gone"):
         list(runtime.map_parts(failing, range(2), what="parts"))
+
+
+def test_parts_of_a_node_that_is_lost_are_computed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test with Ray in this file: the cluster is its own."""
+    import ray
+
+    ray.shutdown()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("TAG2MASK_ENGINE", "ray")
+    with cluster(3) as made:
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        results = runtime.map_parts(written, range(12), what="parts")
+        first = next(results)
+        made.remove_node(made.list_all_nodes()[-1], allow_graceful=False)
+        assert [first, *results] == list(range(12))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"part-{number:05d}.h5" for number in range(12)]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    monkeypatch.chdir(undisturbed)
+    for number in range(12):
+        written(number)
+        name = f"part-{number:05d}.h5"
+        assert (undisturbed / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_no_module_imports_ray_before_it_is_asked_for() -> None:
