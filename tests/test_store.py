@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -151,3 +153,42 @@ def test_class_names_must_be_few_and_different() -> None:
         LabelSpace(("cat", "dog", "cat"))
     with pytest.raises(ValueError, match="between 1 and 254"):
         LabelSpace(tuple(map(str, range(255))))
+
+
+def test_threads_share_a_store_of_more_parts_than_are_kept_open(tmp_path: Path) -> None:
+    masks = {f"{number:03d}": np.full((40, 40), number, np.uint8) for number in range(64)}
+    folder = write(tmp_path, masks, per_part=8)
+    for seed in range(10):
+        opened, order = Store(folder, store.PSEUDO_MASKS), np.random.default_rng(seed)
+        draws = [f"{number:03d}" for number in order.integers(0, 64, 400)]
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda image_id, opened=opened: opened.read(image_id, "mask"), draws))
+        assert all(np.array_equal(mask, masks[image_id]) for image_id, mask in zip(draws, read, strict=True))
+
+
+def test_a_reader_opens_the_parts_of_its_own_images_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path, {f"{number:03d}": np.zeros((2, 2), np.uint8) for number in range(64)}, per_part=1)
+    store.part_path(folder, 20).write_bytes(b"damaged")
+    opened = Store(folder, store.PSEUDO_MASKS)
+    assert "050" in opened and opened["063"]["mask"].shape == (2, 2) and "nobody" not in opened
+    with pytest.raises(StoreError, match=r"part-00020\.h5 cannot be opened"):
+        opened.require(["050"])
+
+
+def test_a_store_is_pickled_without_what_it_has_open(tmp_path: Path) -> None:
+    masks = random_masks(5)
+    opened = Store(write(tmp_path, masks), store.PSEUDO_MASKS)
+    opened.require(masks)
+    copy = pickle.loads(pickle.dumps(opened))
+    assert copy.ids == sorted(masks) and copy.logical_digest == opened.logical_digest
+
+
+def test_parts_whose_ids_are_out_of_order_are_refused(tmp_path: Path) -> None:
+    for part, image_id in enumerate(("b", "a")):
+        items = [(image_id, {"mask": np.zeros((1, 1), np.uint8)})]
+        store.write_part(
+            store.part_path(tmp_path, part), store.PSEUDO_MASKS, items, labels=LABELS, part=part, parts=2, params_digest="",
+            compression="none",
+        )  # fmt: skip
+    with pytest.raises(StoreError, match=r"part-00001\.h5: its ids do not follow"):
+        Store(tmp_path, store.PSEUDO_MASKS).require(["a", "b"])

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pipeline.core.ids import Ids
 from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
 
 CHUNK_BYTES = 256 * 1024
@@ -260,53 +263,124 @@ def _check(image_id: str, arrays: Mapping[str, np.ndarray], schema: Schema, path
                 raise StoreError(f"{path}: {image_id!r} {name} has {length} along {axis}, another field {lengths[axis]}")
 
 
+class _Part:
+    """An open part: its file, its ids and, as they are asked for, the tables (shape, offset) of its fields."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file: Any = h5py.File(path, "r", rdcc_nbytes=2 * CHUNK_BYTES)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be opened ({error}); run the stage that writes it (`dvc repro`)") from error
+        self.ids = Ids(self.file["ids"][()])
+        self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def table(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Shapes u4[n,rank] and offsets u8[n+1] of a field."""
+        if name not in self._tables:
+            self._tables[name] = self.file[name]["shape"][()], self.file[name]["offset"][()]
+        return self._tables[name]
+
+
 class Store:
     """Reads a folder of parts, or a single part. `store[id]` → arrays by field; iteration gives items (id, arrays) by id.
 
-    ids are sorted; labels is the label space; logical_digest depends on ids, shapes and values, not on compression. Files
-    open lazily, once per process. StoreError where a part is missing, damaged or of another schema.
+    ids are sorted; labels is the label space; logical_digest depends on ids, shapes and values, not on compression. Opening
+    looks at names of files and at the first part alone: a worker opens the parts that it reads, which it finds by their
+    first ids; `ids`, `logical_digest`, `require` and len() look at all parts. Threads may share a store.
+    StoreError where a part is missing, damaged or of another schema.
     """
 
     def __init__(self, folder: Path, schema: Schema) -> None:
         self.folder, self.schema = Path(folder), schema
-        self._open: dict[int, h5py.File] = {}
-        self._process = os.getpid()
-        self._index: dict[str, tuple[int, int]] = {}
-        self._tables: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-        paths = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("part-*.h5"))
-        if not paths:
+        self.paths = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("part-*.h5"))
+        if not self.paths:
             raise StoreError(f"{self.folder} holds no parts; run the stage that writes it (`dvc repro`)")
-        digests = []
-        names: tuple[str, ...] | None = None
-        for part, path in enumerate(paths):
-            h5_file: Any = h5py.File(path, "r")
-            with h5_file as file:
-                self._check_part(path, file, part, len(paths))
-                names = tuple(name.decode("utf-8") for name in file["class_names"][()])
-                self._tables.append(
-                    {field: (file[field]["shape"][()], file[field]["offset"][()].astype(int)) for field in schema.fields}
-                )
-                for row, image_id in enumerate(file["ids"][()]):
-                    self._index[image_id.decode("utf-8")] = (part, row)
-                digests.append(file.attrs["logical_digest"])
-        self.paths = paths
-        self.labels = LabelSpace(names or ())
-        self.ids: list[str] = sorted(self._index)
-        self.logical_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+        self._forget()
+        with self._lock:
+            names = self._part(0).file["class_names"][()]
+        self.labels = LabelSpace(tuple(name.decode("utf-8") for name in names))
 
-    def _check_part(self, path: Path, file: Any, part: int, count: int) -> None:
+    def _forget(self) -> None:
+        """Nothing is open, nothing known of any part."""
+        self._lock = threading.RLock()  # closing a part while another thread reads from it would crash HDF5
+        self._process = os.getpid()
+        self._open: dict[int, _Part] = {}
+        self._checked = bytearray(len(self.paths))
+        self._first: dict[int, bytes] = {}
+        self._scanned: tuple[Ids, list[int], str] | None = None
+
+    def _part(self, number: int) -> _Part:
+        """An open part, checked at its first use. The caller holds the lock, and lets the part go before it does."""
+        if os.getpid() != self._process:  # HDF5 handles do not survive a fork
+            self._forget()
+        if number not in self._open:
+            if len(self._open) >= MAX_OPEN_PARTS:  # memory must not grow with the number of parts
+                self._open.pop(next(iter(self._open))).file.close()
+            part = _Part(self.paths[number])
+            if not self._checked[number]:
+                self._check_part(self.paths[number], part.file, number)
+                self._checked[number] = 1
+            self._open[number] = part
+        return self._open[number]
+
+    def _check_part(self, path: Path, file: Any, part: int) -> None:
         check_part(path, file, self.schema)
-        if file.attrs["part"] != part or file.attrs["parts"] != count:
+        if file.attrs["part"] != part or file.attrs["parts"] != len(self.paths):
             missing = sorted(
                 set(range(int(file.attrs["parts"]))) - {int(path.stem[5:]) for path in self.folder.glob("part-*.h5")}
             )
             raise StoreError(f"{self.folder}: of {file.attrs['parts']} parts these are missing: {missing}")
 
+    def _first_id(self, number: int) -> bytes:
+        if number not in self._first:
+            part = self._part(number)
+            self._first[number] = bytes(part.ids.encoded[0]) if len(part.ids) else b""
+        return self._first[number]
+
+    def _place(self, image_id: str) -> tuple[int, int] | None:
+        """(part, row) of an id, None where there is none. The caller holds the lock."""
+        if self._scanned is not None:
+            ids, starts, _ = self._scanned
+            row = ids.find(image_id)
+            if row is None:
+                return None
+            number = bisect_right(starts, row) - 1
+            return number, row - starts[number]
+        encoded = image_id.encode("utf-8", "surrogatepass")
+        number = max(0, bisect_right(range(len(self.paths)), encoded, key=self._first_id) - 1)
+        row = self._part(number).ids.find(image_id)
+        return None if row is None else (number, row)
+
+    def _all(self) -> tuple[Ids, list[int], str]:
+        """Ids of all parts, the row at which each part begins, and the logical digest; all parts are checked."""
+        with self._lock:
+            if self._scanned is None:
+                arrays, starts, digests = [], [], []
+                for number, path in enumerate(self.paths):
+                    part = self._part(number)
+                    if arrays and len(part.ids) and len(arrays[-1]) and part.ids.encoded[0] <= arrays[-1][-1]:
+                        raise StoreError(f"{path}: its ids do not follow those of the part before; run its stage again")
+                    starts.append(sum(map(len, arrays[-1:])) + (starts[-1] if starts else 0))
+                    arrays.append(part.ids.encoded)
+                    digests.append(part.file.attrs["logical_digest"])
+                digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+                self._scanned = Ids(np.concatenate(arrays)), starts, digest
+            return self._scanned
+
+    @property
+    def ids(self) -> Ids:
+        return self._all()[0]
+
+    @property
+    def logical_digest(self) -> str:
+        return self._all()[2]
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id in self._index
+        with self._lock:
+            return self._place(image_id) is not None
 
     def __iter__(self) -> Iterator[Item]:
         return ((image_id, self[image_id]) for image_id in self.ids)
@@ -314,53 +388,61 @@ class Store:
     def __getitem__(self, image_id: str) -> dict[str, np.ndarray]:
         return {name: self.read(image_id, name) for name in self.schema.fields}
 
+    def _known(self, image_id: str) -> tuple[int, int]:
+        place = self._place(image_id)
+        if place is None:
+            raise StoreError(f"{self.folder} holds no id {image_id!r}")
+        return place
+
     def read(self, image_id: str, name: str) -> np.ndarray:
         """A field of an image. StoreError if the id is unknown or the data are damaged."""
-        if image_id not in self._index:
-            raise StoreError(f"{self.folder} holds no id {image_id!r}")
-        part, row = self._index[image_id]
-        shape, offset = self._tables[part][name]
-        try:
-            flat = self._file(part)[name]["data"][offset[row] : offset[row + 1]]
-        except OSError as error:  # the checksum of a chunk is wrong
-            raise StoreError(f"{self.paths[part]}: {image_id!r} {name} is damaged ({error})") from error
-        return flat.reshape(shape[row].astype(int))
+        with self._lock:
+            number, row = self._known(image_id)
+            part = self._part(number)
+            shapes, offsets = part.table(name)
+            try:
+                flat = part.file[name]["data"][int(offsets[row]) : int(offsets[row + 1])]
+            except OSError as error:  # the checksum of a chunk is wrong
+                raise StoreError(f"{self.paths[number]}: {image_id!r} {name} is damaged ({error})") from error
+            return flat.reshape(shapes[row].astype(int))
 
     def column(self, name: str) -> dict[str, np.ndarray]:
         """A field of all images, by id; for small fields."""
         arrays = {}
-        for part, table in enumerate(self._tables):
-            shape, offset = table[name]
-            data = self._file(part)[name]["data"][()]
-            rows = {image_id: row for image_id, (image_part, row) in self._index.items() if image_part == part}
-            arrays |= {i: data[offset[row] : offset[row + 1]].reshape(shape[row].astype(int)) for i, row in rows.items()}
+        for number in range(len(self.paths)):
+            with self._lock:
+                part = self._part(number)
+                shapes, offsets = (values.astype(int) for values in part.table(name))
+                data = part.file[name]["data"][()]
+                ids = part.ids
+            arrays |= {
+                image_id: data[offsets[row] : offsets[row + 1]].reshape(shapes[row]) for row, image_id in enumerate(ids)
+            }
         return arrays
 
     def shape_of(self, image_id: str, name: str) -> tuple[int, ...]:
         """Shape of a field of an image, without reading it."""
-        part, row = self._index[image_id]
-        return tuple(int(side) for side in self._tables[part][name][0][row])
+        with self._lock:
+            number, row = self._known(image_id)
+            return tuple(int(side) for side in self._part(number).table(name)[0][row])
 
     def require(self, ids: Iterable[str]) -> None:
         """StoreError unless the store holds exactly these ids."""
-        expected = set(ids)
-        missing, extra = sorted(expected - set(self._index)), sorted(set(self._index) - expected)
+        expected, own = Ids.of(ids), self.ids
+        if own == expected:
+            return
+        missing, extra = sorted(set(expected) - set(own)), sorted(set(own) - set(expected))
         if missing or extra:
             raise StoreError(
                 f"{self.folder}: {len(missing)} ids are missing {missing[:5]}, {len(extra)} are not expected {extra[:5]}"
             )
 
-    def _file(self, part: int) -> Any:
-        if os.getpid() != self._process:  # HDF5 handles do not survive a fork
-            self._open, self._process = {}, os.getpid()
-        if part not in self._open:
-            if len(self._open) >= MAX_OPEN_PARTS:  # memory must not grow with the number of parts
-                self._open.pop(next(iter(self._open))).close()
-            self._open[part] = h5py.File(self.paths[part], "r", rdcc_nbytes=2 * CHUNK_BYTES)
-        return self._open[part]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {"folder": self.folder, "schema": self.schema, "paths": self.paths, "labels": self.labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
 
 def stream(path: Path, schema: Schema, block: int = 1024) -> Iterator[Item]:
