@@ -135,7 +135,7 @@ def engine() -> str:
 
 
 def loaders(device: str) -> int:
-    """Threads that decode images ahead of training; 0 on CPU, where ranks use all cores."""
+    """Threads that decode images ahead of what computes on `device`; 0 on CPU, where that uses all cores."""
     return 0 if device == "cpu" else _count("TAG2MASK_WORKERS", min(8, cores()))
 
 

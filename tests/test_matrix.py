@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from pipeline import runtime
 from pipeline.core import plugins, store
 from pipeline.core.contracts import AffinityMethod
 from tests.toys import SCRATCH, Toy, learned_fit, smp_model, toy_folder, toy_recipe
@@ -103,6 +104,21 @@ def refine(key: str, refiner: str, segmenter: str) -> Path:
     run("export", key, "--records", "records.h5", "--refined", f"{out}/refined", "--corrections", "corrections",
         "--pseudo-masks", f"{out}/pseudo_masks", "--exports", f"{out}/exports")  # fmt: skip
     return out
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_decoding_ahead_and_writing_behind_give_the_same_score_maps(
+    project: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    enter(monkeypatch, project)
+    toy_of(key).write(project)
+    monkeypatch.setattr(runtime, "loaders", lambda device: 2)
+    run("extract", key, "--records", "records.h5", "--model", f"{key}/model.safetensors", "--scoremaps", f"{key}/ahead",
+        "--inspection", f"{key}/inspection-ahead.h5")  # fmt: skip
+    parts = [path.name for path in sorted((project / key / "scoremaps").iterdir())]
+    assert parts == [path.name for path in sorted((project / key / "ahead").iterdir())]
+    for part in parts:
+        assert (project / key / "scoremaps" / part).read_bytes() == (project / key / "ahead" / part).read_bytes()
 
 
 @pytest.mark.parametrize("refiner", REFINERS)

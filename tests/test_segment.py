@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from pipeline import runtime
 from pipeline.core import records, store
 from pipeline.core.config import ParamsError, parse
 from pipeline.core.labels import LabelSpace
@@ -258,6 +260,35 @@ def test_one_and_three_processes_write_the_same_bytes(project: Path, monkeypatch
     assert found.ids == ["id 0", "id 1", "id 2", "id 4"]  # val only
     assert found["id 0"]["label"].shape == (40, 33) and found["id 1"]["confidence"].shape == (1, 1)
     assert found.labels == LABELS
+
+
+def test_decoding_ahead_and_writing_behind_give_the_same_bytes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", "1")
+    assert run("in-line").exit_code == 0
+    real, decoders = segment.read_image, set()
+
+    def decode(record: records.ImageRecord, root: Path) -> np.ndarray:
+        decoders.add(threading.current_thread())
+        return real(record, root)
+
+    monkeypatch.setattr(segment, "read_image", decode)
+    monkeypatch.setattr(runtime, "loaders", lambda device: 2)
+    result = run("side-by-side")
+    assert result.exit_code == 0, result.output
+    assert decoders and threading.current_thread() not in decoders
+    assert bytes_of(project / "in-line") == bytes_of(project / "side-by-side")
+
+
+def test_an_image_that_has_changed_is_named_by_the_stage_that_decodes_ahead(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAG2MASK_WORKERS", "1")
+    monkeypatch.setattr(runtime, "loaders", lambda device: 2)
+    (project / "raw" / "2.png").write_bytes(b"another")
+    result = run("predictions")
+    assert result.exit_code == 1
+    assert "2.png has changed since prepare read it" in result.output
+    assert not (project / "predictions").exists()
 
 
 def test_parts_that_a_killed_run_finished_are_not_computed_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

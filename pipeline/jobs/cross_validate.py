@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import metrics
-from pipeline.core import config, store
+from pipeline.core import config, overlap, store
 from pipeline.core import records as records_file
 from pipeline.core.labels import IGNORE, LabelSpace
-from pipeline.core.records import ImageRecord, read_image, shuffled
+from pipeline.core.records import ImageRecord, shuffled
 from pipeline.core.sections import CrossValidate, Segment, Settings
 from pipeline.imaging.planes import nearest
 from pipeline.jobs import segment, train
@@ -63,6 +63,7 @@ def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, he
     all_images, metadata = train.job(settings, "segmenters", records=records, init=init, masks=pseudo_masks, engine=engine)
     folds = plan(all_images, chosen.folds, settings.file)
     digest = store.digest([dataclasses.asdict(chosen), dataclasses.asdict(segmentation)])
+    device = engine.device()
     with store.Workspace(held_out, store.digest([all_images.work.name, digest])) as work:
         folders = []
         for fold in folds:
@@ -78,7 +79,7 @@ def run(settings: Settings, *, records: Path, pseudo_masks: Path, init: Path, he
             inner = segment.Job(
                 segmenter=settings.run.segmenter, weights=weights, settings=segmentation, crf=None,
                 options=segment.options_of(settings, segmentation), root=settings.root, labels=labels, parts=len(parts),
-                params_digest=digest, out=folder, device=engine.device(),
+                params_digest=digest, out=folder, device=device, loaders=engine.loaders(device),
             )  # fmt: skip
             job = Job(inner, pseudo_masks, chosen.temperature)
             run_parts(score_part, parts, job, out=folder, engine=engine, what=f"segment {name}")
@@ -160,16 +161,16 @@ def score_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     masks = _masks(job.masks.resolve(), run)
     model = segment.load(inner.segmenter, inner.weights.resolve(), inner.labels, inner.device, run)
 
-    def compared(record: ImageRecord) -> dict[str, np.ndarray]:
-        image = read_image(record, inner.root)
-        probabilities = segment.probabilities(image, model, inner, planes_count=len(inner.labels) + 1)
-        return compare(probabilities, masks.read(record.id, "mask"), job.temperature)
+    def write_compared(segmented: Iterator[tuple[ImageRecord, np.ndarray, np.ndarray]]) -> None:
+        items = (
+            (record.id, compare(stack, masks.read(record.id, "mask"), job.temperature)) for record, _, stack in segmented
+        )
+        store.write_part(
+            store.part_path(inner.out, part), store.HELD_OUT, items, labels=inner.labels, part=part, parts=inner.parts,
+            params_digest=inner.params_digest, compression="none",
+        )  # fmt: skip
 
-    items = ((record.id, compared(record)) for record in records)
-    store.write_part(
-        store.part_path(inner.out, part), store.HELD_OUT, items, labels=inner.labels, part=part, parts=inner.parts,
-        params_digest=inner.params_digest, compression="none",
-    )  # fmt: skip
+    overlap.behind(segment.segmented(records, model, inner), write_compared, 1 if inner.loaders else 0)
     return len(records)
 
 

@@ -31,7 +31,7 @@ class Engine(Protocol):
         ...
 
     def loaders(self, device: str) -> int:
-        """Threads that decode images ahead of training."""
+        """Threads that decode images ahead of what computes on `device`; 0: none."""
         ...
 
     def map_parts(

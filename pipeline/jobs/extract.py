@@ -24,10 +24,12 @@ def run(settings: Settings, *, records: Path, model: Path, scoremaps: Path, insp
     parts = parts_of(listed, extraction.images_per_part)
     digest = store.digest(dataclasses.asdict(extraction))
     key = store.digest([digest, engine.code_digest(), store.file_digest(records), store.file_digest(model)])
+    device = engine.device()
     with store.Workspace(scoremaps, key) as work:
         job = Job(
             method=method, backbone=backbone, model=model, settings=extraction, options=options, root=settings.root,
-            labels=listed.labels, parts=len(parts), params_digest=digest, out=work.result, device=engine.device(),
+            labels=listed.labels, parts=len(parts), params_digest=digest, out=work.result, device=device,
+            loaders=engine.loaders(device),
         )  # fmt: skip
         run_parts(extract_part, parts, job, out=work.result, engine=engine, what=f"extract {settings.name}")
         inspect.write(inspection, listed, parts, job, engine=engine, what=f"surroundings {settings.name}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core import config, plugins, store
+from pipeline.core import config, overlap, plugins, store
 from pipeline.core.contracts import ScoreMaps
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
@@ -23,6 +25,8 @@ from pipeline.imaging import planes, scoremaps, transforms
 from pipeline.training import checkpoint
 from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
+
+WRITER_QUEUE = 2  # images that wait to be written
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Job:
     params_digest: str
     out: Path
     device: str
+    loaders: int = 0  # threads that decode images ahead of the network; with any, another one writes behind it
 
 
 @lru_cache(maxsize=1)
@@ -66,30 +71,36 @@ def extract_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     """Writes one part of score maps; returns its number of images."""
     part, records = item
     method = load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
-    items = _items(records, method, job)
-    store.write_part(
-        store.part_path(job.out, part), store.SCORE_MAPS, items, labels=job.labels, part=part, parts=job.parts,
-        params_digest=job.params_digest, compression=job.settings.compression,
-    )  # fmt: skip
+
+    def write(items: Iterator[store.Item]) -> None:
+        store.write_part(
+            store.part_path(job.out, part), store.SCORE_MAPS, items, labels=job.labels, part=part, parts=job.parts,
+            params_digest=job.params_digest, compression=job.settings.compression,
+        )  # fmt: skip
+
+    overlap.behind(_items(records, method, job), write, WRITER_QUEUE if job.loaders else 0)
     return len(records)
 
 
-def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Iterator[store.Item]:
+def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Generator[store.Item, None, None]:
     """Score maps in id order. Batches hold equally sized images of this part, so they do not depend on the processes."""
     views_per_scale = 2 if job.settings.flip else 1
     batch_size = max(1, job.settings.views_per_batch // views_per_scale)
-    batches = list(alike(records, batch_size))
-    batch_of = {record.id: number for number, batch in enumerate(batches) for record in batch}
+    batch_of = {record.id: batch for batch in alike(records, batch_size) for record in batch}
+    due = (member for record in records if record is batch_of[record.id][0] for member in batch_of[record.id])
     ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
-    for record in records:
-        if record.id not in ready:
-            batch = batches[batch_of[record.id]]
-            images = [read_image(member, job.root) for member in batch]
-            for member, arrays in zip(
-                batch, score(images, batch, method, job.options, job.settings, job.device), strict=True
-            ):
-                ready[member.id] = arrays
-        yield record.id, ready.pop(record.id)
+
+    def views(record: ImageRecord) -> list[np.ndarray]:
+        return views_of(read_image(record, job.root), method.stride, job.settings)
+
+    with closing(overlap.ahead(views, due, job.loaders, batch_size + job.loaders)) as decoded:
+        for record in records:
+            if record.id not in ready:  # it is the first of its batch
+                batch = batch_of[record.id]
+                loaded = list(islice(decoded, len(batch)))
+                scored = score_views(loaded, batch, method, job.options, job.settings, job.device)
+                ready.update(zip((member.id for member in batch), scored, strict=True))
+            yield record.id, ready.pop(record.id)
 
 
 def alike(records: Sequence[ImageRecord], batch_size: int) -> Iterator[list[ImageRecord]]:
@@ -101,7 +112,12 @@ def alike(records: Sequence[ImageRecord], batch_size: int) -> Iterator[list[Imag
         yield from (group[at : at + batch_size] for at in range(0, len(group), batch_size))
 
 
-@torch.inference_mode()
+def views_of(image: np.ndarray, stride: int, settings: Extract) -> list[np.ndarray]:
+    """Image u8[h,w,3] → u8[·,·,3] at every scale. stride: px of the image per cell of the network's map."""
+    sizes = (transforms.view_size(image.shape[:2], scale, stride, settings.long_side) for scale in settings.scales)
+    return [transforms.resize(image, size) for size in sizes]
+
+
 def score(
     images: Sequence[np.ndarray],
     records: Sequence[ImageRecord],
@@ -110,27 +126,39 @@ def score(
     settings: Extract,
     device: str,
 ) -> list[dict[str, np.ndarray]]:
-    """Equally sized images u8[h,w,3] → one set of SCORE_MAPS fields each.
+    """Equally sized images u8[h,w,3] → one set of SCORE_MAPS fields each."""
+    views = [views_of(image, method.stride, settings) for image in images]
+    return score_views(views, records, method, options, settings, device)
+
+
+@torch.inference_mode()
+def score_views(
+    views: Sequence[Sequence[np.ndarray]],
+    records: Sequence[ImageRecord],
+    method: Any,
+    options: Any,
+    settings: Extract,
+    device: str,
+) -> list[dict[str, np.ndarray]]:
+    """Views of equally sized images, as views_of makes them → one set of SCORE_MAPS fields per image.
 
     On train the classes of the tags are kept; on val, and where nobody tagged the image, those that the network finds.
     """
     h, w = records[0].size
     grid = -(-h // settings.stride), -(-w // settings.stride)
     maps: list[ScoreMaps] = []
-    size = (h, w)
-    for scale in settings.scales:
-        size = transforms.view_size((h, w), scale, method.stride, settings.long_side)
-        views = np.stack([transforms.resize(image, size) for image in images])
-        batch = transforms.tensor_of(views, device)
+    for of_scale in zip(*views, strict=True):
+        batch = transforms.tensor_of(np.stack(of_scale), device)
         if settings.flip:
             batch = torch.cat([batch, batch.flip(-1)])
         dtype = PRECISIONS[settings.precision]
         with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
             last = len(maps) + 1 == len(settings.scales)
             maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
-    logits = torch.stack([_views(scale.tag_logits, len(images)) for scale in maps]).mean(dim=(0, 2))  # [b,c]
-    cells = size[0] // method.stride, size[1] // method.stride  # of the last scale, whose affinity is kept
-    return [_item(row, record, maps, logits[row], grid, cells, settings, len(images)) for row, record in enumerate(records)]
+    logits = torch.stack([_views(scale.tag_logits, len(views)) for scale in maps]).mean(dim=(0, 2)).float().cpu()  # [b,c]
+    last_view = views[0][-1]  # of the scale whose affinity is kept
+    cells = last_view.shape[0] // method.stride, last_view.shape[1] // method.stride
+    return [_item(row, record, maps, logits[row], grid, cells, settings, len(views)) for row, record in enumerate(records)]
 
 
 def _views(values: Tensor, images: int) -> Tensor:
@@ -151,7 +179,7 @@ def _item(
     if record.split == "train" and record.tags is not None:
         classes = torch.tensor(record.tags, dtype=torch.long)
     else:
-        classes = torch.nonzero(logits.float().sigmoid() >= settings.tag_threshold).flatten().cpu()
+        classes = torch.nonzero(logits.sigmoid() >= settings.tag_threshold).flatten()
     views = [_views(scale.scores, images)[row][:, classes.to(scale.scores.device)].float() for scale in maps]
     merged = scoremaps.merge_views(views, rule=settings.merge, size=grid).cpu()
     affinity = maps[-1].affinity if settings.keep_affinity else None
@@ -161,7 +189,7 @@ def _item(
         "classes": classes.numpy().astype(np.uint16),
         "scores": merged.numpy().astype(np.float16),
         "agreement": scoremaps.view_agreement(views, rule=settings.merge, size=grid).cpu().numpy().astype(np.float16),
-        "tag_logits": logits.float().cpu().numpy(),
+        "tag_logits": logits.numpy(),
         "affinity": np.zeros((0, 0), np.float16)
         if affinity is None
         else _views(affinity, images)[row][0].cpu().numpy().astype(np.float16),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core import config, plugins, store
+from pipeline.core import config, overlap, plugins, store
 from pipeline.core import records as records_file
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord, read_image
@@ -47,6 +48,7 @@ class Job:
     params_digest: str
     out: Path
     device: str
+    loaders: int = 0  # threads that decode images ahead of the network; with any, another one writes behind it
 
 
 def run(settings: Settings, *, records: Path, segmenter: Path, predictions: Path, engine: Engine) -> None:
@@ -56,7 +58,7 @@ def run(settings: Settings, *, records: Path, segmenter: Path, predictions: Path
     parts = parts_of(listed.split("val"), job.settings.images_per_part)
     files = store.file_digest(records), store.file_digest(segmenter)
     with store.Workspace(predictions, store.digest([job.params_digest, engine.code_digest(), *files])) as work:
-        job = dataclasses.replace(job, parts=len(parts), out=work.result)
+        job = dataclasses.replace(job, parts=len(parts), out=work.result, loaders=engine.loaders(job.device))
         run_parts(segment_part, parts, job, out=work.result, engine=engine, what=f"segment {settings.name}")
 
 
@@ -114,20 +116,44 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     """Writes one part of predictions; returns its number of images."""
     part, records = item
     model = load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
-    items = ((record.id, segment_one(read_image(record, job.root), model, job)) for record in records)
-    store.write_part(
-        store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
-        params_digest=job.params_digest, compression=job.settings.compression,
-    )  # fmt: skip
+
+    def write(segmented: Iterator[tuple[ImageRecord, np.ndarray, np.ndarray]]) -> None:
+        items = ((record.id, fields(image, stack, job.crf)) for record, image, stack in segmented)
+        store.write_part(
+            store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
+            params_digest=job.params_digest, compression=job.settings.compression,
+        )  # fmt: skip
+
+    overlap.behind(segmented(records, model, job), write, 1 if job.loaders else 0)  # stacks of planes are large
     return len(records)
 
 
+def segmented(
+    records: Sequence[ImageRecord], model: Any, job: Job
+) -> Generator[tuple[ImageRecord, np.ndarray, np.ndarray], None, None]:
+    """Every record, its image u8[h,w,3] and its probabilities f32[p,·,·]; images are decoded by job.loaders threads."""
+    planes_count = len(job.labels) + 1
+
+    def load_views(record: ImageRecord) -> tuple[np.ndarray, Iterable[windows.View]]:
+        image = read_image(record, job.root)
+        views = windows.views(image, job.settings, planes_count)
+        return image, list(views) if job.loaders else views  # in line, a view is alive at a time
+
+    with closing(overlap.ahead(load_views, records, job.loaders, job.loaders)) as loaded:
+        for record, (image, views) in zip(records, loaded, strict=True):
+            yield record, image, mean_softmax(views, image.shape[:2], model, job, planes_count=planes_count)
+
+
 def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray]:
-    """PREDICTIONS fields of one image u8[h,w,3]: label u8[h,w] of mask values, confidence u8[h,w]."""
-    planes_of_image = probabilities(image, model, job, planes_count=len(job.labels) + 1)
-    if job.crf is not None:
-        planes_of_image = _refined(windows.resize(image, planes_of_image.shape[1:]), planes_of_image, job.crf)
-    label, confidence = planes.winners(planes_of_image, image.shape[:2])
+    """PREDICTIONS fields of one image u8[h,w,3]."""
+    return fields(image, probabilities(image, model, job, planes_count=len(job.labels) + 1), job.crf)
+
+
+def fields(image: np.ndarray, stack: np.ndarray, crf: CrfSettings | None) -> dict[str, np.ndarray]:
+    """Image u8[h,w,3] and its probabilities f32[p,·,·] → label u8[h,w] of mask values, confidence u8[h,w]."""
+    if crf is not None:
+        stack = _refined(windows.resize(image, stack.shape[1:]), stack, crf)
+    label, confidence = planes.winners(stack, image.shape[:2])
     return {"label": label, "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8)}
 
 
@@ -139,23 +165,31 @@ def _refined(image: np.ndarray, probabilities: np.ndarray, settings: CrfSettings
     return out
 
 
-@torch.inference_mode()
 def probabilities(image: np.ndarray, model: Any, job: Job, *, planes_count: int) -> np.ndarray:
-    """u8[h,w,3] → f32[p,h,w], the mean of the softmax over all scales and mirror images.
+    """u8[h,w,3] → f32[p,h,w], the mean of the softmax over all scales and mirror images."""
+    views = windows.views(image, job.settings, planes_count)
+    return mean_softmax(views, image.shape[:2], model, job, planes_count=planes_count)
+
+
+@torch.inference_mode()
+def mean_softmax(
+    views: Iterable[windows.View], size: tuple[int, ...], model: Any, job: Job, *, planes_count: int
+) -> np.ndarray:
+    """Views of an image of `size` (h, w) px → f32[p,h,w], the mean of the softmax over all of them.
 
     Huge images come back on a smaller canvas (bounded). A logit is averaged before the softmax only where windows overlap.
     """
-    settings = job.settings
-    canvas = windows.bounded(image.shape[:2], planes_count)
+    h, w = size
+    canvas = windows.bounded((h, w), planes_count)
     total: Tensor | None = None
-    for pixels, mirrorings in windows.views(image, settings, planes_count):
+    for pixels, mirrorings in views:
         view = transforms.tensor_of(pixels, job.device)
         for mirrored in mirrorings:
             share = _share(view, mirrored, model, job, canvas)
             total = share if total is None else total.add_(share)
             del share  # a stack of planes that the next view would find still there
     assert total is not None  # Segment has at least one scale
-    return total.div_(windows.view_count(settings)).cpu().numpy()
+    return total.div_(windows.view_count(job.settings)).cpu().numpy()
 
 
 def _share(view: Tensor, mirrored: bool, model: Any, job: Job, canvas: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ WINDOWS_PER_BATCH = 4
 # planes are enlarged one by one: with 20 classes this begins at 6.4 megapixels, with 80 at 1.7 (640 × 480 at scale 1.75
 # still fits). At most three stacks are alive, so memory is bounded whatever the photographs.
 MOST_VALUES = 2**27
+View = tuple[np.ndarray, tuple[bool, ...]]  # pixels u8[h,w,3]; seen as they are (False), mirrored (True), or both
 
 
 def bounded(size: tuple[int, int], planes_count: int) -> tuple[int, int]:
@@ -31,7 +32,7 @@ def resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def views(image: np.ndarray, settings: Segment, planes_count: int) -> Iterator[tuple[np.ndarray, tuple[bool, ...]]]:
+def views(image: np.ndarray, settings: Segment, planes_count: int) -> Iterator[View]:
     """The image u8[h,w,3] at each scale, and whether it is to be seen as it is (False), mirrored (True), or both."""
     h, w = image.shape[:2]
     base = 1.0 if settings.short_side is None else settings.short_side / min(h, w)
