@@ -59,5 +59,3 @@ def encode(texts: Sequence[str]) -> np.ndarray:
     """Texts → S[n] of UTF-8; HDF5 does not compress variable-length types."""
     encoded = [text.encode("utf-8") for text in texts]
     return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
-
-
