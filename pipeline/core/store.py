@@ -13,8 +13,7 @@ import os
 import shutil
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,117 +21,27 @@ import h5py
 import numpy as np
 
 from pipeline.core.ids import Ids
-from pipeline.core.labels import BACKGROUND, IGNORE, LabelSpace
+from pipeline.core.labels import LabelSpace
+from pipeline.core.part_writer import CHUNK_BYTES
+from pipeline.core.part_writer import write_part as write_part
+from pipeline.core.schemas import CORRECTED as CORRECTED
+from pipeline.core.schemas import GALLERY as GALLERY
+from pipeline.core.schemas import HELD_OUT as HELD_OUT
+from pipeline.core.schemas import INSPECTION as INSPECTION
+from pipeline.core.schemas import PREDICTIONS as PREDICTIONS
+from pipeline.core.schemas import PSEUDO_MASKS as PSEUDO_MASKS
+from pipeline.core.schemas import REFINED as REFINED
+from pipeline.core.schemas import SCORE_MAPS as SCORE_MAPS
+from pipeline.core.schemas import SMALL_MASKS as SMALL_MASKS
+from pipeline.core.schemas import TRUTH as TRUTH
+from pipeline.core.schemas import Field as Field
+from pipeline.core.schemas import Item as Item
+from pipeline.core.schemas import Schema as Schema
+from pipeline.core.schemas import StoreError as StoreError
+from pipeline.core.schemas import empty as empty
 
-CHUNK_BYTES = 256 * 1024
 MAX_OPEN_PARTS = 2  # files that a store keeps open
-LIBVER = ("v110", "v110")
 CONFIDENCE_STEPS = 255  # confidences are stored as u8: value / 255
-
-Item = tuple[str, Mapping[str, np.ndarray]]
-
-
-class StoreError(RuntimeError):
-    """A store is damaged, incomplete or of another schema; the text names the part or the id."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """An array per image, of NumPy dtype `dtype`. Axes of the same name have the same length in all fields of an image."""
-
-    dtype: str
-    axes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Schema:
-    """Fields by name; readers accept this version alone."""
-
-    name: str
-    version: int
-    fields: Mapping[str, Field]
-
-
-# classes are class indices from 0, scores their maps in 0..1 at stride 4; agreement, 0..1, of the views that were merged,
-# NaN of a single view (imaging.scoremaps.view_agreement); tag_logits of all classes; affinity of all pairs of cells of
-# `grid` (rows, columns), [0,0] and grid (0, 0) where none is kept; decoded: mask values of the method's own decoder, [0,0]
-# where it has none
-SCORE_MAPS = Schema(
-    "score_maps",
-    4,
-    {
-        "classes": Field("<u2", ("k",)),
-        "scores": Field("<f2", ("k", "gh", "gw")),
-        "agreement": Field("<f2", ("k",)),
-        "tag_logits": Field("<f4", ("c",)),
-        "affinity": Field("<f2", ("n", "n")),
-        "grid": Field("<u2", ("2",)),
-        "decoded": Field("|u1", ("h", "w")),
-    },
-)
-# label holds mask values without 255; confidence is its probability × CONFIDENCE_STEPS; disagree is 1 where two thresholds
-# give different labels, else 0
-REFINED = Schema(
-    "refined",
-    1,
-    {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w")), "disagree": Field("|u1", ("h", "w"))},
-)
-PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
-CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, where there are corrected masks
-PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
-# of a segmenter that was not trained on the image: soft-min over pixels of its probabilities of the pseudo-mask's labels,
-# and the mean IoU of its mask with the pseudo-mask, both 0..1; NaN where the pseudo-mask is 255 throughout
-HELD_OUT = Schema("held_out", 2, {"soft_min": Field("<f4", ("1",)), "held_out_agreement": Field("<f4", ("1",))})
-# the mask of the last stage (split train: pseudo-mask, val: prediction), sampled at the nearest pixels, so small that the
-# report can compare the masks of all runs on all images
-SMALL_MASKS = Schema("small_masks", 1, {"mask": Field("|u1", ("h", "w"))})
-# thumbnails of a selection of images for the report. kind has bit 1 for the worst, bit 2 for random ones; size is (rows,
-# columns) of the thumbnail; photograph is WebP; scores (the best class's, 0..255) and confidence (of the refined mask, on
-# val of the prediction, 0..255) are grey JPEGs at half that size; maps is zlib of the mask values u8[m,rows,columns] of the
-# stages of stage_order.GALLERY that are `present`, truth zlib of u8[rows,columns] or empty; miou is of full-size masks, NaN
-# where there is no truth
-GALLERY = Schema(
-    "gallery",
-    2,
-    {
-        "kind": Field("|u1", ("1",)),
-        "size": Field("<u2", ("2",)),
-        "photograph": Field("|u1", ("photograph bytes",)),
-        "scores": Field("|u1", ("score bytes",)),
-        "confidence": Field("|u1", ("confidence bytes",)),
-        "present": Field("|u1", ("stages",)),
-        "maps": Field("|u1", ("map bytes",)),
-        "truth": Field("|u1", ("truth bytes",)),
-        "miou": Field("<f4", ("stages",)),
-    },
-)
-# Intermediate maps of some images for the report. jpeg: the panels side by side; panels: their names in UTF-8, separated by
-# commas; both empty where no maps are shown. weights: [0,0] where a method has none. description: in UTF-8 what the method
-# suppresses beside its classes, empty where it suppresses nothing. beside: s classes for which the image is among the best
-# matches of what is suppressed; match: the cosine; means: mean cosine over all images of that class, and over those of
-# others; images: how many these are; strips: a JPEG per class, end to end, of strip_bytes
-INSPECTION = Schema(
-    "inspection",
-    3,
-    {
-        "jpeg": Field("|u1", ("bytes",)),
-        "panels": Field("|u1", ("characters",)),
-        "weights": Field("<f4", ("layers", "heads")),
-        "description": Field("|u1", ("letters",)),
-        "beside": Field("<u2", ("s",)),
-        "match": Field("<f4", ("s",)),
-        "means": Field("<f4", ("s", "2")),
-        "images": Field("<u4", ("s", "2")),
-        "strips": Field("|u1", ("all_bytes",)),
-        "strip_bytes": Field("<u4", ("s",)),
-    },
-)
-TRUTH = Schema("truth", 1, {"mask": Field("|u1", ("h", "w"))})
-
-
-def empty(schema: Schema) -> dict[str, np.ndarray]:
-    """Arrays of an image of which every axis has length 0."""
-    return {name: np.zeros((0,) * len(field.axes), field.dtype) for name, field in schema.fields.items()}
 
 
 def parts_of(ids: Iterable[str], images_per_part: int) -> list[list[str]]:
@@ -144,123 +53,6 @@ def parts_of(ids: Iterable[str], images_per_part: int) -> list[list[str]]:
 def part_path(folder: Path, part: int) -> Path:
     """File of a part, counted from 0."""
     return folder / f"part-{part:05d}.h5"
-
-
-def write_part(
-    path: Path,
-    schema: Schema,
-    items: Iterable[Item],
-    *,
-    labels: LabelSpace,
-    part: int,
-    parts: int,
-    params_digest: str,
-    compression: str,
-) -> None:
-    """Streams items (id, arrays by field) into a part; items come sorted by id. The file appears only when it is complete.
-
-    part, parts    number of this part, from 0, and of all
-    params_digest  sha256 of the params that the arrays depend on, an attribute of the file
-    compression    "gzip", "zstd" (needs hdf5plugin) or "none"
-
-    StoreError on wrong fields, shapes or order. Arrays are cast to the field's dtype.
-    """
-    # of this process alone: a part whose worker seems lost may be written by two
-    partial = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    ids: list[bytes] = []
-    with h5py.File(partial, "w", libver=LIBVER) as file:
-        writers = {name: _FieldWriter(file, name, field, compression) for name, field in schema.fields.items()}
-        previous = None
-        for image_id, arrays in items:
-            if previous is not None and image_id <= previous:
-                raise StoreError(f"{path}: id {image_id!r} comes after {previous!r}; ids must be sorted and unique")
-            previous = image_id
-            _check(image_id, arrays, schema, path)
-            digest.update(image_id.encode("utf-8") + b"\0")
-            for name, writer in writers.items():
-                writer.append(arrays[name], digest)
-            ids.append(image_id.encode("utf-8"))
-        for writer in writers.values():
-            writer.close()
-        file["ids"] = np.array(ids, dtype=f"S{max([1, *map(len, ids)])}")
-        file["class_names"] = np.array([name.encode("utf-8") for name in labels.names])
-        values = {"part": part, "parts": parts, "params_digest": params_digest, "logical_digest": digest.hexdigest()}
-        file.attrs.update(
-            {"schema": schema.name, "version": schema.version, "background": BACKGROUND, "ignore": IGNORE, **values}
-        )
-    partial.replace(path)
-
-
-class _FieldWriter:
-    """Appends to a field of a part; holds at most a chunk and an image in memory."""
-
-    def __init__(self, file: h5py.File, name: str, field: Field, compression: str) -> None:
-        self.dtype = np.dtype(field.dtype)
-        self.group = file.create_group(name)
-        self.group.attrs["axes"] = " ".join(field.axes)
-        chunk = CHUNK_BYTES // self.dtype.itemsize
-        self.data = self.group.create_dataset(
-            "data", (0,), self.dtype, maxshape=(None,), chunks=(chunk,), fletcher32=True, **_filter(compression)
-        )
-        self.chunk = chunk
-        self.pending: list[np.ndarray] = []
-        self.waiting = 0
-        self.written = 0
-        self.rank = len(field.axes)
-        self.shapes: list[tuple[int, ...]] = []
-
-    def append(self, array: np.ndarray, digest: Any) -> None:
-        flat = np.ascontiguousarray(array, self.dtype).reshape(-1)
-        digest.update(json.dumps(array.shape).encode() + flat.tobytes())
-        self.shapes.append(array.shape)
-        self.pending.append(flat)
-        self.waiting += flat.size
-        if self.waiting >= self.chunk:  # only whole chunks, so that none is compressed twice
-            self._flush(self.waiting // self.chunk * self.chunk)
-
-    def _flush(self, count: int) -> None:
-        flat = np.concatenate(self.pending) if self.pending else np.empty(0, self.dtype)
-        self.data.resize((self.written + count,))
-        self.data[self.written :] = flat[:count]
-        self.written += count
-        self.pending, self.waiting = [flat[count:].copy()], flat.size - count
-
-    def close(self) -> None:
-        self._flush(self.waiting)
-        shapes = np.array(self.shapes, "<u4").reshape(-1, self.rank)
-        self.group["shape"] = shapes
-        self.group["offset"] = np.concatenate([[0], np.cumsum(shapes.astype("<u8").prod(axis=1))]).astype("<u8")
-
-
-def _filter(compression: str) -> dict[str, Any]:
-    if compression == "none":
-        return {}
-    if compression == "gzip":
-        return {"compression": "gzip", "compression_opts": 4, "shuffle": False}
-    if compression == "zstd":
-        try:
-            import hdf5plugin  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise StoreError(
-                "compression zstd needs `pip install hdf5plugin`, or set it to gzip in the recipe or params.yaml"
-            ) from None
-        return dict(hdf5plugin.Zstd(clevel=6))
-    raise StoreError(f"compression {compression!r}: allowed are gzip, zstd, none (edit the recipe or params.yaml)")
-
-
-def _check(image_id: str, arrays: Mapping[str, np.ndarray], schema: Schema, path: Path) -> None:
-    if set(arrays) != set(schema.fields):
-        raise StoreError(f"{path}: {image_id!r} has fields {sorted(arrays)}, {schema.name} has {sorted(schema.fields)}")
-    lengths: dict[str, int] = {}
-    for name, field in schema.fields.items():
-        shape = arrays[name].shape
-        if len(shape) != len(field.axes):
-            raise StoreError(f"{path}: {image_id!r} {name} has shape {shape}, expected axes {field.axes}")
-        for axis, length in zip(field.axes, shape, strict=True):
-            if lengths.setdefault(axis, length) != length:
-                raise StoreError(f"{path}: {image_id!r} {name} has {length} along {axis}, another field {lengths[axis]}")
 
 
 class _Part:
