@@ -136,6 +136,13 @@ def pair_loss(affinities: Iterable[Tensor], pair_kinds: Iterable[tuple[Tensor, T
     return means[0] / 4 + means[1] / 4 + means[2] / 2
 
 
+@lru_cache(maxsize=16)
+def _displacements(pairs: tuple[Offset, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """f[pairs,1,2,1,1], uploaded once for all steps."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
+        return torch.tensor(pairs, dtype=dtype, device=device).view(-1, 1, 2, 1, 1)
+
+
 def displacement_loss(
     displacement: Tensor, pair_kinds: Sequence[tuple[Tensor, Tensor, Tensor]], pairs: Sequence[Offset]
 ) -> Tensor:
@@ -143,10 +150,10 @@ def displacement_loss(
     absolute error of the pairs on an object, whose displacements differ by their offset, plus half that of the pairs on
     background, whose displacements are equal. pair_kinds: `kinds` of each offset of `pairs`."""
     object_sums, background_sums = displacement.new_zeros(2), displacement.new_zeros(2)
-    for offset, (background, foreground, _) in zip(pairs, pair_kinds, strict=True):
+    targets = _displacements(tuple(pairs), displacement.dtype, displacement.device)
+    for offset, target, (background, foreground, _) in zip(pairs, targets, pair_kinds, strict=True):
         anchors, partners = ends(displacement, offset)
         difference = anchors - partners
-        target = difference.new_tensor(offset).view(1, 2, 1, 1)
         terms = ((object_sums, difference - target, foreground), (background_sums, difference, background))
         for sums, error, kind in terms:
             sums += torch.stack([(error.abs() * kind[:, None]).sum(), 2 * kind.sum()])

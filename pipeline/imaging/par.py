@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -141,9 +142,15 @@ def _weights(image: Tensor, dilations: Sequence[int], w1: float, w2: float) -> T
     for logit, neighbour in zip(logits, _neighbours(image, dilations), strict=True):
         torch.sum((neighbour - image).square_().mul_(scale), dim=0, out=logit)
     weights = torch.softmax(logits.neg_(), dim=0)
-    distances = torch.tensor([math.hypot(dy, dx) for dy, dx in _shifts(dilations)], device=image.device)
-    distance_kernel = torch.softmax(-((distances / (distances.std() + SMALLEST) / w1) ** 2), dim=0)
-    return weights.add_(w2 * distance_kernel[:, None, None])
+    return weights.add_(w2 * _distance_kernel(tuple(dilations), w1, image.device)[:, None, None])
+
+
+@lru_cache(maxsize=16)
+def _distance_kernel(dilations: tuple[int, ...], w1: float, device: torch.device) -> Tensor:
+    """f32[n], uploaded once for all images."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
+        distances = torch.tensor([math.hypot(dy, dx) for dy, dx in _shifts(dilations)], device=device)
+        return torch.softmax(-((distances / (distances.std() + SMALLEST) / w1) ** 2), dim=0)
 
 
 def _iterate(planes: Tensor, weights: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:

@@ -56,7 +56,8 @@ class SpreadSettings(LabelSettings):
 
 def with_backgrounds(scores: Tensor, settings: LabelSettings) -> Tensor:
     """f32[k,gh,gw] in 0..1 → f32[2,k+1,gh,gw]: softmax over [threshold, scores], of the low and of the high threshold."""
-    thresholds = scores.new_tensor([settings.low, settings.high]).view(2, 1, 1, 1).expand(2, 1, *scores.shape[1:])
+    plane = (1, *scores.shape[1:])  # filled on the device: a tensor of two numbers would be uploaded for every image
+    thresholds = torch.stack([scores.new_full(plane, threshold) for threshold in (settings.low, settings.high)])
     return torch.cat([thresholds, scores.expand(2, *scores.shape)], dim=1).softmax(dim=1)
 
 

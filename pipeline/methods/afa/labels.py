@@ -13,13 +13,22 @@ from pipeline.core.labels import IGNORE
 from pipeline.imaging.pseudo_labels import LabelSettings, Window, refined_labels
 
 
-def valid_window(valid: Tensor) -> Window:
-    """bool[h,w], True on one rectangle of pixels → (rows, columns) of that rectangle; empty slices where nothing is
-    valid."""
-    rows, columns = torch.nonzero(valid.any(dim=1)).flatten(), torch.nonzero(valid.any(dim=0)).flatten()
-    if not len(rows):
-        return slice(0, 0), slice(0, 0)
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+def classes_and_windows(tags: Tensor, valid: Tensor) -> list[tuple[Tensor, Window]]:
+    """Tags f32[b,c] 0 or 1, valid bool[b,h,w], True on one rectangle of pixels → per image its classes i64[k], 0-based, on
+    the tags' device, and (rows, columns) of its rectangle; empty slices where nothing is valid.
+
+    The host waits for the device once, whatever the number of images.
+    """
+    rows, columns = valid.any(dim=2).long(), valid.any(dim=1).long()
+    bounds = [tags.count_nonzero(dim=1)]
+    for line in (rows, columns):  # argmax: the first of equal ones
+        first, count = line.argmax(dim=1), line.sum(dim=1)
+        bounds += [first, first + count]
+    order = tags.argsort(dim=1, descending=True, stable=True)
+    return [
+        (order[image, :classes], (slice(top, bottom), slice(left, right)))
+        for image, (classes, top, bottom, left, right) in enumerate(torch.stack(bounds, dim=1).tolist())
+    ]
 
 
 def image_labels(

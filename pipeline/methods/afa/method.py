@@ -27,7 +27,7 @@ from pipeline.imaging.par import ParSettings
 from pipeline.imaging.pooling import Pool, pooled, valid_cells
 from pipeline.imaging.pseudo_labels import SpreadSettings
 from pipeline.imaging.scoremaps import merge_views
-from pipeline.methods.afa.labels import image_labels, valid_window
+from pipeline.methods.afa.labels import classes_and_windows, image_labels
 from pipeline.nn import weights
 from pipeline.nn.segformer_head import SegFormerHead
 from pipeline.training.optim import decayed
@@ -251,10 +251,9 @@ class Method(nn.Module):
         grid = views[0].shape[-2], views[0].shape[-1]  # the largest scale's, which the affinity belongs to
         needs_plain = not spread or self.params.affinity_from == "cam"
         targets, pair_targets = [], []
-        for row, tags in enumerate(batch.tags):
-            classes, settings = torch.nonzero(tags).flatten(), self.params.labels
+        settings = self.params.labels
+        for row, (classes, window) in enumerate(classes_and_windows(batch.tags, batch.valid)):
             scores = merge_views([view[row][:, classes] for view in views], rule="afa", size=size)
-            window = valid_window(batch.valid[row])
             plain = pseudo_labels.plain_planes(scores, settings) if needs_plain else None
             spread_planes = None if affinity is None else pseudo_labels.spread_planes(scores, affinity[row], grid, settings)
             labels = image_labels(batch.images[row], plain, spread_planes, classes, window, settings)

@@ -72,6 +72,7 @@ class Method(network.CamNetwork):
             width = clip.text_width(params.critic.model) if params.critic else self.critic().token_embedding.embedding_dim
             self.prompts = nn.Parameter(prompting.initial_prompts(params.prompt, len(labels), width))
         self._current_phase = ""
+        self._read_critic: tuple[torch.device, clip.Critic] | None = None  # in a tuple: no part of this module
 
     def _new_local_critic(self, local: LocalCritic, family: Any) -> clip.Critic:
         plain_vit = family.create(self.params.architecture, local.image_size, drop_path=0.0)
@@ -85,7 +86,11 @@ class Method(network.CamNetwork):
         if self.local_critic is not None:
             return self.local_critic
         assert self.params.critic is not None  # as Params has made sure
-        return clip.read_critic(self.params.critic, self.params.critic_normalisation).to(self.head.weight.device)
+        device = self.head.weight.device
+        if self._read_critic is None or self._read_critic[0] != device:  # checked and moved once, not several times a step
+            critic = clip.read_critic(self.params.critic, self.params.critic_normalisation).to(device)
+            self._read_critic = device, critic
+        return self._read_critic[1]
 
     def load_initial(self, family: Any, init: Path) -> None:
         """WeakTr's model.safetensors or the authors' file, of WeakTr or of SemPLeS; or a model.safetensors of this method;

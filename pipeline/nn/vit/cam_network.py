@@ -124,7 +124,8 @@ class CamNetwork(nn.Module):
         del options
         patches = self._patch_count(images)
         bytes_each = attention_fusion.bytes_of_maps(self.adaptive_attention_fusion, self.backbone.prefix + patches)
-        at_once = max(1, attention_fusion.BATCH_BYTES // bytes_each)
+        budget = attention_fusion.GPU_BATCH_BYTES if images.is_cuda else attention_fusion.BATCH_BYTES
+        at_once = max(1, budget // bytes_each)
         outputs: dict[str, list[Tensor]] = {"fine": [], "coarse_logits": [], "cls_logits": [], "affinity": []}
         for at in range(0, len(images), at_once):
             outputs_of_part = self._backbone_outputs(images[at : at + at_once], self._map_buffer)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 STORED_BYTES = 2**29  # the most that the maps of one image may take; those of larger images are recomputed
 BATCH_BYTES = 2**26  # score maps are computed for several images at once up to so many bytes of maps: more run no faster
+GPU_STORED_BYTES = GPU_BATCH_BYTES = 2**32  # the same on a GPU, which has the memory and would idle over small parts
 CACHE_BYTES = 2**21  # of maps that are computed at a time on a CPU, so that they stay in its cache
 RECOMPUTED_ROWS = 256  # rows of a map that RecomputedAttention computes at a time
 HeadSplit = Literal["interleaved", "heads"]
@@ -104,9 +105,15 @@ def _cache_slices(maps: int, n: int, like: Tensor) -> Iterator[slice]:
     return (slice(at, at + at_once) for at in range(0, maps, at_once))
 
 
+def _head_slices(heads: int, like: Tensor) -> Iterator[slice]:
+    """Slices of heads whose maps are computed together: one head on a CPU, all of them on a GPU."""
+    at_once = heads if like.is_cuda else 1
+    return (slice(at, at + at_once) for at in range(0, heads, at_once))
+
+
 def _attention_maps(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """Scaled queries [m,rows,width], keys [m,n,width], bias [n] of the keys → attention [m,rows,n]."""
-    logits = queries @ keys.transpose(1, 2)
+    """Scaled queries […,rows,width], keys […,n,width], bias [n] of the keys → attention […,rows,n]."""
+    logits = queries @ keys.transpose(-1, -2)
     return (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
 
 
@@ -137,12 +144,12 @@ class AttentionRows:
         """Writes the rows of one layer's maps. Scaled queries and keys [b,heads,n,width], bias [n]."""
         (b, patches), (heads, n) = self.patch_weights.shape, queries.shape[1:3]
         for images in _cache_slices(b, n, queries):
-            patch_weights = self.patch_weights[images, None].to(queries.dtype)
-            for head in range(heads):
-                maps = _attention_maps(queries[images, head], keys[images, head], bias)
-                self.rows[images, head, layer, : self.classes] = maps[:, : self.classes, -patches:]
-                mean_row = patch_weights.to(maps.dtype) @ maps[:, -patches:, -patches:]
-                self.rows[images, head, layer, self.classes :] = mean_row
+            patch_weights = self.patch_weights[images, None, None].to(queries.dtype)  # [images,1,1,p]
+            for part in _head_slices(heads, queries):
+                maps = _attention_maps(queries[images, part], keys[images, part], bias)
+                self.rows[images, part, layer, : self.classes] = maps[..., : self.classes, -patches:]
+                mean_row = patch_weights.to(maps.dtype) @ maps[..., -patches:, -patches:]
+                self.rows[images, part, layer, self.classes :] = mean_row
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """Cross attention f32[b,c,p] and the mean row of patch attention f32[b,1,p]."""
@@ -181,7 +188,11 @@ class StoredAttention:
             memory = self.buffer.take(b * self.fusion.layers * heads * n * n, queries)
             self.maps = memory.view(b, self.fusion.layers, heads, n, n)
         queries, attended = queries * attention.scale, torch.empty_like(values, memory_format=torch.contiguous_format)
-        for image in range(b):
+        if queries.is_cuda:  # every kernel takes all images and heads
+            maps = _attention_maps(queries, keys, bias)
+            self.maps[:, layer] = maps
+            attended = maps @ values
+        for image in range(0 if queries.is_cuda else b):
             for head_slice in _cache_slices(heads, n, queries):
                 maps = self.maps[image, layer, head_slice]
                 torch.bmm(queries[image, head_slice], keys[image, head_slice].transpose(1, 2), out=maps)
@@ -256,9 +267,9 @@ class RecomputedAttention:
         """f32[b,rows,p]: these rows of the fused map, patches' columns."""
         total: Tensor | None = None
         for layer, (queries, keys) in enumerate(self.queries_and_keys):
-            for head in range(queries.shape[1]):
-                maps = _attention_maps(queries[:, head, rows], keys[:, head], self.bias)[..., -self.patches :]
-                weighted = maps.float() * self.map_weights[:, layer, head, None, None]
+            for heads in _head_slices(queries.shape[1], queries):
+                maps = _attention_maps(queries[:, heads, rows], keys[:, heads], self.bias)[..., -self.patches :]
+                weighted = (maps.float() * self.map_weights[:, layer, heads, None, None]).sum(dim=1)
                 total = weighted if total is None else total.add_(weighted)
         assert total is not None  # every ViT has a layer
         return total
@@ -268,7 +279,8 @@ def recorder_for(
     fusion: AttentionFusion, classes: int, tokens: int, patches: int, buffer: MapBuffer
 ) -> StoredAttention | RecomputedAttention:
     """For the score maps of images of `tokens` tokens, of which the last `patches` are patches."""
-    if bytes_of_maps(fusion, tokens) <= STORED_BYTES:
+    on_gpu = next(fusion.parameters()).is_cuda
+    if bytes_of_maps(fusion, tokens) <= (GPU_STORED_BYTES if on_gpu else STORED_BYTES):
         return StoredAttention(fusion, classes, patches, buffer)
     return RecomputedAttention(fusion, classes, patches)
 
