@@ -12,10 +12,11 @@ from pipeline.core.labels import BACKGROUND, IGNORE
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits f32[b,c+1,h,w], mask values [b,h,w] → mean over the pixels that are not ignored; 0 where all are.
 
-    Summed apart: CUDA's kernel that sums by itself (nll_loss2d) adds in no fixed order.
+    CUDA's kernel that sums by itself (nll_loss2d) adds in no fixed order: there, pixels are summed apart.
     """
     counted = (labels != IGNORE).sum().clamp(min=1)
-    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none").sum() / counted
+    reduction = "none" if logits.is_cuda else "sum"
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction=reduction).sum() / counted
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
