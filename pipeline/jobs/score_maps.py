@@ -26,7 +26,7 @@ from pipeline.training import checkpoint
 from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
 
-WRITER_QUEUE = 2  # images that wait to be written
+WRITER_QUEUE = 2  # batches that wait to be written: with less than one, the network would wait for the last one's writing
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,19 @@ def extract_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
             params_digest=job.params_digest, compression=job.settings.compression,
         )  # fmt: skip
 
-    overlap.behind(_items(records, method, job), write, WRITER_QUEUE if job.loaders else 0)
+    queue = WRITER_QUEUE * images_per_batch(job.settings)
+    overlap.behind(_items(records, method, job), write, queue if job.loaders else 0)
     return len(records)
+
+
+def images_per_batch(settings: Extract) -> int:
+    """At most; each has a view, or two with its mirror image, at every scale."""
+    return max(1, settings.views_per_batch // (2 if settings.flip else 1))
 
 
 def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Generator[store.Item, None, None]:
     """Score maps in id order. Batches hold equally sized images of this part, so they do not depend on the processes."""
-    views_per_scale = 2 if job.settings.flip else 1
-    batch_size = max(1, job.settings.views_per_batch // views_per_scale)
+    batch_size = images_per_batch(job.settings)
     batch_of = {record.id: batch for batch in alike(records, batch_size) for record in batch}
     due = (member for record in records if record is batch_of[record.id][0] for member in batch_of[record.id])
     ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
