@@ -105,22 +105,22 @@ def losses(trainable: Any, given: Batch, clock: Clock, precision: str, device: s
 def assert_steps_run(trainable: Any, given: Batch, precision: str, waits: int) -> None:
     """Forward and backward passes of every phase. In fp32 the losses are those of the CPU. waits: the most in one forward
     pass."""
-    trainable.train()
-    waited = []
+    clocks = [Clock(number, at, STEPS) for number in range(len(trainable.phases())) for at in (0, STEPS - 1)]
+    pretended = copy.deepcopy(trainable.train())
+    expected = [losses(trainable, given, clock, "fp32", "cpu") for clock in clocks] if precision == "fp32" else []
+    waited, made = [], []
     with pretended_cuda() as counts:
-        pretended = copy.deepcopy(trainable).to("cuda")
-        given_on_cuda = on_cuda(given)
-        for clock in (Clock(number, at, STEPS) for number in range(len(trainable.phases())) for at in (0, STEPS - 1)):
+        pretended, given = pretended.to("cuda"), on_cuda(given)
+        for clock in clocks:
             before = counts.totals()
-            values = losses(pretended, given_on_cuda, clock, precision, "cuda")
+            values = losses(pretended, given, clock, precision, "cuda")
             waited.append(counts.since(before)["waits"])
             assert_gradients_on_cuda(pretended, clock, values)
-            expected = losses(trainable, given, clock, precision, "cpu") if precision == "fp32" else {}
-            for name, value in values.items():
-                assert torch.isfinite(value)
-                if expected:
-                    torch.testing.assert_close(value.detach().cpu(), expected[name].detach(), rtol=1e-5, atol=1e-6)
+            made.append({name: value.detach().cpu() for name, value in values.items()})
     assert max(waited) == waits, (waited, counts.waits)
+    assert all(torch.isfinite(value) for values in made for value in values.values())
+    if expected:
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
 def assert_gradients_on_cuda(trainable: Any, clock: Clock, values: dict[str, torch.Tensor]) -> None:
