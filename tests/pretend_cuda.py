@@ -327,6 +327,7 @@ def pretended_cuda() -> Iterator[Counts]:
     availability.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     F.scaled_dot_product_attention, torch._VF.lstm = _attention, _recurrent
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes parameters of another class
     try:
         with _Functions(), _Dispatch(), torch.autograd.set_multithreading_enabled(False):
@@ -335,3 +336,5 @@ def pretended_cuda() -> Iterator[Counts]:
         torch.cuda._lazy_init, availability.amp_definitely_not_available, torch.cuda.is_bf16_supported = saved
         F.scaled_dot_product_attention, torch._VF.lstm = _sdpa, _lstm
         torch.__future__.set_overwrite_module_params_on_conversion(False)
+        torch.use_deterministic_algorithms(deterministic[0])  # as a training on CUDA sets them
+        torch.backends.cudnn.deterministic = deterministic[1]
