@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -117,9 +116,26 @@ def caller() -> str:
     return "elsewhere"
 
 
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree of lists, tuples and dicts with function(leaf) in place of each leaf; quicker than torch.utils._pytree."""
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([mapped(function, part) for part in tree])
+    if isinstance(tree, dict):
+        return {key: mapped(function, part) for key, part in tree.items()}
+    return function(tree)
+
+
+def leaves_of(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, (list, tuple, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves_of(part)
+    else:
+        yield tree
+
+
 def dispatch(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One ATen operator on operands of both devices → its result, on the device that CUDA would have it on."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     plain = [tensor for tensor in tensors if not isinstance(tensor, Pretend)]
     on_device = _is_on_device(operator, args, kwargs, bool(pretended))
@@ -198,8 +214,8 @@ def _compute(operator: Any, args: Any, kwargs: dict[str, Any], pretended: list[P
         with torch.inference_mode(leaf.is_inference()):  # a view of a normal tensor is normal in inference mode, too
             return Pretend(leaf)
 
-    args, kwargs = pytree.tree_map(unwrapped, (args, kwargs))
-    return pytree.tree_map(wrapped, operator(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"}))
+    args, kwargs = mapped(unwrapped, (args, kwargs))
+    return mapped(wrapped, operator(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"}))
 
 
 class _Dispatch(TorchDispatchMode):
@@ -245,7 +261,7 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
         eligible = isinstance(value, Pretend) and value.is_floating_point() and value.dtype not in (dtype, torch.float64)
         return value.to(dtype) if eligible else value
 
-    return pytree.tree_map(leaf, tree)
+    return mapped(leaf, tree)
 
 
 def autocast_operands(*tensors: Tensor) -> list[Tensor]:
@@ -311,6 +327,7 @@ def pretended_cuda() -> Iterator[Counts]:
     availability.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     F.scaled_dot_product_attention, torch._VF.lstm = _attention, _recurrent
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes parameters of another class
     try:
         with _Functions(), _Dispatch(), torch.autograd.set_multithreading_enabled(False):
@@ -319,3 +336,5 @@ def pretended_cuda() -> Iterator[Counts]:
         torch.cuda._lazy_init, availability.amp_definitely_not_available, torch.cuda.is_bf16_supported = saved
         F.scaled_dot_product_attention, torch._VF.lstm = _sdpa, _lstm
         torch.__future__.set_overwrite_module_params_on_conversion(False)
+        torch.use_deterministic_algorithms(deterministic[0])  # as a training on CUDA sets them
+        torch.backends.cudnn.deterministic = deterministic[1]

@@ -15,6 +15,7 @@ import torch
 from pipeline.core import config, plugins
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
+from pipeline.training import deterministic
 from pipeline.training.checkpoint import read_tensors
 from pipeline.training.loop import Job, train
 from pipeline.training.precision import autocast
@@ -105,22 +106,22 @@ def losses(trainable: Any, given: Batch, clock: Clock, precision: str, device: s
 def assert_steps_run(trainable: Any, given: Batch, precision: str, waits: int) -> None:
     """Forward and backward passes of every phase. In fp32 the losses are those of the CPU. waits: the most in one forward
     pass."""
-    trainable.train()
-    waited = []
+    clocks = [Clock(number, at, STEPS) for number in range(len(trainable.phases())) for at in (0, STEPS - 1)]
+    pretended = copy.deepcopy(trainable.train())
+    expected = [losses(trainable, given, clock, "fp32", "cpu") for clock in clocks] if precision == "fp32" else []
+    waited, made = [], []
     with pretended_cuda() as counts:
-        pretended = copy.deepcopy(trainable).to("cuda")
-        given_on_cuda = on_cuda(given)
-        for clock in (Clock(number, at, STEPS) for number in range(len(trainable.phases())) for at in (0, STEPS - 1)):
+        pretended, given = pretended.to("cuda"), on_cuda(given)
+        for clock in clocks:
             before = counts.totals()
-            values = losses(pretended, given_on_cuda, clock, precision, "cuda")
+            values = losses(pretended, given, clock, precision, "cuda")
             waited.append(counts.since(before)["waits"])
             assert_gradients_on_cuda(pretended, clock, values)
-            expected = losses(trainable, given, clock, precision, "cpu") if precision == "fp32" else {}
-            for name, value in values.items():
-                assert torch.isfinite(value)
-                if expected:
-                    torch.testing.assert_close(value.detach().cpu(), expected[name].detach(), rtol=1e-5, atol=1e-6)
+            made.append({name: value.detach().cpu() for name, value in values.items()})
     assert max(waited) == waits, (waited, counts.waits)
+    assert all(torch.isfinite(value) for values in made for value in values.values())
+    if expected:
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
 def assert_gradients_on_cuda(trainable: Any, clock: Clock, values: dict[str, torch.Tensor]) -> None:
@@ -192,6 +193,14 @@ def trained(folder: Path, job: Job) -> dict[str, torch.Tensor]:
     return read_tensors(folder / "trained.safetensors")
 
 
+def job_of(build: partial[Any], folder: Path) -> Job:
+    """Two steps per phase on 8 toy images, with masks for a segmenter."""
+    job = job_in(folder, toy_folder(folder / "raw", train=8, val=0), build=build)
+    augment = dataclasses.replace(job.images.augment, size=64)
+    masks = Masks() if build.func is segmenter else None
+    return dataclasses.replace(job, images=dataclasses.replace(job.images, augment=augment, masks=masks))
+
+
 TRAINED = [
     partial(method, TWO, "cam", "vit", "scenes_vit", {}),
     partial(method, TWO, "weaktr", "vit", "scenes_vit", {}),
@@ -202,13 +211,11 @@ TRAINED = [
 
 
 @pytest.mark.parametrize("build", TRAINED, ids=["cam", "weaktr", "afa", "segmenter vit", "SGD"])
-def test_a_training_ends_with_the_weights_of_the_cpu(build: partial[Any], tmp_path: Path) -> None:
-    root = toy_folder(tmp_path / "raw", train=8, val=0)
-    job = job_in(tmp_path, root, build=build)
-    has_masks = build.func is segmenter
-    augment = dataclasses.replace(job.images.augment, size=64)
-    images = dataclasses.replace(job.images, augment=augment, masks=Masks() if has_masks else None)
-    job = dataclasses.replace(job, images=images)
+def test_a_training_ends_with_the_weights_of_the_cpu(
+    build: partial[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deterministic, "use", lambda device: None)  # with it, PyTorch interpolates by other operators
+    job = job_of(build, tmp_path)
     on_cpu = trained(tmp_path / "cpu", job)
     with pretended_cuda() as counts:
         on_cuda = trained(tmp_path / "cuda", dataclasses.replace(job, device="cuda"))
@@ -220,6 +227,17 @@ def test_a_training_ends_with_the_weights_of_the_cpu(build: partial[Any], tmp_pa
         # a gradient of 0 but for rounding, like that of keys' biases, is scaled up by AdamW, where a wrong one moves weights
         # by about the learning rate, 1e-3
         torch.testing.assert_close(value, on_cpu[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_only_a_training_on_cuda_asks_for_deterministic_kernels(tmp_path: Path) -> None:
+    job = job_of(partial(segmenter, TWO, "vit", {"balance": "pixels"}), tmp_path)
+    trained(tmp_path / "cpu", job)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pretended_cuda():
+        weights = trained(tmp_path / "cuda", dataclasses.replace(job, device="cuda", precision="bf16"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+    assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def test_an_operand_that_lies_on_the_cpu_is_an_error() -> None:

@@ -14,5 +14,6 @@ def one_thread() -> None:
     """
     # for a torch that is imported later, and for child processes
     os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: products are summed in one order
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

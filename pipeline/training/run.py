@@ -9,7 +9,7 @@ import torch
 
 from pipeline.core.contracts import Clock, Phase
 from pipeline.core.processes import Interrupted, StopRequest
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, deterministic
 from pipeline.training.best_weights import BestWeights
 from pipeline.training.epochs import ends_epoch, step_count, steps_before
 from pipeline.training.exchange import Exchange
@@ -38,6 +38,7 @@ class Run:
     """
 
     def __init__(self, job: Job, trainable: Any, exchange: Exchange, stop: StopRequest) -> None:
+        deterministic.use(job.device)
         trainable.to(job.device).train()
         self.job = job
         self.rank = Rank(trainable, job.device, job.precision, job.seed, exchange, stop)
