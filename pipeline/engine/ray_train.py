@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.core.processes import Interrupted, StopRequest, stop_on_signal
 from pipeline.engine.ray_cluster import connect
+from pipeline.engine.threads import one_thread
 
 Run = Callable[[Any, str, StopRequest], Iterator[str]]  # (job, torch device of the rank, stop) → notes
 
@@ -98,6 +99,7 @@ def _work(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     os.chdir(config["folder"])
+    one_thread()
     board, first, stop = config["board"], get_context().get_world_rank() == 0, StopRequest()
     notes: list[str] = []
     posted = time.monotonic()
