@@ -23,6 +23,7 @@ from pipeline import runtime
 from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ChangedImageError
+from pipeline.engine import ray_node
 
 
 def killed_once(item: int, marker: Path) -> int:
@@ -86,6 +87,12 @@ def in_a_folder_that_nodes_do_not_see(folder: Path) -> list[int]:
         return mapped(failing, 2)
 
 
+def with_other_code() -> list[int]:
+    """The stage's: that of a node cannot be changed for a case."""
+    with mock.patch.object(ray_node, "code", lambda: {"pipeline": "another"}):
+        return mapped(failing, 2)
+
+
 def with_a_node_lost(folder: Path, process: int) -> list[int]:
     folder.mkdir()
     os.chdir(folder)
@@ -109,6 +116,7 @@ def cases(folder: Path, process: int) -> dict[str, Callable[[], Any]]:
         "every worker killed": partial(mapped, killed, 1),
         "an error": partial(mapped, failing, 8),
         "a folder that nodes do not see": partial(in_a_folder_that_nodes_do_not_see, folder),
+        "other code": with_other_code,
         "a node lost": partial(with_a_node_lost, folder / "parts", process),
     }
 

@@ -90,6 +90,11 @@ def test_a_node_that_does_not_see_the_project_folder_is_named(on_ray: dict[str, 
     assert message.startswith("ValueError: node ") and "does not see the project folder" in message
 
 
+def test_a_node_with_another_version_of_the_code_is_named(on_ray: dict[str, Any]) -> None:
+    message = on_ray["other code"]
+    assert message.startswith("ValueError: node ") and "has another version of tag2mask" in message
+
+
 def test_parts_of_a_node_that_is_lost_are_computed_elsewhere(
     on_ray: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

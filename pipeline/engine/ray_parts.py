@@ -5,14 +5,12 @@ Nothing large goes through Ray's object store: a task reads its inputs from the 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.engine.ray_cluster import connect, places
-from pipeline.engine.threads import one_thread
+from pipeline.engine.ray_node import Origin, arrive, origin
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -65,31 +63,25 @@ def _workers(device: str) -> int:
 def _submitter(ray: Any, function: Callable[[In], Out], device: str, workers: int) -> Callable[[In, int], Any]:
     """(part, number of a place) → reference of its result. A GPU is a place, with an actor, so that the model that it loaded
     stays there; Ray itself chooses the core."""
-    shared, folder = ray.put(function), str(Path.cwd())  # the function holds the job, which is the same for all parts
+    shared, at = ray.put(function), ray.put(origin())  # the function holds the job, which is the same for all parts
     if device == "cpu":
         task = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_compute)
-        return lambda part, place: task.remote(shared, part, folder)
+        return lambda part, place: task.remote(shared, part, at)
     make = ray.remote(num_cpus=1, num_gpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(_GpuWorker)
     actors = [make.remote() for _ in range(workers)]
-    return lambda part, place: actors[place].compute.remote(shared, part, folder)
+    return lambda part, place: actors[place].compute.remote(shared, part, at)
 
 
 class _GpuWorker:
     """An actor: Ray lets it see its GPU alone."""
 
-    def compute(self, function: Callable[[In], Out], part: In, folder: str) -> Out:
-        return _compute(function, part, folder)
+    def compute(self, function: Callable[[In], Out], part: In, origin: Origin) -> Out:
+        return _compute(function, part, origin)
 
 
-def _compute(function: Callable[[In], Out], part: In, folder: str) -> Out:
-    """In a worker, in the project folder as the stage itself."""
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise ValueError(
-            f"node {os.uname().nodename} of the Ray cluster does not see the project folder {folder}; all must share it"
-        ) from error
-    one_thread()
+def _compute(function: Callable[[In], Out], part: In, origin: Origin) -> Out:
+    """In a worker."""
+    arrive(origin)
     return function(part)
 
 
