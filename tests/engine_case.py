@@ -1,7 +1,7 @@
 """Work on parts for tests of the engines, and what comes of it on a Ray cluster.
 
-python -m tests.engine_case <folder> <process>    name → result or error of every case, as JSON, on the cluster that
-                                                  RAY_ADDRESS names; `process` is that of a node that gets lost
+python -m tests.engine_case <folder> <process>    name → result or error of every case, into RESULTS of the folder, on the
+                                                  cluster that RAY_ADDRESS names; `process` is a node's, which gets lost
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pipeline.core import store
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ChangedImageError
 from pipeline.engine import ray_node
+
+RESULTS = "results.json"
 
 
 def killed_once(item: int, marker: Path) -> int:
@@ -128,7 +130,7 @@ def main(folder: Path, process: int) -> None:
             results[name] = case()
         except Exception as error:
             results[name] = f"{type(error).__name__}: {error}"
-    sys.stdout.write("\n" + json.dumps(results) + "\n")
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import runtime
 from pipeline.engine import local, ray_cluster
-from tests.engine_case import killed, killed_once, written
+from tests.engine_case import RESULTS, killed, killed_once, written
 from tests.ray_case import cluster, ended, session
 from tests.toys import PROJECT
 
@@ -34,7 +34,7 @@ def on_ray(folder: Path) -> dict[str, Any]:
         with session(command, folder, **nodes.variables()) as driver:
             code, output = ended(driver)
     assert code == 0, output
-    return json.loads(output.splitlines()[-1])
+    return json.loads((folder / RESULTS).read_text("utf-8"))
 
 
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
