@@ -5,7 +5,6 @@ Ray's own start is not counted: its cluster runs before, and what a stage takes 
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def main(project: Path, run: str, workers: int) -> None:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 copied(project, folder)
-                environment = {**os.environ, **runtime.stage_command("prepare", folder, folder / "timeline")[1], **variables}
+                environment = {**runtime.stage_command("prepare", folder, folder / "timeline")[1], **variables}
                 environment.pop("DVC_STAGE")
                 start = seconds([sys.executable, "-c", CONNECT.format(workers=workers)], folder, environment)
                 taken[engine].append(start)

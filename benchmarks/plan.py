@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,7 @@ def project(folder: Path, run: str, images: int) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     val = images // 5
     draw = ["pipeline.datasets.scenes.dataset", "data/raw/scenes", f"--train={images - val}", f"--val={val}"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    environment = {**runtime.with_own_commands(), "PYTHONPATH": str(PROJECT)}
     subprocess.run([sys.executable, "-m", *draw], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=environment)
     seconds("prepare", folder)
 

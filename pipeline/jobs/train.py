@@ -65,10 +65,8 @@ def job(
     plugins.load("nn", family)
     read = records_file.read(records)
     pseudo = None if masks is None else store.Store(masks, store.PSEUDO_MASKS)
-    if pseudo is None:
-        chosen = [record for record in read.split("train") if record.tags is not None]
-    else:
-        chosen = [record for record in read.split("train") if record.id in pseudo]
+    train_images = read.split("train")
+    chosen = train_images.tagged() if pseudo is None else train_images.among(pseudo.ids)
     if not chosen:
         raise ValueError(f"{records}: split train has no image with {'tags' if pseudo is None else 'a pseudo-mask'}")
     section = json.dumps(dataclasses.asdict(training), sort_keys=True)
