@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,11 @@ STAGES = {
     "--gallery gallery.h5 --thresholds a.csv "
     "--per-class b.csv --confusion c.csv",
 }
+# a process counts what the one was that forked it, so a small one starts the stage
+CHILD = (
+    "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
+)
 
 
 def draw(root: Path, count: int) -> None:
@@ -83,13 +87,11 @@ def peaks(count: int) -> dict[str, float]:
         for stage, words in STAGES.items():
             command = [sys.executable, "-m", f"stages.{stage}", *words.format(weights=PROJECT / "data" / "weights").split()]
             variables = "PYTHONPATH=" + str(PROJECT), "TAG2MASK_LAUNCHER=inline", "TAG2MASK_RANKS=1", "TAG2MASK_DEVICE=cpu"
-            process = subprocess.Popen(["env", *variables, *command], cwd=folder, stderr=subprocess.PIPE)
-            assert process.stderr is not None
-            told = process.stderr.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise click.ClickException(f"{stage} failed on {count} images:\n{told.decode()[-2000:]}")
-            found[stage] = usage.ru_maxrss / 1024
+            small = [sys.executable, "-S", "-c", CHILD, "env", *variables, *command]
+            process = subprocess.run(small, cwd=folder, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise click.ClickException(f"{stage} failed on {count} images:\n{process.stderr[-2000:]}")
+            found[stage] = int(process.stdout.splitlines()[-1]) / 1024
     return found
 
 

@@ -128,6 +128,10 @@ def to_fiftyone(
         raise ValueError(f"FiftyOne cannot reach its database: {error}") from error
     if exists and not overwrite:
         raise ValueError(f"FiftyOne has a data set {name!r} already; overwrite it, or choose another name")
+    if any(record.length is not None for record in listed):
+        raise ValueError(
+            "the images lie in tar shards, and FiftyOne shows files: unpack the shards, and use data set `folder`"
+        )
     dataset = fo.Dataset(name, overwrite=overwrite, persistent=persistent)
     dataset.default_classes = list(listed.labels.names)
     dataset.default_mask_targets = {**dict(enumerate(listed.labels.names, 1)), IGNORE: "ignore"}

@@ -330,10 +330,12 @@ class AffinityRefiner(RefinerModule, Protocol):
 class Listing:
     """An image as a data set lists it, before prepare opens any file.
 
-    path   of the image file, relative to dataset.root
-    split  "train" or "val"
-    tags   class names, or None where the image was never tagged
-    mask   whether Dataset.truth has a mask of it
+    path    of the image file, relative to dataset.root; of one in a tar shard `<shard>.tar/<name in it>`
+    split   "train" or "val"
+    tags    class names, or None where the image was never tagged
+    mask    whether Dataset.truth has a mask of it
+    offset  bytes before the image file in its shard
+    length  of the image file there, in bytes; None: it lies in no shard
     """
 
     id: str
@@ -341,6 +343,8 @@ class Listing:
     split: str
     tags: tuple[str, ...] | None
     mask: bool
+    offset: int = 0
+    length: int | None = None
 
 
 class Dataset(Protocol):

@@ -17,13 +17,13 @@ SPLITS = ("train", "val")
 class ImageRecord:
     """A usable image.
 
-    path    of the image file, POSIX, relative to dataset.root
+    path    of the image file, POSIX, relative to dataset.root; of one in a tar shard `<shard>.tar/<name in it>`
     size    (H, W) px of the upright image
     split   of SPLITS
     tags    class indices from 0, ascending; (): no class is present; None: untagged
     sha256  of the image file, 32 bytes
-    offset  bytes before the image file where it lies inside of the file `path`, a tar shard
-    length  of the image file in bytes there; None: `path` is the image file itself
+    offset  bytes before the image file in its shard
+    length  of the image file there, in bytes; None: it lies in no shard
     """
 
     id: str

@@ -11,8 +11,8 @@ import heapq
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -97,30 +97,56 @@ def decode(data: bytes) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """u8[h,w] stored values of a palette, 8-bit greyscale or 1-bit image. ValueError for any other mode."""
-    with Image.open(path) as image:
+    return mask_of(path.read_bytes(), path.name)
+
+
+def mask_of(data: bytes, name: str) -> np.ndarray:
+    """Bytes of a mask file → its values, as read_mask. name: for errors."""
+    with Image.open(io.BytesIO(data)) as image:
         if image.mode not in ("P", "L", "1"):
-            raise ValueError(f"mask {path.name} is a {image.mode} image; it must be palette or 8-bit greyscale")
+            raise ValueError(f"mask {name} is a {image.mode} image; it must be palette or 8-bit greyscale")
         return np.asarray(image).astype(np.uint8)  # a 1-bit image reads as 0 and 1, which are background and the first class
+
+
+class ImageFile(Protocol):
+    """An ImageRecord or a Listing: path relative to dataset.root; offset and length of an image in a shard."""
+
+    @property
+    def path(self) -> str | Path: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int | None: ...
 
 
 class ChangedImageError(ValueError):
     """An image file is no longer what prepare has read."""
 
 
-def read_bytes(record: ImageRecord, root: Path) -> bytes:
-    """The image file, of its own or in a shard: one read. OSError where it is not there; root: dataset.root."""
-    if record.length is None:
-        return (root / record.path).read_bytes()
-    with (root / record.path).open("rb", buffering=0) as shard:
-        shard.seek(record.offset)
-        return shard.read(record.length)
+def shard_of(path: PurePosixPath) -> PurePosixPath:
+    """`a/train-0.tar/x.jpg` → `a/train-0.tar`, the file that holds the image."""
+    return next(folder for folder in reversed([path, *path.parents]) if folder.suffix == ".tar")
+
+
+def read_bytes(path: Path, offset: int, length: int) -> bytes:
+    """A piece of a file, by one read."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def read_file(file: ImageFile, root: Path) -> bytes:
+    """An image file, of its own or in a shard. OSError where it cannot be read; root: dataset.root."""
+    if file.length is None:
+        return (root / file.path).read_bytes()
+    return read_bytes(root / shard_of(PurePosixPath(file.path)), file.offset, file.length)
 
 
 def read_image(record: ImageRecord, root: Path) -> np.ndarray:
     """u8[h,w,3] RGB, upright. ChangedImageError if the file has changed or gone since prepare; root: dataset.root."""
     path = root / record.path
     try:
-        data = read_bytes(record, root)
+        data = read_file(record, root)
     except FileNotFoundError as error:
         raise ChangedImageError(f"{path} is gone since prepare read it; put it back, or run `dvc repro`") from error
     if hashlib.sha256(data).digest() != record.sha256:

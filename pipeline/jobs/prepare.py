@@ -64,17 +64,17 @@ def run(values: Mapping[str, Any], raw: Path, *, records: Path, truth: Path, eng
     engine.info("%s usable, %d skipped", quantity(len(result), "image"), len(result.skipped))
 
 
-def open_images(paths: Sequence[Path], root: Path) -> list[FileCheck]:
-    """Reads and decodes image files, `paths` relative to root. Runs in worker processes; pixels are not returned."""
-    return [_open_image(path, root) for path in paths]
+def open_images(listings: Sequence[Listing], root: Path) -> list[FileCheck]:
+    """Reads and decodes image files. Runs in worker processes; pixels are not returned."""
+    return [_open_image(listing, root) for listing in listings]
 
 
-def _open_image(path: Path, root: Path) -> FileCheck:
+def _open_image(listing: Listing, root: Path) -> FileCheck:
     try:
-        data = (root / path).read_bytes()
+        data = records.read_file(listing, root)
         pixels = records.decode(data)
     except Exception as error:  # decoders raise many kinds of errors on broken files, which must not end the run
-        return FileCheck((0, 0), b"\0" * 32, 0, f"{path.as_posix()!r} cannot be read: {_error_text(error)}")
+        return FileCheck((0, 0), b"\0" * 32, 0, f"{listing.path.as_posix()!r} cannot be read: {_error_text(error)}")
     h, w = pixels.shape[:2]
     return FileCheck((h, w), hashlib.sha256(data).digest(), fingerprint(pixels), None)
 
@@ -148,8 +148,7 @@ def _check_images(
 
     Workers open the images. Masks are read in this process, since COCO's are in one large file that is best parsed once.
     """
-    paths = [listing.path for listing in listings]
-    tasks = [paths[at : at + IMAGES_PER_TASK] for at in range(0, len(paths), IMAGES_PER_TASK)]
+    tasks = [listings[at : at + IMAGES_PER_TASK] for at in range(0, len(listings), IMAGES_PER_TASK)]
     batches = engine.map_parts(partial(open_images, root=root), tasks, what="prepare", images=len)
     for listing, file in zip(listings, (file for batch in batches for file in batch), strict=True):
         mask, problem = None, file.problem
@@ -159,8 +158,9 @@ def _check_images(
             checked.rejected.append((listing.id, problem))
             continue
         tags = _tag_indices(listing, dataset.labels)
-        path = listing.path.as_posix()
-        checked.usable.append(ImageRecord(listing.id, path, file.size, listing.split, tags, file.sha256))
+        checked.usable.append(ImageRecord(
+            listing.id, listing.path.as_posix(), file.size, listing.split, tags, file.sha256, listing.offset, listing.length
+        ))  # fmt: skip
         checked.fingerprints.add(listing.id, listing.split, file.fingerprint)
         if mask is not None:
             yield listing.id, {"mask": mask}
