@@ -7,8 +7,9 @@ are taken as upright); greyscale, palette, CMYK and 16-bit converted to 8-bit RG
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,39 +18,39 @@ import h5py
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.core.ids import Ids, encode
 from pipeline.core.labels import LabelSpace
+from pipeline.core.record_table import ImageRecord, RecordsById, RecordTable, tags_of
 
 SCHEMA = "records"
 VERSION = 1
-SPLITS = ("train", "val")
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """A usable image.
-
-    path    of the image file, POSIX, relative to dataset.root
-    size    (H, W) px of the upright image
-    split   of SPLITS
-    tags    class indices from 0, ascending; (): no class is present; None: untagged
-    sha256  of the image file, 32 bytes
-    """
-
-    id: str
-    path: str
-    size: tuple[int, int]
-    split: str
-    tags: tuple[int, ...] | None
-    sha256: bytes
+COLUMNS = ("ids", "paths", "size", "split", "tagged")  # of records.h5, in the order in which they are written
+SHARDED = ("offset", "length")
+BLOCK = 1 << 16  # rows that are read at a time where few are wanted
 
 
 @dataclass(frozen=True)
 class Records:
-    """All usable images by id, the label space, and (id, reason) of the images that prepare skipped."""
+    """All usable images by id, the label space, and (id, reason) of the images that prepare skipped.
+
+    images: any records; they become a table.
+    """
 
     labels: LabelSpace
-    images: tuple[ImageRecord, ...]
+    images: Sequence[ImageRecord]
     skipped: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", RecordTable.of(self.images))
+
+    @property
+    def table(self) -> RecordTable:
+        """The images; a worker is sent slices of it."""
+        return RecordTable.of(self.images)
+
+    @property
+    def ids(self) -> Ids:
+        return self.table.ids
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,13 +58,13 @@ class Records:
     def __iter__(self) -> Iterator[ImageRecord]:
         return iter(self.images)
 
-    def split(self, name: str) -> tuple[ImageRecord, ...]:
+    def split(self, name: str) -> RecordTable:
         """Images of split `train` or `val`."""
-        return tuple(record for record in self.images if record.split == name)
+        return self.table.of_split(name)
 
-    def by_id(self) -> dict[str, ImageRecord]:
+    def by_id(self) -> Mapping[str, ImageRecord]:
         """Image records by id, in id order."""
-        return {record.id: record for record in self.images}
+        return RecordsById(self.table)
 
 
 def shuffled(ids: Iterable[str]) -> list[str]:
@@ -73,8 +74,10 @@ def shuffled(ids: Iterable[str]) -> list[str]:
 
 def sample(records: Iterable[ImageRecord], count: int) -> list[ImageRecord]:
     """A pseudo-random sample of at most `count` records, the same for the same ids; in id order."""
-    by_id = {record.id: record for record in records}
-    return [by_id[image_id] for image_id in sorted(shuffled(by_id)[:count])]
+    table = RecordTable.of(records)
+    encoded = table.ids.encoded
+    rows = heapq.nsmallest(count, range(len(table)), key=lambda row: hashlib.sha256(encoded[row]).digest())
+    return [table[row] for row in sorted(rows)]
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -105,11 +108,20 @@ class ChangedImageError(ValueError):
     """An image file is no longer what prepare has read."""
 
 
+def read_bytes(record: ImageRecord, root: Path) -> bytes:
+    """The image file, of its own or in a shard: one read. OSError where it is not there; root: dataset.root."""
+    if record.length is None:
+        return (root / record.path).read_bytes()
+    with (root / record.path).open("rb", buffering=0) as shard:
+        shard.seek(record.offset)
+        return shard.read(record.length)
+
+
 def read_image(record: ImageRecord, root: Path) -> np.ndarray:
     """u8[h,w,3] RGB, upright. ChangedImageError if the file has changed or gone since prepare; root: dataset.root."""
     path = root / record.path
     try:
-        data = path.read_bytes()
+        data = read_bytes(record, root)
     except FileNotFoundError as error:
         raise ChangedImageError(f"{path} is gone since prepare read it; put it back, or run `dvc repro`") from error
     if hashlib.sha256(data).digest() != record.sha256:
@@ -132,28 +144,28 @@ def file_stem(image_id: str) -> str:
 
 
 def write(path: Path, records: Records) -> None:
-    """Records → HDF5 file (docs/data.md). Texts are fixed-width UTF-8: HDF5 does not compress variable-length types."""
-    images = sorted(records.images, key=lambda record: record.id)
-    tags = [record.tags or () for record in images]
+    """Records → HDF5 file (docs/data.md). Texts are fixed-width UTF-8: HDF5 does not compress variable-length types.
+
+    `offset` and `length` are written only where images lie in shards.
+    """
+    table = records.table
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(partial, "w", libver=("v110", "v110")) as file:
         file.attrs.update({"schema": SCHEMA, "version": VERSION})
-        file["class_names"] = _texts(records.labels.names)
-        file["ids"] = _texts([record.id for record in images])
-        file["paths"] = _texts([record.path for record in images])
-        file["size"] = np.array([record.size for record in images], np.uint32).reshape(-1, 2)
-        file["split"] = np.array([SPLITS.index(record.split) for record in images], np.uint8)
-        file["tagged"] = np.array([record.tags is not None for record in images], np.uint8)
-        file["tags"] = np.array([tag for row in tags for tag in row], np.uint16)
-        file["tags_offset"] = np.cumsum([0, *map(len, tags)]).astype(np.uint64)
-        file["sha256"] = np.frombuffer(b"".join(record.sha256 for record in images), np.uint8).reshape(-1, 32)
-        file["skipped_ids"] = _texts([image_id for image_id, _ in records.skipped])
-        file["skipped_reasons"] = _texts([reason for _, reason in records.skipped])
+        file["class_names"] = encode(records.labels.names)
+        for name in COLUMNS:
+            file[name] = table.columns[name]
+        file["tags"], file["tags_offset"] = table.tags, table.tags_offset.astype(np.uint64)
+        file["sha256"] = table.columns["sha256"]
+        for name in (name for name in SHARDED if name in table.columns):
+            file[name] = table.columns[name]
+        file["skipped_ids"] = encode([image_id for image_id, _ in records.skipped])
+        file["skipped_reasons"] = encode([reason for _, reason in records.skipped])
     partial.replace(path)
 
 
-def read(path: Path, only: Container[str] | None = None) -> Records:
+def read(path: Path, only: Collection[str] | None = None) -> Records:
     """HDF5 file → Records. ValueError if it is no records file of this version.
 
     only: None, or the ids of the images that are wanted: memory then grows by a few bytes for each of the others.
@@ -162,28 +174,34 @@ def read(path: Path, only: Container[str] | None = None) -> Records:
     with h5_file as file:
         if file.attrs.get("schema") != SCHEMA or file.attrs.get("version") != VERSION:
             raise ValueError(f"{path} is no {SCHEMA} file of version {VERSION}; run `dvc repro prepare`")
-        rows = [row for row, encoded in enumerate(file["ids"][()]) if only is None or encoded.decode("utf-8") in only]
-        offset, tags = file["tags_offset"][()].astype(int), file["tags"][()]
-        names = ("ids", "paths", "size", "split", "tagged", "sha256")
-        columns = zip(rows, *(file[name][()][rows] for name in names), strict=True)
-        images = tuple(
-            ImageRecord(
-                id=image_id.decode("utf-8"),
-                path=image_path.decode("utf-8"),
-                size=(int(size[0]), int(size[1])),
-                split=SPLITS[split],
-                tags=tuple(int(tag) for tag in tags[offset[row] : offset[row + 1]]) if tagged else None,
-                sha256=sha256.tobytes(),
-            )
-            for row, image_id, image_path, size, split, tagged, sha256 in columns
-        )
+        names = [name for name in (*COLUMNS, "sha256", *SHARDED) if name in file]
+        tags, offset = file["tags"][()], file["tags_offset"][()].astype(np.int64)
+        if only is None:
+            table = RecordTable({name: file[name][()] for name in names}, tags, offset)
+        else:
+            rows = _rows(file["ids"], Ids.of(only))
+            table = RecordTable({name: _at(file[name], rows) for name in names}, *tags_of(rows, tags, offset))
         skipped = tuple(zip(_strings(file["skipped_ids"]), _strings(file["skipped_reasons"]), strict=True))
-        return Records(LabelSpace(tuple(_strings(file["class_names"]))), images, skipped)
+        labels = LabelSpace(tuple(_strings(file["class_names"])))
+    return Records(labels, table, skipped)
 
 
-def _texts(values: Sequence[str]) -> np.ndarray:
-    encoded = [value.encode("utf-8") for value in values]
-    return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
+def _rows(ids: Any, wanted: Ids) -> np.ndarray:
+    """Rows of a data set of ids, ascending, that hold an id that is wanted; a block in memory at a time."""
+    blocks = (np.isin(ids[start : start + BLOCK], wanted.encoded) for start in range(0, len(ids), BLOCK))
+    return np.flatnonzero(np.concatenate([np.zeros(0, bool), *blocks]))
+
+
+def _at(dataset: Any, rows: np.ndarray) -> np.ndarray:
+    """Values of a data set at these rows, ascending numbers; a block in memory at a time."""
+    borders = range(0, len(dataset), BLOCK)
+    cuts = np.searchsorted(rows, [*borders, len(dataset)])
+    blocks = (
+        dataset[start : start + BLOCK][rows[first:last] - start]
+        for start, first, last in zip(borders, cuts, cuts[1:], strict=False)
+        if last > first
+    )
+    return np.concatenate([dataset[:0], *blocks])
 
 
 def _strings(dataset: Any) -> list[str]:

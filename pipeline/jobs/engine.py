@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.core import store
-from pipeline.core.records import ImageRecord
+from pipeline.core.record_table import ImageRecord, RecordTable
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-Part = list[ImageRecord]
+Part = Sequence[ImageRecord]
 
 
 class Engine(Protocol):
@@ -70,9 +70,12 @@ class Engine(Protocol):
 
 
 def parts_of(records: Iterable[ImageRecord], images_per_part: int) -> list[Part]:
-    """Records in the order of their ids, cut as the parts of a store are; no records give one empty part."""
-    by_id = {record.id: record for record in records}
-    return [[by_id[image_id] for image_id in ids] for ids in store.parts_of(by_id, images_per_part)]
+    """Records in the order of their ids, cut as the parts of a store are; no records give one empty part.
+
+    A part is a slice of arrays, so that all parts together cost little.
+    """
+    table = RecordTable.of(records)
+    return [table[start : start + images_per_part] for start in range(0, max(1, len(table)), images_per_part)]
 
 
 def run_parts(

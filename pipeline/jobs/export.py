@@ -47,9 +47,10 @@ def run(
     section = settings.shared(Export, "export")
     formats = exporters(section.formats)
     image_records = records_file.read(records)
-    parts = parts_of(image_records.split("train"), section.images_per_part)
+    train = image_records.split("train")
+    parts = parts_of(train, section.images_per_part)
     refined_store = store.Store(refined, store.REFINED)
-    refined_store.require(record.id for part in parts for record in part)
+    refined_store.require(train.ids)
     corrected_masks = load_corrections(corrections, image_records)
     digest = store.digest(dataclasses.asdict(section))
     input_digests = refined_store.logical_digest, store.file_digest(records), corrected_masks.digest
@@ -57,7 +58,7 @@ def run(
     with store.Workspace(pseudo_masks, key) as work:
         job = Job(section, refined, corrected_masks, image_records.labels, len(parts), digest, work.result)
         run_parts(export_part, parts, job, out=work.result, engine=engine, what=f"export {settings.name}")
-        write_corrected(job, {record.id: record for part in parts for record in part})
+        write_corrected(job, image_records.by_id())
     with store.Workspace(exports, store.digest([key, "formats"])) as work:
         write_formats(pseudo_masks, image_records, formats, work.result)
     if (found := _empty_masks(pseudo_masks, image_records)) is not None:

@@ -21,7 +21,7 @@ def run(settings: Settings, *, records: Path, model: Path, scoremaps: Path, insp
     options = options_of(settings, extraction)
     plugins.load("nn", backbone)  # imported here, so that digest and guard see the family's code
     listed = records_file.read(records)
-    parts = parts_of(listed, extraction.images_per_part)
+    parts = parts_of(listed.table, extraction.images_per_part)
     digest = store.digest(dataclasses.asdict(extraction))
     key = store.digest([digest, engine.code_digest(), store.file_digest(records), store.file_digest(model)])
     device = engine.device()

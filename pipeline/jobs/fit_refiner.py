@@ -52,7 +52,7 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, init: Path, refin
     check(settings, params)
     listed = records_file.read(records)
     scores = store.Store(scoremaps, store.SCORE_MAPS)
-    scores.require(record.id for record in listed)
+    scores.require(listed.ids)
     state = fit(settings, params, scores, listed.split("train"), engine)
     engine.info("threshold %.4f", float(state["threshold"][0]))
     if not is_learned(name):

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.core import store
 from pipeline.core.contracts import Surroundings, WithSurroundings
+from pipeline.core.record_table import RecordTable
 from pipeline.core.records import ImageRecord, Records, read_image, sample
 from pipeline.imaging import planes, sheet, transforms
 from pipeline.jobs import score_maps
@@ -29,7 +30,7 @@ def write(path: Path, records: Records, parts: Sequence[Part], job: score_maps.J
     count = job.settings.inspect
     method = score_maps.load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
     pictures = inspections(
-        chosen(records.images, count), method, len(job.labels), job.root, job.settings.long_side, job.device
+        chosen(records.table, count), method, len(job.labels), job.root, job.settings.long_side, job.device
     )
     if shows_surroundings(method, count):
         summarise = partial(summarise_surroundings, job=job)
@@ -40,9 +41,9 @@ def write(path: Path, records: Records, parts: Sequence[Part], job: score_maps.J
     )
 
 
-def tagged(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+def tagged(records: Sequence[ImageRecord]) -> RecordTable:
     """Those of split train that have a class."""
-    return [record for record in records if record.split == "train" and record.tags]
+    return RecordTable.of(records).of_split("train").with_classes()
 
 
 def chosen(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:

@@ -14,7 +14,7 @@ from pipeline.core import config, plugins
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import LabelSpace
 from pipeline.core.problems import listed, quantity
-from pipeline.core.records import SPLITS
+from pipeline.core.record_table import SPLITS
 from pipeline.core.sections import Dataset
 from pipeline.listing import DatasetError, duplicates, id_problem
 

@@ -27,6 +27,7 @@ from pipeline.core import records as records_file
 from pipeline.core.config import PARAMS_FILE, Count, NonNegative, Positive, Share
 from pipeline.core.contracts import Phase
 from pipeline.core.labels import LabelSpace
+from pipeline.core.record_table import SPLITS
 from pipeline.core.records import Records
 from pipeline.core.sections import Settings
 from pipeline.training.epochs import ends_epoch
@@ -159,7 +160,7 @@ def sample_size(stages: Stages) -> int:
 
 def _sample(listed: Records, most: int) -> Records:
     """At most `most` images of each split."""
-    images = [record for split in records_file.SPLITS for record in records_file.sample(listed.split(split), most)]
+    images = [record for split in SPLITS for record in records_file.sample(listed.split(split), most)]
     return Records(listed.labels, tuple(sorted(images, key=lambda record: record.id)), ())
 
 

@@ -50,7 +50,7 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, re
     parts = parts_of(listed.split("train"), refinement.images_per_part)
     digest = store.digest([name, dataclasses.asdict(refinement)])
     maps = store.Store(scoremaps, store.SCORE_MAPS)
-    maps.require(record.id for record in listed)
+    maps.require(listed.ids)
     files = store.file_digest(records), maps.logical_digest, store.file_digest(refiner)
     with store.Workspace(refined, store.digest([digest, engine.code_digest(), *files])) as work:
         job = Job(

@@ -13,7 +13,9 @@ import torch
 
 from pipeline.core import config, plugins, store
 from pipeline.core import records as records_file
+from pipeline.core.ids import Ids
 from pipeline.core.labels import LabelSpace
+from pipeline.core.record_table import RecordTable
 from pipeline.core.sections import Settings
 from pipeline.jobs.engine import Engine
 from pipeline.jobs.training_run import follow
@@ -65,10 +67,8 @@ def job(
     plugins.load("nn", family)
     read = records_file.read(records)
     pseudo = None if masks is None else store.Store(masks, store.PSEUDO_MASKS)
-    if pseudo is None:
-        chosen = [record for record in read.split("train") if record.tags is not None]
-    else:
-        chosen = [record for record in read.split("train") if record.id in pseudo]
+    train_images = read.split("train")
+    chosen = train_images.tagged() if pseudo is None else train_images.among(pseudo.ids)
     if not chosen:
         raise ValueError(f"{records}: split train has no image with {'tags' if pseudo is None else 'a pseudo-mask'}")
     section = json.dumps(dataclasses.asdict(training), sort_keys=True)
@@ -99,9 +99,8 @@ def job(
 
 def without(made: loop.Job, held_out: Collection[str]) -> loop.Job:
     """The same job on all its images but these ids, in a work space of its own."""
-    out = set(held_out)
-    left = [record for record in made.images.records if record.id not in out]
-    work_key = store.digest([made.work.name, [record.id for record in left]])
+    left = RecordTable.of(made.images.records).without(Ids.of(held_out))
+    work_key = store.digest([made.work.name, list(left.ids)])
     images = dataclasses.replace(made.images, records=left)
     return dataclasses.replace(made, images=images, work=made.work.with_name(work_key[:32]))
 
