@@ -75,7 +75,10 @@ def cores() -> int:
 
 
 def device() -> str:
-    """Torch device name. Imports torch only for `auto` and CUDA. SystemExit where the device is not available."""
+    """Torch device name. Imports torch only for `auto` and CUDA. SystemExit where the device is not available.
+
+    With Ray it is what the cluster's nodes compute on, whether this host has a GPU or not.
+    """
     value = _choice(
         "TAG2MASK_DEVICE",
         "auto",
@@ -84,6 +87,8 @@ def device() -> str:
     )
     if value == "cpu":
         return value
+    if engine() == "ray":
+        return ray_cluster.device(value)
     import torch
 
     if value == "auto":

@@ -1,118 +1,141 @@
-"""Records as arrays: the same images as a list of objects, in a few bytes each."""
+"""Records of images as columns: what a list of records would give, at a fraction of its memory."""
 
 from __future__ import annotations
 
 import pickle
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.core import records, store
+from pipeline.core import records as records_file
 from pipeline.core.ids import Ids
 from pipeline.core.labels import LabelSpace
-from pipeline.core.record_table import ImageRecord, RecordsById, RecordTable
+from pipeline.core.record_table import ImageRecord, Parts, RecordTable
 from pipeline.core.records import Records
-from pipeline.jobs.engine import parts_of
 
-LABELS = LabelSpace(("cat", "dog"))
-MANY = 20_000
-BYTES_PER_IMAGE = 160  # an object of its own takes 700
-
-
-def record(number: int, split: str = "train", tags: tuple[int, ...] | None = (0,)) -> ImageRecord:
-    return ImageRecord(
-        f"{number:07d}", f"images/{number:07d}.jpg", (48, 64 + number), split, tags, bytes([number % 256] * 32)
-    )
-
-
-SOME = [record(3, tags=None), record(1), record(0, tags=()), record(2, "val", (0, 1))]
-SHARDED = ImageRecord("in a shard", "0.tar", (4, 5), "train", (1,), bytes(32), offset=0, length=7)
-
-
-def many(folder: Path) -> Path:
-    splits = ("train", "val")
-    path = folder / "records.h5"
-    images = [record(number, splits[number % 10 == 0], (number % 2,)) for number in range(MANY)]
-    records.write(path, Records(LABELS, images, ()))
-    return path
+NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+IMAGES = st.lists(
+    st.builds(
+        ImageRecord,
+        id=NAMES,
+        path=NAMES,
+        size=st.tuples(st.integers(1, 70_000), st.integers(1, 70_000)),
+        split=st.sampled_from(["train", "val"]),
+        tags=st.none() | st.sets(st.integers(0, 300), max_size=4).map(sorted).map(tuple),
+        sha256=st.binary(min_size=32, max_size=32),
+    ),
+    max_size=12,
+    unique_by=lambda record: record.id,
+)
 
 
-def test_a_table_holds_the_records_in_the_order_of_their_ids() -> None:
-    table = RecordTable.of([*SOME, SHARDED])
-    assert list(table) == [SOME[2], SOME[1], SOME[3], SOME[0], SHARDED]
-    assert table[-1] == SHARDED and table[-1].offset == 0 and table[0].length is None
+def by_id(images: list[ImageRecord]) -> list[ImageRecord]:
+    return sorted(images, key=lambda record: record.id)
 
 
-def test_what_is_chosen_of_a_table_keeps_its_own_tags() -> None:
-    table = RecordTable.of(SOME)
-    assert list(table.of_split("val")) == [SOME[3]]
-    assert list(table.tagged()) == [SOME[2], SOME[1], SOME[3]]
-    assert list(table.with_classes()) == [SOME[1], SOME[3]]
-    assert list(table.among(Ids.of(["0000003", "0000002", "unknown"]))) == [SOME[3], SOME[0]]
-    assert list(table.without(Ids.of(["0000003", "0000002"]))) == [SOME[2], SOME[1]]
-    assert list(table[2:].of_split("val")) == [SOME[3]] and list(table[::-2]) == [SOME[0], SOME[1]]
-    assert list(table[::-1]) == [SOME[0], SOME[3], SOME[1], SOME[2]]
+@given(IMAGES)
+def test_a_table_gives_back_the_records_in_the_order_of_their_ids(images: list[ImageRecord]) -> None:
+    table = RecordTable.of(images)
+    assert list(table) == by_id(images) and list(table.ids) == [record.id for record in by_id(images)]
+    assert list(pickle.loads(pickle.dumps(table))) == list(table)
 
 
-@pytest.mark.parametrize("cut", [slice(0, 2), slice(2, 9), slice(1, 1), slice(3, 1)])
-def test_a_slice_is_the_slice_of_the_list_after_its_way_to_a_worker_too(cut: slice) -> None:
-    table = RecordTable.of(SOME)
-    assert list(table[cut]) == list(table)[cut] == list(pickle.loads(pickle.dumps(table[cut])))
+@given(IMAGES, st.integers(0, 12), st.integers(0, 12))
+def test_a_slice_is_what_a_list_gives(images: list[ImageRecord], start: int, stop: int) -> None:
+    table, whole = RecordTable.of(images), by_id(images)
+    for step in (1, 2, -1):
+        assert list(table[start:stop:step]) == whole[start:stop:step]
+        assert list(pickle.loads(pickle.dumps(table[start:stop:step]))) == whole[start:stop:step]
+    assert list(table[start:][:stop]) == whole[start:][:stop]
 
 
-def test_a_worker_gets_the_rows_of_its_part_alone() -> None:
-    table = RecordTable.of([record(number, tags=(0, 1)) for number in range(1000)])
-    assert len(pickle.dumps(parts_of(table, 10)[50])) < len(pickle.dumps(table)) / 40
+@given(IMAGES)
+def test_images_are_chosen_by_split_tags_and_ids(images: list[ImageRecord]) -> None:
+    table, whole = RecordTable.of(images), by_id(images)
+    assert list(table.of_split("val")) == [record for record in whole if record.split == "val"]
+    assert list(table.tagged()) == [record for record in whole if record.tags is not None]
+    assert list(table.with_classes().of_split("train")) == [r for r in whole if r.tags and r.split == "train"]
+    chosen = [record.id for record in whole[::2]]
+    assert [record.id for record in table.among(Ids.of([*chosen, "an id of no image"]))] == chosen
+    assert list(table.without(Ids.of([*chosen, "an id of no image"]))) == whole[1::2]
 
 
-def test_records_are_found_by_id_and_nothing_else_is() -> None:
-    by_id = RecordsById(RecordTable.of(SOME))
-    assert by_id["0000002"] == SOME[3] and list(by_id) == ["0000000", "0000001", "0000002", "0000003"]
-    assert "0000004" not in by_id and None not in by_id
-    with pytest.raises(KeyError, match="0000004"):
-        by_id["0000004"]
+@given(IMAGES, st.integers(1, 5))
+def test_parts_hold_every_image_once_and_no_images_are_one_empty_part(images: list[ImageRecord], size: int) -> None:
+    parts = Parts(RecordTable.of(images), size)
+    assert len(parts) == max(1, -(-len(images) // size))
+    assert [record for part in parts for record in part] == by_id(images)
+    assert all(len(part) == size for part in parts[:-1])
 
 
-@pytest.mark.parametrize("images", [[], SOME, [*SOME, SHARDED], [SHARDED]])
-def test_a_file_gives_back_the_records_and_those_of_some_ids(images: list[ImageRecord], tmp_path: Path) -> None:
-    records.write(tmp_path / "r.h5", Records(LABELS, images, (("x", "broken"),)))
-    read = records.read(tmp_path / "r.h5")
-    assert list(read) == sorted(images, key=lambda record: record.id)
-    assert (read.labels, read.skipped) == (LABELS, (("x", "broken"),))
-    wanted = {"0000001", "0000003", "in a shard", "unknown"}
-    assert list(records.read(tmp_path / "r.h5", wanted)) == [record for record in read if record.id in wanted]
-    assert list(records.read(tmp_path / "r.h5", ())) == []
+@given(IMAGES)
+def test_images_by_id_are_a_mapping_in_id_order(images: list[ImageRecord]) -> None:
+    mapping = Records(LabelSpace(("cat",)), images, ()).by_id()
+    assert dict(mapping) == {record.id: record for record in images}
+    assert list(mapping) == [record.id for record in by_id(images)]
+    assert "an id of no image" not in mapping and mapping.get("an id of no image") is None
+
+
+def test_there_is_no_record_beyond_the_ends() -> None:
+    table = RecordTable.of([ImageRecord("a", "a.png", (1, 1), "train", (), b"\0" * 32)])
+    assert table[-1] == table[0]
+    for index in (1, -2):
+        with pytest.raises(IndexError):
+            table[index]
+    with pytest.raises(KeyError):
+        Records(LabelSpace(("cat",)), table, ()).by_id()["b"]
+
+
+@given(images=IMAGES, offset=st.integers(0, 2**40), length=st.integers(1, 2**40))
+def test_records_of_images_in_shards_come_back_from_their_file(
+    tmp_path_factory: pytest.TempPathFactory, images: list[ImageRecord], offset: int, length: int
+) -> None:
+    path = tmp_path_factory.mktemp("records") / "records.h5"
+    sharded = [replace(record, offset=offset, length=length) for record in images]
+    for listed in (images, sharded):
+        records_file.write(path, Records(LabelSpace(("cat",)), listed, (("broken", "why"),)))
+        read = records_file.read(path)
+        assert list(read) == by_id(listed) and read.skipped == (("broken", "why"),)
 
 
 def test_few_of_many_records_are_read_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = many(tmp_path)
-    monkeypatch.setattr(records, "BLOCK", 999)
-    wanted = {f"{number:07d}" for number in range(0, MANY, 777)}
-    assert list(records.read(path, wanted)) == [record for record in records.read(path) if record.id in wanted]
+    images = [
+        ImageRecord(f"{number:04d}", f"{number}.jpg", (1, number), "train", tuple(range(number % 3)), b"\1" * 32)
+        for number in range(1000)
+    ]
+    records_file.write(tmp_path / "records.h5", Records(LabelSpace(("cat",)), images, ()))
+    monkeypatch.setattr(records_file, "BLOCK", 99)
+    for wanted in ([], images[7:400:37], images):
+        assert list(records_file.read(tmp_path / "records.h5", {"none", *(r.id for r in wanted)})) == wanted
 
 
-def test_records_and_ids_of_a_store_take_a_few_bytes_an_image(tmp_path: Path) -> None:
-    path = many(tmp_path)
-    mask = {"mask": np.zeros((1, 1), np.uint8)}
-    for part, ids in enumerate(parts := store.parts_of((f"{number:07d}" for number in range(MANY)), 5000)):
-        store.write_part(
-            store.part_path(tmp_path, part), store.PSEUDO_MASKS, ((image_id, mask) for image_id in ids), labels=LABELS,
-            part=part, parts=len(parts), params_digest="", compression="none",
-        )  # fmt: skip
+def test_a_record_costs_a_hundred_bytes_however_many_there_are(tmp_path: Path) -> None:
+    """A list of them takes some 700 bytes a record; a million is a benchmark, `python -m benchmarks.many_images`."""
+    count = 20_000
+    table = RecordTable.of(
+        ImageRecord(f"{number:08d}", f"images/{number:08d}.jpg", (480, 640), "train", (number % 20,), b"\1" * 32)
+        for number in range(count)
+    )
+    records_file.write(tmp_path / "records.h5", Records(LabelSpace(("cat",)), table, ()))
     tracemalloc.start()
-    read = records.read(path)
-    masks = store.Store(tmp_path, store.PSEUDO_MASKS)
-    masks.require(read.ids)
-    parts = parts_of(read.table, 64)
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(masks) == sum(map(len, parts)) == MANY
-    assert kept / MANY < BYTES_PER_IMAGE and peak / MANY < 2 * BYTES_PER_IMAGE
+    try:
+        read = records_file.read(tmp_path / "records.h5")
+        parts = Parts(read.table, 16)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(parts) == 1250 and kept < 100 * count and peak < 250 * count
+    assert len(pickle.dumps(parts[-1])) < 16 * 150 + 1500  # a worker is sent its part alone
 
 
-def test_a_sample_does_not_depend_on_the_order_of_the_records() -> None:
-    images = [record(number) for number in range(50)]
-    assert records.sample(images, 7) == records.sample(reversed(images), 7)
-    assert len(records.sample(images, 99)) == 50
+def test_a_worker_gets_the_rows_of_its_part_and_no_more() -> None:
+    columns = RecordTable.of(
+        ImageRecord(f"{number:04d}", "x", (1, 1), "train", tuple(range(number % 3)), b"\1" * 32) for number in range(1000)
+    )
+    assert len(pickle.dumps(columns[500:510])) < len(pickle.dumps(columns)) / 20
+    assert np.array_equal(pickle.loads(pickle.dumps(columns[500:510])).tags_offset[:1], [0])

@@ -88,8 +88,7 @@ class RecordTable(Sequence[ImageRecord]):
                 return self.select(np.arange(start, stop, step))
             columns = {name: values[start:stop] for name, values in self.columns.items()}
             return RecordTable(columns, self.tags, self.tags_offset[start : max(start, stop) + 1])
-        if index < 0:
-            index += len(self)
+        index = range(len(self))[index]  # IndexError where there is none
         column = self.columns
         tags = self.tags[self.tags_offset[index] : self.tags_offset[index + 1]]
         length = int(column["length"][index]) if "length" in column else 0
@@ -105,7 +104,9 @@ class RecordTable(Sequence[ImageRecord]):
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(ImageRecord.__eq__, self, other))
+        return (
+            isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -115,9 +116,8 @@ class RecordTable(Sequence[ImageRecord]):
             if rows.all():
                 return self
             rows = np.flatnonzero(rows)
-        return RecordTable(
-            {name: values[rows] for name, values in self.columns.items()}, *tags_of(rows, self.tags, self.tags_offset)
-        )
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return RecordTable(columns, *tags_of(rows, self.tags, self.tags_offset))
 
     def of_split(self, name: str) -> RecordTable:
         """Images of a split of SPLITS."""
@@ -133,18 +133,25 @@ class RecordTable(Sequence[ImageRecord]):
 
     def among(self, ids: Ids) -> RecordTable:
         """Images with one of these ids."""
-        if self.ids == ids:  # as of a stage that left no image out; sorting a million ids takes seconds
-            return self
-        return self.select(np.isin(self.columns["ids"], ids.encoded))
+        return self.select(is_among(self.columns["ids"], ids))
 
     def without(self, ids: Ids) -> RecordTable:
         """Images with none of these ids."""
-        return self.select(~np.isin(self.columns["ids"], ids.encoded))
+        return self.select(~is_among(self.columns["ids"], ids))
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a slice only its own tags: a worker gets its part."""
         first, last = int(self.tags_offset[0]), int(self.tags_offset[-1])
         return {"columns": self.columns, "tags": self.tags[first:last], "tags_offset": self.tags_offset - first}
+
+
+def is_among(encoded: np.ndarray, ids: Ids) -> np.ndarray:
+    """bool[n]: which of the ids S[n] are among `ids`."""
+    others = ids.encoded
+    if not len(others):
+        return np.zeros(len(encoded), bool)
+    places = np.minimum(np.searchsorted(others, encoded), len(others) - 1)  # np.isin would sort both again
+    return others[places] == encoded
 
 
 def tags_of(rows: np.ndarray, tags: np.ndarray, tags_offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,6 +162,26 @@ def tags_of(rows: np.ndarray, tags: np.ndarray, tags_offset: np.ndarray) -> tupl
     return tags[places], offset
 
 
+class Parts(Sequence[RecordTable]):
+    """A table cut after every `size` images; a part is made as it is asked for. No images are one empty part."""
+
+    def __init__(self, table: RecordTable, size: int) -> None:
+        self._table, self._size = table, size
+
+    def __len__(self) -> int:
+        return max(1, -(-len(self._table) // self._size))
+
+    @overload
+    def __getitem__(self, index: int) -> RecordTable: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RecordTable]: ...
+    def __getitem__(self, index: int | slice) -> RecordTable | list[RecordTable]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # IndexError where there is none
+        return self._table[number * self._size : (number + 1) * self._size]
+
+
 class RecordsById(Mapping[str, ImageRecord]):
     """Id → record, in id order, found by bisection."""
 
@@ -162,13 +189,10 @@ class RecordsById(Mapping[str, ImageRecord]):
         self._table, self._ids = table, table.ids
 
     def __getitem__(self, image_id: str) -> ImageRecord:
-        row = self._ids.find(image_id)
+        row = self._ids.find(image_id) if isinstance(image_id, str) else None
         if row is None:
             raise KeyError(image_id)
         return self._table[row]
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self._ids
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from pipeline.core.ids import Ids, encode
 from pipeline.core.labels import LabelSpace
-from pipeline.core.record_table import ImageRecord, RecordsById, RecordTable, tags_of
+from pipeline.core.record_table import ImageRecord, RecordsById, RecordTable, is_among, tags_of
 
 SCHEMA = "records"
 VERSION = 1
@@ -188,7 +188,7 @@ def read(path: Path, only: Collection[str] | None = None) -> Records:
 
 def _rows(ids: Any, wanted: Ids) -> np.ndarray:
     """Rows of a data set of ids, ascending, that hold an id that is wanted; a block in memory at a time."""
-    blocks = (np.isin(ids[start : start + BLOCK], wanted.encoded) for start in range(0, len(ids), BLOCK))
+    blocks = (is_among(ids[start : start + BLOCK], wanted) for start in range(0, len(ids), BLOCK))
     return np.flatnonzero(np.concatenate([np.zeros(0, bool), *blocks]))
 
 

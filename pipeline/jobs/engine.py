@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 from pipeline.core import store
-from pipeline.core.record_table import ImageRecord, RecordTable
+from pipeline.core.record_table import ImageRecord, Parts, RecordTable
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -69,13 +69,28 @@ class Engine(Protocol):
         ...
 
 
-def parts_of(records: Iterable[ImageRecord], images_per_part: int) -> list[Part]:
-    """Records in the order of their ids, cut as the parts of a store are; no records give one empty part.
+def parts_of(records: Iterable[ImageRecord], images_per_part: int) -> Parts:
+    """Records in the order of their ids, cut as the parts of a store are; no records give one empty part."""
+    return Parts(RecordTable.of(records), images_per_part)
 
-    A part is a slice of arrays, so that all parts together cost little.
-    """
-    table = RecordTable.of(records)
-    return [table[start : start + images_per_part] for start in range(0, max(1, len(table)), images_per_part)]
+
+class Missing(Sequence[tuple[int, Part]]):
+    """(number, part) of some numbers; made as it is asked for, since a million images are thousands of parts."""
+
+    def __init__(self, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+        self._parts, self._numbers = parts, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, Part]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Missing: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, Part] | Missing:
+        if isinstance(index, slice):
+            return Missing(self._parts, self._numbers[index])
+        return self._numbers[index], self._parts[self._numbers[index]]
 
 
 def run_parts(
@@ -91,7 +106,7 @@ def run_parts(
 
     The function writes its part; it and `job`, a frozen dataclass, are picklable. A job that has a `device` computes there.
     """
-    missing = [(number, parts[number]) for number in store.missing_parts(out, parts)]
+    missing = Missing(parts, store.missing_parts(out, parts))
     done = sum(map(len, parts)) - sum(len(part) for _, part in missing)
     results = engine.map_parts(
         partial(function, job=job), missing, what=what, device=getattr(job, "device", "cpu"),

@@ -92,7 +92,7 @@ def _items(records: Sequence[ImageRecord], method: Any, job: Job) -> Generator[s
     """Score maps in id order. Batches hold equally sized images of this part, so they do not depend on the processes."""
     batch_size = images_per_batch(job.settings)
     batch_of = {record.id: batch for batch in alike(records, batch_size) for record in batch}
-    due = (member for record in records if record is batch_of[record.id][0] for member in batch_of[record.id])
+    due = (member for record in records if record == batch_of[record.id][0] for member in batch_of[record.id])
     ready: dict[str, dict[str, np.ndarray]] = {}  # bounded by the part, decoded masks and affinities too
 
     def views(record: ImageRecord) -> list[np.ndarray]:
