@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
 import tracemalloc
 from dataclasses import replace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.core import records as records_file
 from pipeline.core.ids import Ids
@@ -139,3 +142,16 @@ def test_a_worker_gets_the_rows_of_its_part_and_no_more() -> None:
     )
     assert len(pickle.dumps(columns[500:510])) < len(pickle.dumps(columns)) / 20
     assert np.array_equal(pickle.loads(pickle.dumps(columns[500:510])).tags_offset[:1], [0])
+
+
+def test_an_image_inside_of_a_shard_is_read_by_its_place_and_checked(tmp_path: Path) -> None:
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    data, before = buffer.getvalue(), b"a header of the shard"
+    (tmp_path / "0.tar").write_bytes(before + data + b"the next image")
+    record = ImageRecord("a", "0.tar", (4, 5), "train", (), hashlib.sha256(data).digest(), len(before), len(data))
+    assert np.array_equal(records_file.read_image(record, tmp_path), pixels)
+    for moved in (replace(record, offset=0), replace(record, length=len(data) + 99)):  # the shard was written anew
+        with pytest.raises(records_file.ChangedImageError, match="has changed since prepare"):
+            records_file.read_image(moved, tmp_path)
