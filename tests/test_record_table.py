@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
 import tracemalloc
 from dataclasses import replace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.core import records as records_file
 from pipeline.core.ids import Ids
@@ -48,7 +51,7 @@ def test_a_table_gives_back_the_records_in_the_order_of_their_ids(images: list[I
 @given(IMAGES, st.integers(0, 12), st.integers(0, 12))
 def test_a_slice_is_what_a_list_gives(images: list[ImageRecord], start: int, stop: int) -> None:
     table, whole = RecordTable.of(images), by_id(images)
-    for step in (1, 2):
+    for step in (1, 2, -1):
         assert list(table[start:stop:step]) == whole[start:stop:step]
         assert list(pickle.loads(pickle.dumps(table[start:stop:step]))) == whole[start:stop:step]
     assert list(table[start:][:stop]) == whole[start:][:stop]
@@ -62,6 +65,7 @@ def test_images_are_chosen_by_split_tags_and_ids(images: list[ImageRecord]) -> N
     assert list(table.with_classes().of_split("train")) == [r for r in whole if r.tags and r.split == "train"]
     chosen = [record.id for record in whole[::2]]
     assert [record.id for record in table.among(Ids.of([*chosen, "an id of no image"]))] == chosen
+    assert list(table.without(Ids.of([*chosen, "an id of no image"]))) == whole[1::2]
 
 
 @given(IMAGES, st.integers(1, 5))
@@ -102,6 +106,17 @@ def test_records_of_images_in_shards_come_back_from_their_file(
         assert list(read) == by_id(listed) and read.skipped == (("broken", "why"),)
 
 
+def test_few_of_many_records_are_read_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [
+        ImageRecord(f"{number:04d}", f"{number}.jpg", (1, number), "train", tuple(range(number % 3)), b"\1" * 32)
+        for number in range(1000)
+    ]
+    records_file.write(tmp_path / "records.h5", Records(LabelSpace(("cat",)), images, ()))
+    monkeypatch.setattr(records_file, "BLOCK", 99)
+    for wanted in ([], images[7:400:37], images):
+        assert list(records_file.read(tmp_path / "records.h5", {"none", *(r.id for r in wanted)})) == wanted
+
+
 def test_a_record_costs_a_hundred_bytes_however_many_there_are(tmp_path: Path) -> None:
     """A list of them takes some 700 bytes a record; a million is a benchmark, `python -m benchmarks.many_images`."""
     count = 20_000
@@ -127,3 +142,16 @@ def test_a_worker_gets_the_rows_of_its_part_and_no_more() -> None:
     )
     assert len(pickle.dumps(columns[500:510])) < len(pickle.dumps(columns)) / 20
     assert np.array_equal(pickle.loads(pickle.dumps(columns[500:510])).tags_offset[:1], [0])
+
+
+def test_an_image_inside_of_a_shard_is_read_by_its_place_and_checked(tmp_path: Path) -> None:
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    data, before = buffer.getvalue(), b"a header of the shard"
+    (tmp_path / "0.tar").write_bytes(before + data + b"the next image")
+    record = ImageRecord("a", "0.tar", (4, 5), "train", (), hashlib.sha256(data).digest(), len(before), len(data))
+    assert np.array_equal(records_file.read_image(record, tmp_path), pixels)
+    for moved in (replace(record, offset=0), replace(record, length=len(data) + 99)):  # the shard was written anew
+        with pytest.raises(records_file.ChangedImageError, match="has changed since prepare"):
+            records_file.read_image(moved, tmp_path)

@@ -112,13 +112,12 @@ class RecordTable(Sequence[ImageRecord]):
 
     def select(self, rows: np.ndarray) -> RecordTable:
         """A table of these rows, ascending numbers or bool[n]."""
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        if len(rows) == len(self):
-            return self
-        counts = np.diff(self.tags_offset)[rows]
-        offset = np.concatenate([[0], np.cumsum(counts)])
-        places = np.repeat(self.tags_offset[:-1][rows] - offset[:-1], counts) + np.arange(offset[-1])
-        return RecordTable({name: values[rows] for name, values in self.columns.items()}, self.tags[places], offset)
+        if rows.dtype == bool:
+            if rows.all():
+                return self
+            rows = np.flatnonzero(rows)
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return RecordTable(columns, *tags_of(rows, self.tags, self.tags_offset))
 
     def of_split(self, name: str) -> RecordTable:
         """Images of a split of SPLITS."""
@@ -134,16 +133,33 @@ class RecordTable(Sequence[ImageRecord]):
 
     def among(self, ids: Ids) -> RecordTable:
         """Images with one of these ids."""
-        mine, others = self.columns["ids"], ids.encoded
-        if not len(others):
-            return self[:0]
-        places = np.minimum(np.searchsorted(others, mine), len(others) - 1)  # both ascend; np.isin would sort them again
-        return self.select(others[places] == mine)
+        return self.select(is_among(self.columns["ids"], ids))
+
+    def without(self, ids: Ids) -> RecordTable:
+        """Images with none of these ids."""
+        return self.select(~is_among(self.columns["ids"], ids))
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a slice only its own tags: a worker gets its part."""
         first, last = int(self.tags_offset[0]), int(self.tags_offset[-1])
         return {"columns": self.columns, "tags": self.tags[first:last], "tags_offset": self.tags_offset - first}
+
+
+def is_among(encoded: np.ndarray, ids: Ids) -> np.ndarray:
+    """bool[n]: which of the ids S[n] are among `ids`."""
+    others = ids.encoded
+    if not len(others):
+        return np.zeros(len(encoded), bool)
+    places = np.minimum(np.searchsorted(others, encoded), len(others) - 1)  # np.isin would sort both again
+    return others[places] == encoded
+
+
+def tags_of(rows: np.ndarray, tags: np.ndarray, tags_offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """RecordTable's tags and tags_offset for these rows alone, a number each."""
+    counts = np.diff(tags_offset)[rows]
+    offset = np.concatenate([[0], np.cumsum(counts)])
+    places = np.repeat(tags_offset[:-1][rows] - offset[:-1], counts) + np.arange(offset[-1])
+    return tags[places], offset
 
 
 class Parts(Sequence[RecordTable]):

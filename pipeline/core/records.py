@@ -20,12 +20,13 @@ from PIL import Image, ImageOps
 
 from pipeline.core.ids import Ids, encode
 from pipeline.core.labels import LabelSpace
-from pipeline.core.record_table import ImageRecord, RecordsById, RecordTable
+from pipeline.core.record_table import ImageRecord, RecordsById, RecordTable, is_among, tags_of
 
 SCHEMA = "records"
 VERSION = 1
 COLUMNS = ("ids", "paths", "size", "split", "tagged")  # of records.h5, in the order in which they are written
 SHARDED = ("offset", "length")
+BLOCK = 1 << 16  # rows that are read at a time where few are wanted
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,40 @@ def write(path: Path, records: Records) -> None:
 def read(path: Path, only: Collection[str] | None = None) -> Records:
     """HDF5 file → Records. ValueError if it is no records file of this version.
 
-    only: None, or the ids of the images that are wanted.
+    only: None, or the ids of the images that are wanted: memory then grows by a few bytes for each of the others.
     """
     h5_file: Any = h5py.File(path, "r")  # h5py's stubs know neither groups nor data sets by name
     with h5_file as file:
         if file.attrs.get("schema") != SCHEMA or file.attrs.get("version") != VERSION:
             raise ValueError(f"{path} is no {SCHEMA} file of version {VERSION}; run `dvc repro prepare`")
-        columns = {name: file[name][()] for name in (*COLUMNS, "sha256", *SHARDED) if name in file}
-        table = RecordTable(columns, file["tags"][()], file["tags_offset"][()].astype(np.int64))
+        names = [name for name in (*COLUMNS, "sha256", *SHARDED) if name in file]
+        tags, offset = file["tags"][()], file["tags_offset"][()].astype(np.int64)
+        if only is None:
+            table = RecordTable({name: file[name][()] for name in names}, tags, offset)
+        else:
+            rows = _rows(file["ids"], Ids.of(only))
+            table = RecordTable({name: _at(file[name], rows) for name in names}, *tags_of(rows, tags, offset))
         skipped = tuple(zip(_strings(file["skipped_ids"]), _strings(file["skipped_reasons"]), strict=True))
         labels = LabelSpace(tuple(_strings(file["class_names"])))
-    return Records(labels, table if only is None else table.among(Ids.of(only)), skipped)
+    return Records(labels, table, skipped)
+
+
+def _rows(ids: Any, wanted: Ids) -> np.ndarray:
+    """Rows of a data set of ids, ascending, that hold an id that is wanted; a block in memory at a time."""
+    blocks = (is_among(ids[start : start + BLOCK], wanted) for start in range(0, len(ids), BLOCK))
+    return np.flatnonzero(np.concatenate([np.zeros(0, bool), *blocks]))
+
+
+def _at(dataset: Any, rows: np.ndarray) -> np.ndarray:
+    """Values of a data set at these rows, ascending numbers; a block in memory at a time."""
+    borders = range(0, len(dataset), BLOCK)
+    cuts = np.searchsorted(rows, [*borders, len(dataset)])
+    blocks = (
+        dataset[start : start + BLOCK][rows[first:last] - start]
+        for start, first, last in zip(borders, cuts, cuts[1:], strict=False)
+        if last > first
+    )
+    return np.concatenate([dataset[:0], *blocks])
 
 
 def _strings(dataset: Any) -> list[str]:

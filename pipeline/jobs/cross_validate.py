@@ -19,7 +19,9 @@ import numpy as np
 from pipeline import metrics
 from pipeline.core import config, overlap, store
 from pipeline.core import records as records_file
+from pipeline.core.ids import Ids
 from pipeline.core.labels import IGNORE, LabelSpace
+from pipeline.core.record_table import RecordTable
 from pipeline.core.records import ImageRecord, shuffled
 from pipeline.core.sections import CrossValidate, Segment, Settings
 from pipeline.imaging.planes import nearest
@@ -34,7 +36,7 @@ class Fold:
 
     number: int
     training: loop.Job
-    held_out: tuple[ImageRecord, ...]
+    held_out: Sequence[ImageRecord]
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,16 @@ def plan(all_images: loop.Job, folds: int, file: Path) -> list[Fold]:
 
     ParamsError for more folds than images.
     """
-    by_id = {record.id: record for record in all_images.images.records}
-    if folds > len(by_id):
+    table = RecordTable.of(all_images.images.records)
+    if folds > len(table):
         raise config.ParamsError(
             f"{file}: cross_validate.folds: got {folds}, allowed is 0 (off) or 2 up to the number of images with a "
             f"pseudo-mask, "
-            f"{len(by_id)} (edit {file})"
+            f"{len(table)} (edit {file})"
         )
     return [
-        Fold(number, train.without(all_images, held_out), tuple(by_id[image_id] for image_id in held_out))
-        for number, held_out in enumerate(folds_of(by_id, folds))
+        Fold(number, train.without(all_images, held_out), table.among(Ids.of(held_out)))
+        for number, held_out in enumerate(folds_of(table.ids, folds))
     ]
 
 

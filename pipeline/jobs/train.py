@@ -13,7 +13,9 @@ import torch
 
 from pipeline.core import config, plugins, store
 from pipeline.core import records as records_file
+from pipeline.core.ids import Ids
 from pipeline.core.labels import LabelSpace
+from pipeline.core.record_table import RecordTable
 from pipeline.core.sections import Settings
 from pipeline.jobs.engine import Engine
 from pipeline.jobs.training_run import follow
@@ -97,9 +99,8 @@ def job(
 
 def without(made: loop.Job, held_out: Collection[str]) -> loop.Job:
     """The same job on all its images but these ids, in a work space of its own."""
-    out = set(held_out)
-    left = [record for record in made.images.records if record.id not in out]
-    work_key = store.digest([made.work.name, [record.id for record in left]])
+    left = RecordTable.of(made.images.records).without(Ids.of(held_out))
+    work_key = store.digest([made.work.name, list(left.ids)])
     images = dataclasses.replace(made.images, records=left)
     return dataclasses.replace(made, images=images, work=made.work.with_name(work_key[:32]))
 
