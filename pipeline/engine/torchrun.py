@@ -33,6 +33,11 @@ def ranks() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def ranks_here() -> int:
+    """On this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 def is_first() -> bool:
     return os.environ["RANK"] == "0"
 
