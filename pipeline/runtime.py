@@ -36,7 +36,7 @@ from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
-from pipeline.engine import devices, local, provenance, ray_cluster, ray_parts, ray_train, torchrun
+from pipeline.engine import available, devices, local, provenance, ray_cluster, ray_parts, ray_train, torchrun
 from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as shown
 from pipeline.progress import warn as warn  # Engine's
@@ -143,6 +143,18 @@ def _places(device: str) -> int:
 def engine() -> str:
     """What starts the processes that work is shared out to."""
     return _choice("TAG2MASK_ENGINE", "local", lambda text: text in ("local", "ray"), "local or ray")
+
+
+def described() -> list[tuple[str, str, str | None]]:
+    """For `tag2mask doctor`: subject, state, what to do where something is missing. SystemExit where a variable is wrong."""
+    name = device()
+    computing = f"{workers(name)} for parts on {name}, " if name != "cpu" else ""
+    processes = f"{computing}{workers()} for parts on CPU (TAG2MASK_WORKERS), each with {loaders(name)} threads that decode "
+    ranks = _count("TAG2MASK_RANKS", cores() if name == "cpu" else workers(name))
+    return [
+        ("engine", *available.state(engine())),
+        ("processes", f"{processes}(TAG2MASK_LOADERS); at most {ranks} for training (TAG2MASK_RANKS)", None),
+    ]
 
 
 def loaders(device: str) -> int:

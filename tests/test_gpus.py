@@ -3,6 +3,7 @@ asked how many there are, and never started."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ import torch
 from pipeline import runtime
 from pipeline.engine import ray_cluster, torchrun
 from pipeline.jobs.engine import Engine
+from tests.toys import PROJECT
 
 PATIENCE = 60.0  # seconds after which a process no longer waits for another
 Gpus = Callable[..., None]
@@ -132,6 +134,29 @@ def test_loaders_are_counted_by_a_variable_of_their_own(gpus: Gpus, monkeypatch:
     monkeypatch.setenv("TAG2MASK_LOADERS", "many")
     with pytest.raises(SystemExit, match="TAG2MASK_LOADERS='many' is not allowed; allowed is a whole number >= 0"):
         runtime.loaders("cpu")
+
+
+def test_provenance_names_engine_processes_and_gpus(gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(2)
+    for name, value in (("DVC_STAGE", "prepare"), ("TAG2MASK_LOADERS", "3"), ("TAG2MASK_WORKERS", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TAG2MASK_RANKS", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU of model {number}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(runtime, "guard", lambda name: None)  # this process has imported far more than the stage
+    monkeypatch.chdir(PROJECT)
+    with runtime.stage(tmp_path):
+        assert list(runtime.map_parts(str, range(3), what="parts")) == ["0", "1", "2"]
+        runtime.ranks(4), runtime.loaders("cuda")
+    record = json.loads((tmp_path / "prepare.json").read_text())
+    names = ("device", "engine", "workers", "loaders", "ranks", "gpus", "cuda", "cudnn")
+    gpu_names = ["GPU of model 0", "GPU of model 1"]
+    assert [record[name] for name in names] == ["cuda", "local", 2, 3, 2, gpu_names, "13.0", 91002]
+    monkeypatch.setenv("TAG2MASK_DEVICE", "cpu")
+    with runtime.stage(tmp_path):
+        pass
+    assert not {*names[2:]} & {*json.loads((tmp_path / "prepare.json").read_text())}
 
 
 def by_ray(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
