@@ -148,13 +148,14 @@ def engine() -> str:
 def described() -> list[tuple[str, str, str | None]]:
     """For `tag2mask doctor`: subject, state, what to do where something is missing. SystemExit where a variable is wrong."""
     name = device()
-    computing = f"{workers(name)} for parts on {name}, " if name != "cpu" else ""
-    processes = f"{computing}{workers()} for parts on CPU (TAG2MASK_WORKERS), each with {loaders(name)} threads that decode "
-    ranks = _count("TAG2MASK_RANKS", cores() if name == "cpu" else workers(name))
-    return [
-        ("engine", *available.state(engine())),
-        ("processes", f"{processes}(TAG2MASK_LOADERS); at most {ranks} for training (TAG2MASK_RANKS)", None),
-    ]
+    counts = {"TAG2MASK_WORKERS": workers(), "TAG2MASK_LOADERS": loaders(name)}
+    counts["TAG2MASK_RANKS"] = _count("TAG2MASK_RANKS", cores() if name == "cpu" else workers(name))
+    return [("engine", *available.state(engine())), ("processes", available.processes(name, workers(name), counts), None)]
+
+
+def beside(device: str) -> int:
+    """Processes for CPU work beside one that computes on `device`; Ray counts its own cores."""
+    return 0 if device == "cpu" or engine() == "ray" or inline() else max(1, workers() // workers(device))
 
 
 def loaders(device: str) -> int:

@@ -121,13 +121,16 @@ def test_a_gpu_that_is_not_there_is_refused(gpus: Gpus, monkeypatch: pytest.Monk
         runtime.device()
 
 
-def test_loaders_are_counted_by_a_variable_of_their_own(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaders_and_processes_on_cpu_are_counted_by_variables_of_their_own(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpus(4)
     monkeypatch.setattr(runtime, "cores", lambda: 16)
     monkeypatch.delenv("TAG2MASK_LOADERS", raising=False)
     monkeypatch.setenv("TAG2MASK_WORKERS", "5")
     assert (runtime.loaders("cpu"), runtime.loaders("cuda"), runtime.loaders("cuda:0")) == (0, 4, 8)
     assert (runtime.workers(), runtime.workers("cuda")) == (5, 4)
+    assert (runtime.beside("cpu"), runtime.beside("cuda"), runtime.beside("cuda:3")) == (0, 1, 5)
     for value in (0, 3):
         monkeypatch.setenv("TAG2MASK_LOADERS", str(value))
         assert runtime.loaders("cpu") == runtime.loaders("cuda") == value

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
-from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from pipeline.core.processes import begin_child, deaf_children
+from pipeline.core.processes import begin_child, pool_of
 from pipeline.engine.devices import see_only
 from pipeline.engine.threads import one_thread
 
@@ -19,25 +16,6 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 LOSSES = 3  # times in a row that workers may be killed before a part is done
-POLL_SECONDS = 0.01
-
-
-class _Worker(SpawnProcess):
-    """Where one was killed, the executor ends the others by SIGTERM, to which they are deaf."""
-
-    def terminate(self) -> None:
-        self.kill()
-
-
-class _Context(SpawnContext):
-    """Of a pool; fork after torch has threads is unsafe."""
-
-    def __init__(self) -> None:
-        self.workers: list[_Worker] = []
-
-    def Process(self, *arguments: Any, **named: Any) -> _Worker:
-        self.workers.append(_Worker(*arguments, **named))
-        return self.workers[-1]
 
 
 def map_parts(
@@ -74,39 +52,20 @@ def _finished(
 ) -> Iterator[tuple[int, Out]]:
     """(number, result) of the missing parts as they are done, never further ahead of the first that is not done than the
     parts in flight. BrokenProcessPool where a process is killed."""
-    context = _Context()
-    free = context.SimpleQueue()  # of this pool: where a process is killed, another pool follows
+    free = multiprocessing.get_context("spawn").SimpleQueue()  # of this pool; after a kill another one follows
     for name in devices:
         free.put(name)
-    pool = ProcessPoolExecutor(min(processes, len(missing)), context, _begin_worker, (free if devices else None,))
-    try:
+    with pool_of(min(processes, len(missing)), _begin_worker, (free if devices else None,)) as pool:
         running: dict[Future[Out], int] = {}
         at = 0
         while at < len(missing) or running:
             first = min(running.values(), default=missing[at] if at < len(missing) else 0)
             while at < len(missing) and missing[at] - first < 2 * processes + 2:
-                with deaf_children():  # a call starts a process where all are busy
-                    running[pool.submit(function, parts[missing[at]])] = missing[at]
+                running[pool.submit(function, parts[missing[at]])] = missing[at]
                 at += 1
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield running.pop(future), future.result()
-    finally:
-        threading.Thread(target=_end_where_one_was_killed, args=(context.workers,), daemon=True).start()
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_where_one_was_killed(workers: Sequence[_Worker]) -> None:
-    """Of a pool that is to end: the others may wait for a lock that the killed one had, and the pool for them."""
-    waiting = {worker.sentinel: worker for worker in workers}
-    while waiting:
-        for sentinel in connection.wait(list(waiting)):
-            ended = waiting.pop(cast(int, sentinel))
-            while ended.exitcode is None:  # the executor's thread is about to see it
-                time.sleep(POLL_SECONDS)
-            if ended.exitcode:
-                for other in waiting.values():
-                    other.kill()
 
 
 def _begin_worker(free: Any) -> None:
