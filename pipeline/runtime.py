@@ -75,7 +75,10 @@ def cores() -> int:
 
 
 def device() -> str:
-    """Torch device name. Imports torch only for `auto` and CUDA. SystemExit where the device is not available."""
+    """Torch device name. Imports torch only for `auto` and CUDA. SystemExit where the device is not available.
+
+    With Ray it is what the cluster's nodes compute on, whether this host has a GPU or not.
+    """
     value = _choice(
         "TAG2MASK_DEVICE",
         "auto",
@@ -84,6 +87,8 @@ def device() -> str:
     )
     if value == "cpu":
         return value
+    if engine() == "ray":
+        return ray_cluster.device(value)
     import torch
 
     if value == "auto":
@@ -129,15 +134,12 @@ def ranks(shards: int) -> int:
 
 
 def _places(device: str) -> int:
-    """GPUs or cores that a training may use, on all hosts that it has. SystemExit where a Ray cluster has none."""
+    """GPUs or cores that a training may use, on all hosts that it has."""
     if torchrun.is_in_use():
         return torchrun.ranks()
     if engine() == "local":
         return cores() if device == "cpu" else len(devices.visible(device))
-    places = ray_cluster.places(device)
-    if not places:
-        raise SystemExit(f"the Ray cluster has no {'CPU' if device == 'cpu' else 'GPU'} for TAG2MASK_DEVICE={device}")
-    return places
+    return ray_cluster.places(device)
 
 
 def engine() -> str:
@@ -316,12 +318,8 @@ def _beside_rank_0() -> Iterator[None]:
     if not torchrun.is_in_use():
         yield
         return
-    name = device()
-    if name != "cpu" and torchrun.ranks_here() > (places := len(devices.visible(name))):
-        raise SystemExit(
-            f"torchrun has started {torchrun.ranks_here()} ranks on this host; allowed is one per {name} device, here "
-            f"--nproc-per-node 1 to {places}"
-        )
+    if (name := device()) != "cpu":
+        torchrun.check_gpus(len(devices.visible(name)))
     if torchrun.is_first():
         try:
             yield

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pipeline.runtime import one_thread
 
-LONG = ("test_end_to_end.py", "test_same_bytes.py", "test_matrix.py")
+LONG = ("test_same_bytes.py", "test_end_to_end.py", "test_distributed.py", "test_matrix.py")
 
 one_thread()  # `-n 2` shares the cores between processes
+for variable in ("TAG2MASK_WORKERS", "TAG2MASK_RANKS"):  # starting processes takes longer than all else that toys do
+    os.environ.setdefault(variable, "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

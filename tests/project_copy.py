@@ -30,7 +30,7 @@ class Copy:
         for name in COPIED:
             source = PROJECT / name
             if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, folder / name)  # with compiled modules, which know their files by time and size
             else:
                 shutil.copy(source, folder / name)
         (folder / "data" / "weights").mkdir(parents=True)

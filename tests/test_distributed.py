@@ -16,6 +16,7 @@ from pipeline import runtime
 from pipeline.jobs import fit_refiner, train
 from pipeline.training import loop, process_group, shared_memory, spawn
 from pipeline.training.exchange import OtherRankFailed
+from tests.ray_case import Cluster, cluster, ended, session
 from tests.toys import PROJECT, toy_folder
 from tests.training_case import bytes_of, job_in, signalled_job, trained
 
@@ -148,25 +149,35 @@ def test_a_rank_killed_on_one_host_ends_both_and_the_next_run_goes_on_to_the_sam
     assert bytes_of(folder) == alone
 
 
-@pytest.fixture
-def ray_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two, in a cluster of this host."""
-    ray = pytest.importorskip("ray")
-    variables = {"TAG2MASK_DEVICE": "cpu", "TAG2MASK_ENGINE": "ray", "TAG2MASK_RANKS": "2", "PYTHONPATH": str(PROJECT)}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    yield
-    ray.shutdown()
+def on_ray(nodes: Cluster, folder: Path, **variables: str) -> tuple[int, str]:
+    """Exit code and output of a training whose two ranks are workers of Ray Train."""
+    command = [sys.executable, "-m", "tests.training_case", str(folder)]
+    with session(command, folder.parent, **nodes.variables(**variables)) as process:
+        return ended(process)
 
 
-@pytest.mark.usefixtures("ray_workers")
 def test_a_killed_worker_of_ray_train_ends_the_run_and_the_next_ends_with_the_same_bytes(shared: Path, alone: bytes) -> None:
-    job = signalled_job(shared / "ray")
-    job.work.mkdir()
-    (job.work / "kill").touch()
-    with pytest.raises(RuntimeError, match="another process of this training failed"):
-        list(loop.train(job, runtime.launch()).notes)
-    again = loop.train(job, runtime.launch())
-    assert again.done == 12
-    assert len(list(again.notes)) == 8
-    assert bytes_of(job.work) == alone
+    folder = shared / "ray"
+    folder.mkdir()
+    (folder / "kill").touch()
+    with cluster(2) as nodes:
+        code, output = on_ray(nodes, folder)
+        assert code == 1 and "Error: another process of this training failed" in output, output
+        code, output = on_ray(nodes, folder)
+        assert code == 0 and "resuming at step 12" in output.splitlines(), output
+    assert bytes_of(folder) == alone
+
+
+def test_a_killed_head_of_the_cluster_ends_the_run_and_the_next_ends_with_the_same_bytes_without_ray(
+    shared: Path, alone: bytes
+) -> None:
+    folder = shared / "head"
+    folder.mkdir()
+    with cluster(2) as nodes:
+        (folder / "kill").write_text(str(nodes.gcs), encoding="utf-8")
+        code, output = on_ray(nodes, folder, RAY_gcs_rpc_server_reconnect_timeout_s="5")  # 30 unless said
+        assert code and "Failed to connect to GCS within 5 seconds" in output and "Traceback" not in output, output
+    again = start(folder, ["tests.training_case"], TAG2MASK_RANKS="1")
+    text = messages(again)
+    assert again.returncode == 0 and "resuming at step 12" in text.splitlines(), text
+    assert bytes_of(folder) == alone

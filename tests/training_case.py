@@ -82,8 +82,8 @@ def bytes_of(folder: Path) -> bytes:
 
 
 class Signalled(Toy):
-    """20 steps, of which the epochs are scored. A file named kill or stop in the folder sends that signal to rank 1 in the
-    twelfth step, once."""
+    """20 steps, of which the epochs are scored. A file named kill or stop in the folder makes rank 1 send that signal in the
+    twelfth step, once: to itself, or to the process that the file names, and then it waits to see what that does."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -99,8 +99,11 @@ class Signalled(Toy):
         rank = dist.get_rank() if dist.is_initialized() else int(multiprocessing.parent_process() is not None)
         for name, number in (("kill", signal.SIGKILL), ("stop", signal.SIGTERM)):
             if rank == 1 and clock.step == 12 and (self.folder / name).exists():
+                process = (self.folder / name).read_text("utf-8")
                 (self.folder / name).unlink()
-                os.kill(os.getpid(), number)
+                os.kill(int(process or os.getpid()), number)
+                if process:
+                    signal.pause()
         return super().losses(batch, clock)
 
     def score(self, batch: Batch) -> Tensor:

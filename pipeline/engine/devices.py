@@ -28,13 +28,15 @@ def see_only(name: str) -> None:
 
 
 def versions(device: str) -> dict[str, Any]:
-    """For provenance: models of the GPUs behind a torch device name, versions of CUDA and cuDNN; nothing for cpu."""
-    if device == "cpu":
+    """For provenance: models of the GPUs behind a torch device name, versions of CUDA and cuDNN; nothing for cpu, nor where
+    the GPUs are other hosts'."""
+    names = visible(device)
+    if not names:
         return {}
     import torch
 
     number = device.partition(":")[2]
-    numbers = [int(number)] if number else range(torch.cuda.device_count())
+    numbers = [int(number)] if number else range(len(names))
     return {
         "gpus": [torch.cuda.get_device_name(at) for at in numbers],
         "cuda": torch.version.cuda,

@@ -5,18 +5,18 @@ Nothing large goes through Ray's object store: a task reads its inputs from the 
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.engine.ray_cluster import connect, places
-from pipeline.engine.threads import one_thread
+from pipeline.engine.ray_node import Origin, arrive, origin
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 RETRIES = 3  # of a part whose worker or node is lost
+LOOK_SECONDS = 20  # without a result, until the cluster is asked whether it has a place to compute at all
 
 
 def map_parts(function: Callable[[In], Out], parts: Sequence[In], device: str) -> Iterator[Out]:
@@ -26,21 +26,23 @@ def map_parts(function: Callable[[In], Out], parts: Sequence[In], device: str) -
     RuntimeError where a part was lost RETRIES times, or no node has the resources.
     """
     ray = connect()
-    workers = places(device)
-    if not workers:
-        raise RuntimeError(f"the Ray cluster has no {'CPU' if device == 'cpu' else 'GPU'}; see `ray status`")
+    workers = _workers(device)
     submit = _submitter(ray, function, device, workers)
-    running: dict[Any, int] = {}
+    running: dict[Any, tuple[int, int]] = {}  # reference → numbers of the part and of the place that computes it
     done: dict[int, Out] = {}
     submitted = returned = 0
     try:
         while returned < len(parts):
             while submitted < len(parts) and len(running) + len(done) < 2 * workers + 2:
-                running[submit(submitted, parts[submitted])] = submitted
+                waiting = Counter(place for _, place in running.values())
+                place = min(range(workers), key=lambda number: waiting[number])
+                running[submit(parts[submitted], place)] = submitted, place
                 submitted += 1
-            if running:
-                (finished, *_), _ = ray.wait(list(running), num_returns=1)
-                done[running.pop(finished)] = _result(ray, finished)
+            finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+            for reference in finished:
+                done[running.pop(reference)[0]] = _result(ray, reference)
+            if not finished:
+                _workers(device)
             while returned in done:
                 yield done.pop(returned)
                 returned += 1
@@ -49,33 +51,37 @@ def map_parts(function: Callable[[In], Out], parts: Sequence[In], device: str) -
             ray.cancel(reference, force=False)
 
 
-def _submitter(ray: Any, function: Callable[[In], Out], device: str, workers: int) -> Callable[[int, In], Any]:
-    """(number, part) → reference of its result. A GPU has an actor, so that the model that it loaded stays there."""
-    shared, folder = ray.put(function), str(Path.cwd())  # the function holds the job, which is the same for all parts
+def _workers(device: str) -> int:
+    """How many parts the cluster can compute at a time. RuntimeError: none."""
+    count = places(device)
+    if not count:
+        noun = "CPU" if device == "cpu" else "GPU"
+        raise RuntimeError(f"no node of the Ray cluster has a {noun}; what is finished is kept; see `ray status`")
+    return count
+
+
+def _submitter(ray: Any, function: Callable[[In], Out], device: str, workers: int) -> Callable[[In, int], Any]:
+    """(part, number of a place) → reference of its result. A GPU is a place, with an actor, so that the model that it loaded
+    stays there; Ray itself chooses the core."""
+    shared, at = ray.put(function), ray.put(origin())  # the function holds the job, which is the same for all parts
     if device == "cpu":
         task = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_compute)
-        return lambda number, part: task.remote(shared, part, folder)
+        return lambda part, place: task.remote(shared, part, at)
     make = ray.remote(num_cpus=1, num_gpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(_GpuWorker)
     actors = [make.remote() for _ in range(workers)]
-    return lambda number, part: actors[number % workers].compute.remote(shared, part, folder)
+    return lambda part, place: actors[place].compute.remote(shared, part, at)
 
 
 class _GpuWorker:
     """An actor: Ray lets it see its GPU alone."""
 
-    def compute(self, function: Callable[[In], Out], part: In, folder: str) -> Out:
-        return _compute(function, part, folder)
+    def compute(self, function: Callable[[In], Out], part: In, origin: Origin) -> Out:
+        return _compute(function, part, origin)
 
 
-def _compute(function: Callable[[In], Out], part: In, folder: str) -> Out:
-    """In a worker, in the project folder as the stage itself."""
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise ValueError(
-            f"node {os.uname().nodename} of the Ray cluster does not see the project folder {folder}; all must share it"
-        ) from error
-    one_thread()
+def _compute(function: Callable[[In], Out], part: In, origin: Origin) -> Out:
+    """In a worker."""
+    arrive(origin)
     return function(part)
 
 
@@ -83,7 +89,9 @@ def _result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        if error.cause is None:  # could not be pickled
+            raise RuntimeError(f"a part failed on the Ray cluster: {error}") from error
+        raise error.cause from error
     except ray.exceptions.RayError as error:
         raise RuntimeError(
             f"a part was lost {RETRIES + 1} times on the Ray cluster ({type(error).__name__}): its memory may have run out; "

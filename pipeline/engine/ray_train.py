@@ -9,11 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from pipeline.core.processes import Interrupted, StopRequest, stop_on_signal
 from pipeline.engine.ray_cluster import connect
+from pipeline.engine.ray_node import arrive, origin
 
 Run = Callable[[Any, str, StopRequest], Iterator[str]]  # (job, torch device of the rank, stop) → notes
 
@@ -84,7 +84,7 @@ def _trainer(run: Run, job: Any, board: Any) -> Any:
     on_cpu = job.device == "cpu"
     return TorchTrainer(
         _work,
-        train_loop_config={"run": run, "job": job, "board": board, "folder": str(Path.cwd())},
+        train_loop_config={"run": run, "job": job, "board": board, "origin": origin()},
         torch_config=TorchConfig(backend="gloo" if on_cpu else "nccl"),
         scaling_config=ScalingConfig(num_workers=job.ranks, use_gpu=not on_cpu, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(job.work.resolve() / "ray"), failure_config=FailureConfig(max_failures=0)),
@@ -97,11 +97,11 @@ def _work(config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    os.chdir(config["folder"])
     board, first, stop = config["board"], get_context().get_world_rank() == 0, StopRequest()
     notes: list[str] = []
     posted = time.monotonic()
     try:
+        arrive(config["origin"])
         for note in config["run"](config["job"], str(get_device()), stop):
             notes.append(note)
             if first and time.monotonic() - posted > POLL_SECONDS:
