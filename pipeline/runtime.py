@@ -3,7 +3,8 @@
 The only file that reads os.environ. With code_files.py, which it uses, and the console command, it is a dep of no stage.
 
 TAG2MASK_DEVICE    auto (default) | cpu | cuda | cuda:1
-TAG2MASK_WORKERS   processes for work that is cut into parts; default: one per core, 1 on CUDA
+TAG2MASK_WORKERS   processes for work in parts that CPUs compute; default: one per core (on CUDA always one per GPU)
+TAG2MASK_LOADERS   threads of a process that decode images ahead; default: 0 on CPU, on CUDA the GPU's share of cores, 1..8
 TAG2MASK_RANKS     processes that share the shards of a training step; default: one per core, or per CUDA device
                    (torchrun's own variables say instead, where it has started this process)
 TAG2MASK_ENGINE    local (default) | ray: parts are tasks of a Ray cluster, ranks workers of Ray Train
@@ -14,11 +15,9 @@ TAG2MASK_TIMELINE  a file: when each part and step was done, for `plan`
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import platform
-import resource
+import re
 import shlex
 import subprocess
 import sys
@@ -26,7 +25,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +36,7 @@ from pipeline.core import store
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.processes import interrupted_by_signal
 from pipeline.core.store import StoreError
-from pipeline.engine import local, ray_cluster, ray_parts, ray_train, torchrun
+from pipeline.engine import available, devices, local, provenance, ray_cluster, ray_parts, ray_train, torchrun
 from pipeline.engine.threads import one_thread
 from pipeline.progress import progress as shown
 from pipeline.progress import warn as warn  # Engine's
@@ -56,6 +54,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 log = logging.getLogger("tag2mask")
+_used: dict[str, int] = {}  # workers and loaders of the last parts, ranks of the last training: for provenance
 
 
 def _choice(name: str, default: str, allowed: Callable[[str], bool], description: str) -> str:
@@ -65,8 +64,9 @@ def _choice(name: str, default: str, allowed: Callable[[str], bool], description
     return value
 
 
-def _count(name: str, default: int) -> int:
-    return int(_choice(name, str(default), lambda text: text.isdigit() and int(text) >= 1, "a whole number >= 1"))
+def _count(name: str, default: int, least: int = 1) -> int:
+    allowed = f"a whole number >= {least}"
+    return int(_choice(name, str(default), lambda text: text.isdigit() and int(text) >= least, allowed))
 
 
 def cores() -> int:
@@ -82,7 +82,7 @@ def device() -> str:
     value = _choice(
         "TAG2MASK_DEVICE",
         "auto",
-        lambda text: text in ("auto", "cpu") or text.startswith("cuda"),
+        lambda text: re.fullmatch(r"auto|cpu|cuda(:\d+)?", text) is not None,
         "auto, cpu, cuda or cuda:N",
     )
     if value == "cpu":
@@ -95,12 +95,15 @@ def device() -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not torch.cuda.is_available():
         raise SystemExit(f"TAG2MASK_DEVICE={value}, but torch sees no CUDA device; `make doctor` says why")
+    if not devices.visible(value):
+        last = torch.cuda.device_count() - 1
+        raise SystemExit(f"TAG2MASK_DEVICE={value} is not allowed; allowed is cuda, or cuda:0 to cuda:{last}")
     return value
 
 
 def workers(device: str = "cpu") -> int:
-    """Processes for work on parts that compute on `device`."""
-    return _count("TAG2MASK_WORKERS", cores() if device == "cpu" else 1)
+    """Processes of this host for parts that compute on `device`: on CUDA one per GPU."""
+    return _count("TAG2MASK_WORKERS", cores()) if device == "cpu" else max(1, len(devices.visible(device)))
 
 
 def launch() -> Any:
@@ -113,25 +116,30 @@ def launch() -> Any:
 
 def ranks(shards: int) -> int:
     """Training processes, at most one per shard; as many as torchrun has started."""
-    if torchrun.is_in_use():
-        return torchrun.ranks()
     name = device()
-    if engine() == "ray":
-        places = ray_cluster.places(name)
-    elif name == "cpu":
-        places = cores()
+    places = _places(name)
+    if torchrun.is_in_use():
+        count = torchrun.ranks()
     else:
-        import torch
-
-        places = torch.cuda.device_count() if name == "cuda" else 1
-    count = _count("TAG2MASK_RANKS", places)
-    if count > places and (name != "cpu" or engine() == "ray"):  # cores of one host can be shared
-        raise SystemExit(f"TAG2MASK_RANKS={count} is not allowed; allowed is one per {name} device, here 1 to {places}")
+        count = _count("TAG2MASK_RANKS", places)
+        if count > places and (name != "cpu" or engine() == "ray"):  # cores of one host can be shared
+            raise SystemExit(f"TAG2MASK_RANKS={count} is not allowed; allowed is one per {name} device, here 1 to {places}")
+        count = min(shards, count)
     if name != "cpu" and shards < places:
         log.info(
             "%d of %d GPUs train: as many as schedule.shards of the recipe, which is part of the result", shards, places
         )
-    return min(shards, count)
+    _used["ranks"] = count
+    return count
+
+
+def _places(device: str) -> int:
+    """GPUs or cores that a training may use, on all hosts that it has."""
+    if torchrun.is_in_use():
+        return torchrun.ranks()
+    if engine() == "local":
+        return cores() if device == "cpu" else len(devices.visible(device))
+    return ray_cluster.places(device)
 
 
 def engine() -> str:
@@ -139,9 +147,24 @@ def engine() -> str:
     return _choice("TAG2MASK_ENGINE", "local", lambda text: text in ("local", "ray"), "local or ray")
 
 
+def described() -> list[tuple[str, str, str | None]]:
+    """For `tag2mask doctor`: subject, state, what to do where something is missing. SystemExit where a variable is wrong."""
+    name = device()
+    counts = {"TAG2MASK_WORKERS": workers(), "TAG2MASK_LOADERS": loaders(name)}
+    counts["TAG2MASK_RANKS"] = _count("TAG2MASK_RANKS", cores() if name == "cpu" else workers(name))
+    return [("engine", *available.state(engine())), ("processes", available.processes(name, workers(name), counts), None)]
+
+
+def beside(device: str) -> int:
+    """Processes for CPU work beside one that computes on `device`; Ray counts its own cores."""
+    return 0 if device == "cpu" or engine() == "ray" or inline() else max(1, workers() // workers(device))
+
+
 def loaders(device: str) -> int:
     """Threads that decode images ahead of what computes on `device`; 0 on CPU, where that uses all cores."""
-    return 0 if device == "cpu" else _count("TAG2MASK_WORKERS", min(8, cores()))
+    share = 0 if device == "cpu" else max(1, cores() // workers(device))  # of a GPU's process
+    _used["loaders"] = _count("TAG2MASK_LOADERS", min(8, share), least=0)
+    return _used["loaders"]
 
 
 def check_params() -> None:
@@ -195,19 +218,22 @@ def map_parts(
     images  how many a part has; without it, a part is an image
     done    images of an earlier run that this one goes on from
 
-    With more than one process `function` must be picklable. At most two parts per process are in flight, so that memory does
-    not grow with their number. An error, or a signal, ends the run after the parts in flight have finished. Every process
-    has one torch thread.
+    With more than one process `function` must be picklable; on CUDA each sees one GPU alone. At most two parts per process
+    are in flight, so that memory does not grow with their number. An error, or a signal, ends the run after the parts in
+    flight have finished. Every process has one torch thread.
     """
     one_thread()
     counts = [images(part) if images else 1 for part in parts]
     results: Iterator[Out]
+    _used["workers"] = 1
     if engine() == "ray" and not inline() and parts:
+        _used["workers"] = ray_cluster.places(device)
         results = ray_parts.map_parts(function, parts, device)
     elif (processes := workers(device)) == 1 or len(parts) <= 1 or inline():
         results = map(function, parts)
     else:
-        results = local.map_parts(function, parts, processes)
+        _used["workers"] = processes
+        results = local.map_parts(function, parts, processes, devices.visible(device))
     yield from shown(results, done + sum(counts), what, done=done, counts=counts, timeline=_timeline())
 
 
@@ -244,11 +270,12 @@ def info(text: str, *values: object) -> None:
 
 
 @contextmanager
-def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
+def stage(folder: Path = PROVENANCE) -> Iterator[None]:
     """Context of a stage's work: logging, messages of errors and of signals, then the check of imports, and provenance."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     started = time.time()
+    _used.clear()
     one_thread()
     try:
         with interrupted_by_signal(), _beside_rank_0():
@@ -270,26 +297,19 @@ def stage(provenance: Path = PROVENANCE) -> Iterator[None]:
     if name is None:
         return
     guard(name)
-    usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    provenance.mkdir(exist_ok=True)
+    name_of_device = device() if "torch" in sys.modules else "cpu"
     record = {
         "stage": name,
         "seconds": round(time.time() - started, 2),
-        "peak_memory_mib": round(usage[0].ru_maxrss / 1024, 1),
-        "peak_memory_mib_largest_child": round(usage[1].ru_maxrss / 1024, 1),
-        "device": device() if "torch" in sys.modules else "cpu",
-        "host": platform.node(),
-        "python": platform.python_version(),
+        "device": name_of_device,
+        "engine": "torchrun" if torchrun.is_in_use() else engine(),
+        **_used,
+        **devices.versions(name_of_device),
+        **provenance.of_process(),
         "params_digest": params_digest(name),
         "code_digest": code_digest(),
-        "versions": {
-            package: metadata.version(package)
-            for package in ("torch", "timm", "numpy", "pillow", "h5py", "dvc")
-            if package.split("-")[0] in sys.modules or package == "dvc"
-        },
     }
-    _write_atomically(provenance / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    provenance_script(provenance)
+    provenance.write(folder, name, record)
 
 
 @contextmanager
@@ -297,7 +317,10 @@ def _beside_rank_0() -> Iterator[None]:
     """Of the processes that torchrun has started, rank 0 alone runs the stage; the others train with it, and end here."""
     if not torchrun.is_in_use():
         yield
-    elif torchrun.is_first():
+        return
+    if (name := device()) != "cpu":
+        torchrun.check_gpus(len(devices.visible(name)))
+    if torchrun.is_first():
         try:
             yield
         finally:
@@ -312,19 +335,6 @@ def _keep_traceback() -> Path:
     TRACEBACK.parent.mkdir(exist_ok=True)
     TRACEBACK.write_text(traceback.format_exc(), encoding="utf-8")
     return TRACEBACK
-
-
-def provenance_script(folder: Path) -> None:
-    """Writes provenance.js, a call with the content of all *.json of the folder; the report's page loads it if it exists."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    _write_atomically(folder / "provenance.js", f"tag2mask.provenance({json.dumps(records)});\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """By a rename, since stages of several runs may end, and read each other's files, at the same time."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def imported_files() -> list[str]:

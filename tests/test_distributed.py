@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline import runtime
 from pipeline.jobs import fit_refiner, train
@@ -122,24 +121,6 @@ def test_stages_start_their_trainings_as_the_engine_says(
     train.train(first, {}, model=Path("model.safetensors"), log=Path("log.csv"), engine=runtime, what="train")
     fit_refiner.train(second, runtime, "fit_refiner")
     assert started == [first, second]
-
-
-@pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "device", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-
-
-@pytest.mark.usefixtures("two_gpus")
-def test_gpus_have_a_rank_each_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.delenv("TAG2MASK_RANKS", raising=False)
-    assert runtime.ranks(4) == 2 and not caplog.messages
-    with caplog.at_level("INFO"):
-        assert runtime.ranks(1) == 1
-    assert "1 of 2 GPUs train: as many as schedule.shards" in caplog.text
-    monkeypatch.setenv("TAG2MASK_RANKS", "3")
-    with pytest.raises(SystemExit, match="TAG2MASK_RANKS=3 is not allowed; allowed is one per cuda device, here 1 to 2"):
-        runtime.ranks(4)
 
 
 @pytest.fixture

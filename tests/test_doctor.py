@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from pipeline import runtime
+from pipeline.engine import available
 from pipeline.jobs import doctor
 from stages.doctor import main
 from tests.toys import Toy, toy_folder
@@ -29,7 +32,36 @@ def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 def test_a_sound_project_needs_nothing(diagnose: Callable[..., Result], tmp_path: Path) -> None:
     result = diagnose(Toy(toy_folder(tmp_path / "raw")))
     assert result.exit_code == 0, result.output
-    assert "FIX" not in result.output and result.output.count("ok  ") == len(doctor.CHECKS)
+    assert "FIX" not in result.output and result.output.count("ok  ") == len(doctor.CHECKS) + len(runtime.described())
+
+
+def test_engines_processes_and_their_variables_are_named(
+    diagnose: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy(toy_folder(tmp_path / "raw"))
+    for name, value in (("TAG2MASK_WORKERS", "3"), ("TAG2MASK_LOADERS", "5"), ("RAY_ADDRESS", "10.0.0.1:6379")):
+        monkeypatch.setenv(name, value)
+    output = diagnose(toy).output
+    assert f"engine: local; Ray {metadata.version('ray')} is there" in output and "RAY_ADDRESS=10.0.0.1:6379" in output
+    assert "3 for parts on CPU (TAG2MASK_WORKERS), each with 5 threads that decode (TAG2MASK_LOADERS)" in output
+    monkeypatch.setenv("TAG2MASK_LOADERS", "many")
+    result = diagnose(toy)
+    assert result.exit_code == 1 and "FIX  environment: TAG2MASK_LOADERS='many' is not allowed" in result.output
+
+
+def test_ray_that_is_asked_for_and_not_installed_has_a_cure(
+    diagnose: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    toy = Toy(toy_folder(tmp_path / "raw"))
+    monkeypatch.setattr(available.metadata, "version", version)
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    assert "ok   engine: local; Ray, for a cluster, is not installed" in diagnose(toy).output
+    monkeypatch.setenv("TAG2MASK_ENGINE", "ray")
+    result = diagnose(toy)
+    assert result.exit_code == 1 and "→ pip install 'tag2mask[ray]', or TAG2MASK_ENGINE=local" in result.output
 
 
 def test_quiet_says_nothing_where_packages_are_well_whatever_the_params(diagnose: Callable[..., Result]) -> None:

@@ -120,6 +120,18 @@ def tallied(inputs: Inputs, read: Records, chunk: int = 3) -> Tally:
     return tally
 
 
+def test_images_that_are_decoded_ahead_have_the_same_figures_and_pictures(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path)
+    ahead = replace(inputs, loaders=2)
+    assert json.dumps(figures_of(ahead, read)) == json.dumps(figures_of(inputs, read))
+    images = gallery.gallery_images(audit_of(tallied(inputs, read)), read, 8)
+    for at, (here, there) in enumerate(zip(gallery.items(images, inputs), gallery.items(images, ahead), strict=True)):
+        assert here[0] == there[0] == images[at].record.id
+        assert {name: value.tobytes() for name, value in here[1].items()} == {
+            name: value.tobytes() for name, value in there[1].items()
+        }
+
+
 def test_masks_of_background_alone_are_a_figure_that_the_report_shows(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, with_truth=0)
     assert "empty_masks" not in figures_of(inputs, read)

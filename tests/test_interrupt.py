@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core import processes
 from tests.toys import PROJECT, SCRATCH, Toy, toy_folder
 
 PREPARE = ["--raw", "raw", "--records", "records.h5", "--truth", "truth.h5"]
@@ -83,6 +84,17 @@ def test_a_training_saves_and_goes_on_where_it_was(folder: Path, number: signal.
     counts = [int(line.split()[2].split("/")[0]) for line in text.splitlines() if re.match(r"train cam \d+/30 ", line)]
     assert counts and min(counts) > step and counts[-1] == 30
     assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_a_process_is_started_is_not_lost(number: signal.Signals) -> None:
+    started = []
+    with pytest.raises(KeyboardInterrupt), processes.interrupted_by_signal():
+        with processes.deaf_children():
+            os.kill(os.getpid(), number)
+            started.append("a process")
+        pytest.fail("the signal was lost")
+    assert started
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

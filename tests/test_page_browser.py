@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from pipeline.core.labels import LabelSpace
 from pipeline.core.sections import Report
+from pipeline.engine import provenance
 from pipeline.report import gallery as blocks
 from pipeline.report import image_table, page
 from pipeline.report.scripts import as_script
@@ -341,14 +342,12 @@ def test_pictures_that_are_too_large_together_are_loaded_from_beside_when_shown(
 
 
 def test_provenance_is_read_from_beside_the_report_or_missed_politely(browser: Any, tmp_path: Path) -> None:
-    from pipeline import runtime
-
     path = page_case.write(tmp_path, ["a", "b"], labels=LABELS)
     (tmp_path / "provenance").mkdir()
     (tmp_path / "provenance" / "train@cam.json").write_text(
         '{"stage": "train@cam", "seconds": 12.5, "versions": {"torch": "2"}}'
     )
-    runtime.provenance_script(tmp_path / "provenance")
+    provenance.write_script(tmp_path / "provenance")
     opened = Tab(browser, path)
     opened.page.click("#provenance-load")
     opened.page.wait_for_selector("#provenance-table td")

@@ -105,12 +105,13 @@ def test_without_disagree_at_nothing_disagrees(tmp_path: Path) -> None:
     assert not any(fields["disagree"].any() for _, fields in store.Store(Path("out/refined"), store.REFINED))
 
 
-def test_one_and_three_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_workers_that_decode_ahead_write_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outs = []
-    for workers in ("1", "3"):
+    for workers, loaders in (("1", "0"), ("3", "2")):
         case.build(tmp_path / workers, disagree_at=[0.7, 1.3], formats=["hdf5", "voc_png"])
         monkeypatch.chdir(tmp_path / workers)
         monkeypatch.setenv("TAG2MASK_WORKERS", workers)
+        monkeypatch.setenv("TAG2MASK_LOADERS", loaders)
         case.run_well("fit_refiner", "refine", "export")
         outs.append(case.contents(Path("out")))
     assert outs[0] == outs[1] and "refined/part-00002.h5" in outs[0]

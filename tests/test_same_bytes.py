@@ -1,4 +1,5 @@
-"""Whole chains of stages with other workers, ranks and engines, and stages that lose a worker or a node: the same bytes."""
+"""Whole chains of stages with other workers, loaders, ranks and engines, and stages that lose a worker or a node: the same
+bytes."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ def nodes() -> Iterator[Cluster]:
         yield nodes
 
 
-def test_three_workers_and_two_ranks_give_the_same_bytes(done: Copy, tmp_path: Path) -> None:
+def test_three_workers_with_two_loaders_and_two_ranks_give_the_same_bytes(done: Copy, tmp_path: Path) -> None:
     other = Copy(tmp_path / "copy")
-    other.ran("evaluate@cam", TAG2MASK_WORKERS="3", TAG2MASK_RANKS="2")
+    other.ran("evaluate@cam", TAG2MASK_WORKERS="3", TAG2MASK_LOADERS="2", TAG2MASK_RANKS="2")
     assert other.results() == done.results()
 
 

@@ -262,7 +262,9 @@ def test_one_and_three_processes_write_the_same_bytes(project: Path, monkeypatch
     assert found.labels == LABELS
 
 
-def test_decoding_ahead_and_writing_behind_give_the_same_bytes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_ahead_crfs_in_processes_of_their_own_and_writing_behind_give_the_same_bytes(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TAG2MASK_WORKERS", "1")
     assert run("in-line").exit_code == 0
     real, decoders = segment.read_image, set()
@@ -273,6 +275,7 @@ def test_decoding_ahead_and_writing_behind_give_the_same_bytes(project: Path, mo
 
     monkeypatch.setattr(segment, "read_image", decode)
     monkeypatch.setattr(runtime, "loaders", lambda device: 2)
+    monkeypatch.setattr(runtime, "beside", lambda device: 2)
     result = run("side-by-side")
     assert result.exit_code == 0, result.output
     assert decoders and threading.current_thread() not in decoders

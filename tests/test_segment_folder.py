@@ -129,15 +129,22 @@ def test_existing_masks_are_kept_and_another_segmenter_needs_overwrite(folder: P
     assert files(folder / "out")["masks/a.png"] != b"kept"
 
 
-def test_one_and_two_processes_write_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3):
+def test_processes_and_loaders_write_the_same_bytes_and_name_the_same_broken_image(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10):
         Image.fromarray(picture(20 + number, 30)).save(folder / "in" / f"{number}.png")
-    assert run().exit_code == 0
+    (folder / "in" / "4.png").write_bytes(b"")
+    first = run()
     contents = files(folder / "out")
-    shutil.rmtree(folder / "out")
-    monkeypatch.setenv("TAG2MASK_WORKERS", "2")
-    assert run().exit_code == 0
-    assert files(folder / "out") == contents
+    assert first.exit_code == 1 and len(files(folder / "out" / "masks")) == 9
+    for workers, loaders in (("2", "0"), ("1", "1")):
+        shutil.rmtree(folder / "out")
+        monkeypatch.setenv("TAG2MASK_WORKERS", workers)
+        monkeypatch.setenv("TAG2MASK_LOADERS", loaders)
+        again = run()
+        assert again.output.splitlines()[-2:] == first.output.splitlines()[-2:]
+        assert files(folder / "out") == contents
 
 
 def test_images_that_share_a_stem_keep_their_suffixes(tmp_path: Path) -> None:

@@ -126,12 +126,13 @@ def test_equal_matches_are_ordered_by_id_and_no_more_than_the_best_are_kept() ->
     assert not found.is_among_best(0, 0.5, "e") and found.is_among_best(0, 0.6, "z") and not found.is_among_best(0, 0.4, "a")
 
 
-def test_a_part_does_not_depend_on_others(
+def test_a_part_depends_neither_on_others_nor_on_loaders(
     tmp_path: Path, images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = [images[:4], images[4:8], images[8:]]
     forth = seen(monkeypatch, Fake, job_of(tmp_path), parts)
-    back = seen(monkeypatch, Fake, job_of(tmp_path), parts[::-1])[::-1]
+    decoding_ahead = dataclasses.replace(job_of(tmp_path), loaders=2)
+    back = seen(monkeypatch, Fake, decoding_ahead, parts[::-1])[::-1]
     first, second = (written(tmp_path / name, inspect.merged(some)) for name, some in (("a.h5", forth), ("b.h5", back)))
     assert first.read_bytes() == second.read_bytes()
 

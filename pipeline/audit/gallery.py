@@ -9,6 +9,7 @@ import io
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from pipeline import stage_order
 from pipeline.audit import tally
 from pipeline.core import store
-from pipeline.core.records import ImageRecord, Records, read_image, sample
+from pipeline.core.records import ImageRecord, Records, sample
 from pipeline.imaging import planes
 
 BATCH = 16  # images that a process draws at a time
@@ -79,21 +80,27 @@ def _quality_key(quality: float, image_id: str) -> tuple[bool, float, str]:
 def items(images: Sequence[GalleryImage], inputs: tally.Inputs) -> list[store.Item]:
     """GALLERY items of a batch of images."""
     stores = tally.cached_stores(inputs)
-    return [(image.record.id, _fields(image, stores, inputs)) for image in images]
+    with closing(tally.photographs([image.record for image in images], inputs)) as decoded:
+        return [
+            (image.record.id, _fields(image, photograph, stores, inputs))
+            for image, photograph in zip(images, decoded, strict=True)
+        ]
 
 
-def _fields(image: GalleryImage, stores: tally.Stores, inputs: tally.Inputs) -> dict[str, np.ndarray]:
+def _fields(
+    image: GalleryImage, photograph: np.ndarray, stores: tally.Stores, inputs: tally.Inputs
+) -> dict[str, np.ndarray]:
     record = image.record
     labels, best, confidence = _results(record, stores, inputs.threshold)
     truth = stores.truth.read(record.id, "mask") if record.id in stores.truth else None
     size = planes.fitted(record.size, inputs.settings.thumbnail)
-    photograph = _scaled(Image.fromarray(read_image(record, inputs.root)), size, Image.Resampling.BOX)
+    thumbnail = _scaled(Image.fromarray(photograph), size, Image.Resampling.BOX)
     scores = np.round(255 * np.clip(best, 0, 1)).astype(np.uint8)
     masks = [planes.nearest(labels[stage], size) for stage in stage_order.GALLERY if stage in labels]
     return {
         "kind": np.array([image.kind], np.uint8),
         "size": np.array(size, np.uint16),
-        "photograph": _encoded(photograph, "WEBP", quality=PHOTOGRAPH_QUALITY, method=4),
+        "photograph": _encoded(thumbnail, "WEBP", quality=PHOTOGRAPH_QUALITY, method=4),
         "scores": _grey(scores, size),
         "confidence": _grey(confidence, size),
         "present": np.array([stage in labels for stage in stage_order.GALLERY], np.uint8),

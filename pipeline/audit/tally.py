@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from pipeline.audit import empty_masks, indicators, score, truth
 from pipeline.audit.indicators import INDICATORS, UNDEFINED
 from pipeline.audit.score import Row
 from pipeline.audit.truth import Flow, StageCounts
-from pipeline.core import store
+from pipeline.core import overlap, store
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Evaluate
@@ -32,6 +34,7 @@ class Inputs:
 
     threshold  0..1 of the score maps, fitted by fit_refiner: below it a score is background
     root       folder that paths of records start from
+    loaders    threads that decode images ahead
     """
 
     truth: Path
@@ -44,6 +47,7 @@ class Inputs:
     settings: Evaluate
     labels: LabelSpace
     root: Path
+    loaders: int = 0
 
 
 @dataclass
@@ -136,12 +140,18 @@ def tally_batch(records: Sequence[ImageRecord], inputs: Inputs) -> BatchTally:
     stores = cached_stores(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
     small_masks = []
-    for record in records:
-        image = _ImageTally(record, inputs, stores, tally)
-        image.count()
-        mask = image.labels[LAST[record.split]]
-        small_masks.append((record.id, {"mask": planes.nearest(mask, planes.fitted(record.size, SMALL_SIDE))}))
+    with closing(photographs(records, inputs)) as decoded:
+        for record, photograph in zip(records, decoded, strict=True):
+            image = _ImageTally(record, photograph, inputs, stores, tally)
+            image.count()
+            mask = image.labels[LAST[record.split]]
+            small_masks.append((record.id, {"mask": planes.nearest(mask, planes.fitted(record.size, SMALL_SIDE))}))
     return tally, small_masks
+
+
+def photographs(records: Sequence[ImageRecord], inputs: Inputs) -> Generator[np.ndarray, None, None]:
+    """u8[h,w,3] of every record, decoded ahead by inputs.loaders threads, so that no image waits for the disk."""
+    return overlap.ahead(partial(read_image, root=inputs.root), records, inputs.loaders, inputs.loaders)
 
 
 def add_batches(batches: Iterable[BatchTally], total: Tally) -> Iterator[store.Item]:
@@ -152,16 +162,16 @@ def add_batches(batches: Iterable[BatchTally], total: Tally) -> Iterator[store.I
 
 
 class _ImageTally:
-    """Scores one image stage by stage; its counts and rows go to `tally`."""
+    """Scores one image u8[h,w,3] stage by stage; its counts and rows go to `tally`."""
 
-    def __init__(self, record: ImageRecord, inputs: Inputs, stores: Stores, tally: Tally) -> None:
+    def __init__(self, record: ImageRecord, photograph: np.ndarray, inputs: Inputs, stores: Stores, tally: Tally) -> None:
         self.record, self.inputs, self.stores, self.tally = record, inputs, stores, tally
         self.truth: truth.Truth | None = None
         if record.id in stores.truth:
             self.truth = truth.with_bands(stores.truth.read(record.id, "mask"))
             self.weights = metrics.poisson_weights(record.id)
         tags = None if record.tags is None else tuple(tag + 1 for tag in record.tags)
-        self.context = indicators.ImageContext(tags, indicators.edge_ranks(read_image(record, inputs.root)))
+        self.context = indicators.ImageContext(tags, indicators.edge_ranks(photograph))
         self.labels: dict[str, np.ndarray] = {}  # mask values u8[h,w] of the stages so far
         self.miou: dict[str, float] = {}
 

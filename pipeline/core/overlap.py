@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from queue import SimpleQueue
 from threading import Semaphore, Thread
@@ -33,17 +33,22 @@ def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int, boun
     if threads == 0:
         yield from map(function, items)
         return
-    waiting: deque[Future[Out]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > bound:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from through(pool, function, items, bound)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def through(pool: Executor, function: Callable[[In], Out], items: Iterable[In], bound: int) -> Iterator[Out]:
+    """function(item) in the order of the items, computed by the pool; bound: as above."""
+    waiting: deque[Future[Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > bound:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def behind(items: Generator[In, None, None], consume: Callable[[Iterator[In]], Out], bound: int) -> Out:

@@ -33,6 +33,15 @@ def ranks() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def check_gpus(count: int) -> None:
+    """SystemExit where this host has more ranks than GPUs."""
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if ranks_here > count:
+        raise SystemExit(
+            f"torchrun has started {ranks_here} ranks on this host; allowed is one per GPU: --nproc-per-node 1 to {count}"
+        )
+
+
 def is_first() -> bool:
     return os.environ["RANK"] == "0"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.core import sections
 from pipeline.core.config import ParamsError
@@ -154,6 +155,24 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
 PACKAGES = CHECKS[:10]  # without them nothing runs
 
 
-def findings(*, packages_only: bool) -> list[Finding]:
+class Environment(Protocol):
+    """`pipeline.runtime` fills it."""
+
+    def described(self) -> list[tuple[str, str, str | None]]:
+        """Subject, state, and what to do where something is missing. SystemExit where a variable is wrong."""
+        ...
+
+
+def findings(environment: Environment, *, packages_only: bool) -> list[Finding]:
     """Findings of all checks, or only of tools and packages."""
-    return [check() for check in (PACKAGES if packages_only else CHECKS)]
+    if packages_only:
+        return [check() for check in PACKAGES]
+    return [*(check() for check in CHECKS), *processes(environment)]
+
+
+def processes(environment: Environment) -> list[Finding]:
+    """The engine, processes and threads, as variables of the environment say."""
+    try:
+        return [Finding(*description) for description in environment.described()]
+    except SystemExit as error:
+        return [Finding("environment", str(error), "set the variable so, or unset it")]

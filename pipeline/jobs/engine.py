@@ -34,6 +34,10 @@ class Engine(Protocol):
         """Threads that decode images ahead of what computes on `device`; 0: none."""
         ...
 
+    def beside(self, device: str) -> int:
+        """Processes for CPU work beside one that computes on `device`; 0: none."""
+        ...
+
     def map_parts(
         self,
         function: Callable[[In], Out],

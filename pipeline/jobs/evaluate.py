@@ -50,7 +50,7 @@ def run(
     inputs = Inputs(
         truth=truth, scoremaps=scoremaps, refined=refined, pseudo_masks=pseudo_masks, predictions=predictions,
         held_out=held_out, threshold=tally.fitted_threshold(refiner), settings=rules, labels=listed.labels,
-        root=settings.root,
+        root=settings.root, loaders=engine.loaders("cpu"),
     )  # fmt: skip
     batches = [listed.images[at : at + tally.BATCH] for at in range(0, len(listed), tally.BATCH)]
     total = Tally.empty(len(listed.labels) + 1, rules.threshold_bins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.core import store
+from pipeline.core import overlap, store
 from pipeline.core.contracts import Surroundings, WithSurroundings
 from pipeline.core.record_table import RecordTable
 from pipeline.core.records import ImageRecord, Records, read_image, sample
@@ -110,24 +111,39 @@ def summarise_surroundings(records: Sequence[ImageRecord], job: score_maps.Job) 
     """Of one part: all `tagged` images once, at scale 1, the long side at most LONGEST. Nothing depends on other parts."""
     method = score_maps.load(job.method, job.backbone, job.model.resolve(), job.device, str(job.out.resolve()))
     summary = SurroundingsSummary.empty(len(job.labels))
-    for batch in score_maps.alike(records, job.settings.views_per_batch):
+    batches = list(score_maps.alike(records, job.settings.views_per_batch))
+
+    def load(batch: Sequence[ImageRecord]) -> tuple[list[np.ndarray], np.ndarray]:
         photographs = [read_image(record, job.root) for record in batch]
-        views = np.stack([_view(photograph, method, job.settings.long_side) for photograph in photographs])
-        pairs = [(row, label) for row, record in enumerate(batch) for label in record.tags or ()]
-        with torch.inference_mode():
-            surroundings: Surroundings = method.surroundings(
-                transforms.tensor_of(views, job.device), torch.tensor(pairs, device=job.device)
-            )
-        summary.description = surroundings.description
-        if not surroundings.match.shape[1]:  # nothing is suppressed
-            break
-        match, outside = surroundings.match.float().cpu().numpy(), surroundings.outside.float().cpu().numpy()
-        _count(summary, batch, pairs, match)
-        for place, (row, label) in enumerate(pairs):
-            cosine, record = float(match[place, label]), batch[row]
-            if summary.is_among_best(label, cosine, record.id):
-                summary.add(label, (-cosine, record.id, _without_class(photographs[row], outside[place])))
+        return photographs, np.stack([_view(photograph, method, job.settings.long_side) for photograph in photographs])
+
+    with closing(overlap.ahead(load, batches, job.loaders, min(1, job.loaders))) as loaded:
+        for batch, (photographs, views) in zip(batches, loaded, strict=True):
+            if not _add_batch(summary, batch, photographs, views, method, job.device):
+                break
     return summary
+
+
+def _add_batch(
+    summary: SurroundingsSummary, batch: Sequence[ImageRecord], photographs: Sequence[np.ndarray], views: np.ndarray,
+    method: Any, device: str,
+) -> bool:  # fmt: skip
+    """Equally sized images u8[h,w,3] and their views u8[b,·,·,3]; False where nothing is suppressed."""
+    pairs = [(row, label) for row, record in enumerate(batch) for label in record.tags or ()]
+    with torch.inference_mode():
+        surroundings: Surroundings = method.surroundings(
+            transforms.tensor_of(views, device), torch.tensor(pairs, device=device)
+        )
+    summary.description = surroundings.description
+    if not surroundings.match.shape[1]:
+        return False
+    match, outside = surroundings.match.float().cpu().numpy(), surroundings.outside.float().cpu().numpy()
+    _count(summary, batch, pairs, match)
+    for place, (row, label) in enumerate(pairs):
+        cosine, record = float(match[place, label]), batch[row]
+        if summary.is_among_best(label, cosine, record.id):
+            summary.add(label, (-cosine, record.id, _without_class(photographs[row], outside[place])))
+    return True
 
 
 def _count(

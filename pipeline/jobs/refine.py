@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.core import config, plugins, refiner_state, store
+from pipeline.core import config, overlap, plugins, refiner_state, store
 from pipeline.core import records as records_file
 from pipeline.core.contracts import DeviceRefiner, ImageMaps, LearnedRefiner
 from pipeline.core.labels import IGNORE, LabelSpace
@@ -36,6 +37,7 @@ class Job:
     params_digest: str
     out: Path
     device: str
+    loaders: int  # threads that read score maps and decode images ahead of the refiner
 
 
 def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, refined: Path, engine: Engine) -> None:
@@ -53,10 +55,11 @@ def run(settings: Settings, *, records: Path, scoremaps: Path, refiner: Path, re
     maps.require(listed.ids)
     files = store.file_digest(records), maps.logical_digest, store.file_digest(refiner)
     with store.Workspace(refined, store.digest([digest, engine.code_digest(), *files])) as work:
+        device = engine.device() if refiner_state.has_network(refiner) else "cpu"
         job = Job(
             refiner=name, backbone=settings.run.backbone, settings=refinement, params=params, scoremaps=scoremaps,
             state=refiner, root=settings.root, labels=listed.labels, parts=len(parts), params_digest=digest, out=work.result,
-            device=engine.device() if refiner_state.has_network(refiner) else "cpu",
+            device=device, loaders=engine.loaders(device),
         )  # fmt: skip
         run_parts(refine_part, parts, job, out=work.result, engine=engine, what=f"refine {settings.name}")
 
@@ -116,29 +119,39 @@ def refine_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
         refiner, threshold = load(job)
         _READY[key] = refiner, store.Store(job.scoremaps, store.SCORE_MAPS), threshold
     refiner, scores, threshold = _READY[key]
-    items = ((record.id, refine_one(refiner, maps_of(scores, record), record, job, threshold)) for record in records)
-    store.write_part(
-        store.part_path(job.out, part), store.REFINED, items, labels=job.labels, part=part, parts=job.parts,
-        params_digest=job.params_digest, compression=job.settings.compression,
-    )  # fmt: skip
+
+    def maps_and_image(record: ImageRecord) -> tuple[ImageMaps, np.ndarray | None]:
+        maps = maps_of(scores, record)
+        return maps, read_image(record, job.root) if len(maps.classes) else None
+
+    with closing(overlap.ahead(maps_and_image, records, job.loaders, job.loaders)) as loaded:
+        items = (
+            (record.id, refine_one(refiner, maps, image, job.settings, threshold))
+            for record, (maps, image) in zip(records, loaded, strict=True)
+        )
+        store.write_part(
+            store.part_path(job.out, part), store.REFINED, items, labels=job.labels, part=part, parts=job.parts,
+            params_digest=job.params_digest, compression=job.settings.compression,
+        )  # fmt: skip
     return len(records)
 
 
-def refine_one(refiner: Any, maps: ImageMaps, record: ImageRecord, job: Job, threshold: float) -> dict[str, np.ndarray]:
-    """REFINED fields of one image. An image in which no class is present is background, with certainty, at no cost."""
+def refine_one(
+    refiner: Any, maps: ImageMaps, image: np.ndarray | None, settings: Refine, threshold: float
+) -> dict[str, np.ndarray]:
+    """REFINED fields of an image u8[h,w,3]. One in which no class is present is background, with certainty, at no cost."""
     h, w = maps.size
-    if not len(maps.classes):
+    if image is None:
         return {
             "label": np.zeros((h, w), np.uint8),
             "confidence": np.full((h, w), store.CONFIDENCE_STEPS, np.uint8),
             "disagree": np.zeros((h, w), np.uint8),
         }
-    image = read_image(record, job.root)
     probabilities = refiner(image, maps, threshold)
     disagree = np.zeros((h, w), np.uint8)
-    if job.settings.disagree_at is not None:
+    if settings.disagree_at is not None:
         low, high = (
-            planes.labels_of(refiner(image, maps, threshold * factor), maps.classes) for factor in job.settings.disagree_at
+            planes.labels_of(refiner(image, maps, threshold * factor), maps.classes) for factor in settings.disagree_at
         )
         disagree = (planes.trinary_labels(low, high) == IGNORE).astype(np.uint8)
     confidence = np.clip(planes.confidence_of(probabilities), 0, 1)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.core import config, overlap, plugins, store
 from pipeline.core import records as records_file
 from pipeline.core.labels import LabelSpace
+from pipeline.core.processes import pool_of
 from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Segment, Settings
 from pipeline.crf import CrfSettings, dense_crf, unary_from_probabilities
@@ -31,6 +32,8 @@ from pipeline.jobs.engine import Engine, parts_of, run_parts
 from pipeline.training import checkpoint
 from pipeline.training.precision import PRECISIONS
 from pipeline.training.settings import Training
+
+Segmented = tuple[ImageRecord, np.ndarray, np.ndarray]  # record, image u8[h,w,3], probabilities f32[p,·,·]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Job:
     out: Path
     device: str
     loaders: int = 0  # threads that decode images ahead of the network; with any, another one writes behind it
+    processes: int = 0  # that compute CRFs beside a GPU's; 0: the one that writes does
 
 
 def run(settings: Settings, *, records: Path, segmenter: Path, predictions: Path, engine: Engine) -> None:
@@ -59,6 +63,7 @@ def run(settings: Settings, *, records: Path, segmenter: Path, predictions: Path
     files = store.file_digest(records), store.file_digest(segmenter)
     with store.Workspace(predictions, store.digest([job.params_digest, engine.code_digest(), *files])) as work:
         job = dataclasses.replace(job, parts=len(parts), out=work.result, loaders=engine.loaders(job.device))
+        job = dataclasses.replace(job, processes=engine.beside(job.device) if job.crf else 0)
         run_parts(segment_part, parts, job, out=work.result, engine=engine, what=f"segment {settings.name}")
 
 
@@ -117,20 +122,18 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     part, records = item
     model = load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
 
-    def write(segmented: Iterator[tuple[ImageRecord, np.ndarray, np.ndarray]]) -> None:
-        items = ((record.id, fields(image, stack, job.crf)) for record, image, stack in segmented)
-        store.write_part(
-            store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
-            params_digest=job.params_digest, compression=job.settings.compression,
-        )  # fmt: skip
+    def write(segmented: Iterator[Segmented]) -> None:
+        with closing(finished(segmented, job)) as items:
+            store.write_part(
+                store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
+                params_digest=job.params_digest, compression=job.settings.compression,
+            )  # fmt: skip
 
     overlap.behind(segmented(records, model, job), write, 1 if job.loaders else 0)  # stacks of planes are large
     return len(records)
 
 
-def segmented(
-    records: Sequence[ImageRecord], model: Any, job: Job
-) -> Generator[tuple[ImageRecord, np.ndarray, np.ndarray], None, None]:
+def segmented(records: Sequence[ImageRecord], model: Any, job: Job) -> Generator[Segmented, None, None]:
     """Every record, its image u8[h,w,3] and its probabilities f32[p,·,·]; images are decoded by job.loaders threads."""
     planes_count = len(job.labels) + 1
 
@@ -142,6 +145,22 @@ def segmented(
     with closing(overlap.ahead(load_views, records, job.loaders, job.loaders)) as loaded:
         for record, (image, views) in zip(records, loaded, strict=True):
             yield record, image, mean_softmax(views, image.shape[:2], model, job, planes_count=planes_count)
+
+
+def finished(results: Iterator[Segmented], job: Job) -> Generator[store.Item, None, None]:
+    """PREDICTIONS items. A CRF holds Python's lock from its start to its end, so that a network in another thread of the
+    process would wait for it: beside a GPU it runs in processes of its own."""
+    make = partial(_item, crf=job.crf)
+    if job.processes == 0:
+        yield from map(make, results)
+        return
+    with pool_of(job.processes) as pool:
+        yield from overlap.through(pool, make, results, job.processes)
+
+
+def _item(result: Segmented, crf: CrfSettings | None) -> store.Item:
+    record, image, stack = result
+    return record.id, fields(image, stack, crf)
 
 
 def segment_one(image: np.ndarray, model: Any, job: Job) -> dict[str, np.ndarray]:

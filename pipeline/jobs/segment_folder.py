@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.core import records
+from pipeline.core import overlap, records
 from pipeline.core.labels import BACKGROUND, LabelSpace
 from pipeline.imaging.palette import voc_palette
 from pipeline.jobs.engine import Engine
@@ -26,6 +28,7 @@ from pipeline.mask_files import hex_of, legend, palette_png
 LONG_SIDE = 2048  # px, at most, of an overlay; masks keep the image's size
 OPACITY = 0.5  # of the class colours over the image
 DESCRIPTION = "segmented.json"
+IMAGES_PER_LOADER = 8  # of a group, which one process segments: enough to decode some ahead
 
 
 class Predictor(Protocol):
@@ -80,9 +83,12 @@ def run(predictor: Predictor, images: Path, out: Path, *, overwrite: bool, engin
     all_targets = targets(images, out)
     description = describe(predictor)
     unfinished = remaining(all_targets, out, description, overwrite=overwrite)
-    apply = partial(apply_one, images=images, predictor=predictor)
-    image_problems = engine.map_parts(apply, unfinished, what=f"segment {predictor.name}", device=predictor.device)
-    problems = [problem for problem in image_problems if problem is not None]
+    loaders = engine.loaders(predictor.device)
+    size = max(1, IMAGES_PER_LOADER * loaders)
+    groups = [unfinished[at : at + size] for at in range(0, len(unfinished), size)]
+    apply = partial(apply_group, images=images, predictor=predictor, loaders=loaders)
+    image_problems = engine.map_parts(apply, groups, what=f"segment {predictor.name}", device=predictor.device, images=len)
+    problems = [problem for group in image_problems for problem in group]
     return Result(len(unfinished) - len(problems), len(all_targets) - len(unfinished), problems)
 
 
@@ -148,22 +154,39 @@ def describe(predictor: Predictor) -> dict[str, Any]:
     return predictor.description() | {"classes": classes}
 
 
-def apply_one(target: Target, images: Path, predictor: Predictor) -> str | None:
-    """Writes mask and overlay of an image under `images`; returns what is wrong with the image, or None.
+def apply_group(group: Sequence[Target], images: Path, predictor: Predictor, loaders: int) -> list[str]:
+    """Writes masks and overlays of some images under `images`; returns what is wrong with those that cannot be read.
 
-    The image is read as prepare reads it: upright, 8-bit RGB.
+    loaders: threads that decode images ahead of the predictor; with any, another one writes behind it.
     """
+    problems: list[str] = []
+
+    def segmented() -> Generator[tuple[Target, np.ndarray, np.ndarray], None, None]:
+        with closing(overlap.ahead(partial(_image_or_problem, images=images), group, loaders, loaders)) as loaded:
+            for target, image in zip(group, loaded, strict=True):
+                if isinstance(image, str):
+                    problems.append(image)
+                else:
+                    yield target, image, predictor.mask(image)
+
+    def write(results: Iterator[tuple[Target, np.ndarray, np.ndarray]]) -> None:
+        for target, image, mask in results:
+            _write_atomically(target.mask, palette_png(mask))
+            buffer = io.BytesIO()
+            Image.fromarray(overlay(image, mask)).save(buffer, "JPEG", quality=90)
+            _write_atomically(target.overlay, buffer.getvalue())
+
+    overlap.behind(segmented(), write, min(1, loaders))
+    return problems
+
+
+def _image_or_problem(target: Target, images: Path) -> np.ndarray | str:
+    """u8[h,w,3], read as prepare reads it: upright, 8-bit RGB; or what is wrong with the file."""
     try:
-        image = records.decode((images / target.source).read_bytes())
+        return records.decode((images / target.source).read_bytes())
     except Exception as error:  # decoders raise many kinds of errors on broken files, which must not end the run
         text = "not a known image format" if "cannot identify" in str(error) else f"{error or type(error).__name__}"
         return f"{str(target.source)!r} cannot be read: {text}"
-    mask = predictor.mask(image)
-    _write_atomically(target.mask, palette_png(mask))
-    buffer = io.BytesIO()
-    Image.fromarray(overlay(image, mask)).save(buffer, "JPEG", quality=90)
-    _write_atomically(target.overlay, buffer.getvalue())
-    return None
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -4,12 +4,13 @@ function provenanceTable(records) {
   const versions = [...new Set(records.flatMap((record) => Object.keys(record.versions ?? {})))].sort();
   const short = (text) => (text ?? "–").slice(0, 12);
   const head = [
-    "stage", "seconds", "peak MiB", "peak MiB of the largest child process", "device", "python", ...versions,
+    "stage", "seconds", "peak MiB", "peak MiB of the largest child process", "device", "GPUs", "engine",
+    "workers", "loaders", "ranks", "python", ...versions,
     "params digest", "code digest",
   ];
   const rows = records.map((record) => [
     record.stage, record.seconds?.toFixed(1), record.peak_memory_mib, record.peak_memory_mib_largest_child, record.device,
-    record.python, ...versions.map((name) => record.versions?.[name]),
+    record.gpus?.join(", "), record.engine, record.workers, record.loaders, record.ranks, record.python, ...versions.map((name) => record.versions?.[name]),
     short(record.params_digest), short(record.code_digest),
   ]);
   const cell = (value, at) => element(at === 0 ? "th" : "td", at === 0 ? { scope: "row" } : {}, String(value ?? "–"));
