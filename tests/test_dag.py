@@ -254,6 +254,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/exporters/*", each("export")),
     ("pipeline/training/settings.py", each(*TRAINED)),
     ("pipeline/training/optim.py", each(*TRAINED)),
+    ("pipeline/training/precision.py", each(*TRAINED)),
     ("pipeline/training/*", each("train", "extract", "fit_refiner", "cross_validate", "retrain", "segment")),
     ("pipeline/nn/weights.py", each(*TRAINED)),
     ("pipeline/nn/torchvision_guard.py", each(*TRAINED)),

@@ -240,6 +240,14 @@ def test_only_a_training_on_cuda_asks_for_deterministic_kernels(tmp_path: Path) 
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+def test_tf32_is_used_for_products_and_convolutions_where_the_recipe_says_so_alone() -> None:
+    settings = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    for precision, allowed in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
+        with autocast(precision, "cpu"):
+            assert torch.is_autocast_enabled("cpu") is (precision == "bf16")
+        assert [setting.allow_tf32 for setting in settings] == [allowed, allowed], precision
+
+
 def test_an_operand_that_lies_on_the_cpu_is_an_error() -> None:
     with pretended_cuda():
         pretended, plain = torch.ones(3, device="cuda"), torch.ones(3)

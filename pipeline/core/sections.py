@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from pipeline.core import config
-from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Share
+from pipeline.core.config import PARAMS_FILE, AboveZero, Count, Positive, Precision, Share
 
 Compression = Literal["gzip", "zstd", "none"]
 T = TypeVar("T")
@@ -87,7 +87,8 @@ class Extract:
     views_per_batch  views that go through the network together; more need more memory
     tag_threshold  on val, classes whose sigmoid(tag_logits) reaches it are kept
     keep_affinity  whether the method's affinity of the last of `scales` is kept, n² values an image, for refiner walk
-    precision   of the network: fp32, or bf16 and fp16 where the processor is fast at them
+    precision   of the network: fp32; tf32, which is fp32 with products of 10 bits on an NVIDIA GPU (as fp32 on a CPU); bf16
+                and fp16 where the processor is fast at them
     images_per_part  images in a file of the store
     compression  of the store
     inspect     number of training images whose inner maps the report shows; 0: nothing of a method's inside
@@ -102,7 +103,7 @@ class Extract:
     views_per_batch: Positive
     tag_threshold: Share
     keep_affinity: bool
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     images_per_part: Positive
     compression: Compression
     inspect: Count
@@ -175,7 +176,8 @@ class Segment:
     short_side  px of the short side at scale 1, or null: the image's own size
     window      px, side of the square window, usually retrain.augment.size or a little more
     window_stride  px between windows, at most `window`
-    precision   of the network: fp32, or bf16 and fp16 where the processor is fast at them
+    precision   of the network: fp32; tf32, which is fp32 with products of 10 bits on an NVIDIA GPU (as fp32 on a CPU); bf16
+                and fp16 where the processor is fast at them
     crf         null, or the keys of crf.CrfSettings
     images_per_part  images in a file of the store
     compression  of the store
@@ -187,7 +189,7 @@ class Segment:
     short_side: Positive | None
     window: Positive
     window_stride: Positive
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     crf: Any
     images_per_part: Positive
     compression: Compression

@@ -94,6 +94,10 @@ def load(job: Job) -> tuple[Any, float]:
     """The refiner, ready to be called, and its threshold."""
     state = refiner_state.read(job.state, job.refiner)
     module, threshold = plugins.load("refiners", job.refiner), float(state["threshold"][0])
+    if job.device != "cpu":  # refiners without a network do not pay for torch
+        from pipeline.training.precision import allow_tf32
+
+        allow_tf32(False)
     if not isinstance(module, LearnedRefiner):
         refiner = module.Refiner(job.params, state)
         if isinstance(refiner, DeviceRefiner):

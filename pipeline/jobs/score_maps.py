@@ -23,7 +23,7 @@ from pipeline.core.records import ImageRecord, read_image
 from pipeline.core.sections import Extract
 from pipeline.imaging import planes, scoremaps, transforms
 from pipeline.training import checkpoint
-from pipeline.training.precision import PRECISIONS
+from pipeline.training.precision import autocast
 from pipeline.training.settings import Training
 
 WRITER_QUEUE = 2  # batches that wait to be written: with less than one, the network would wait for the last one's writing
@@ -156,8 +156,7 @@ def score_views(
         batch = transforms.tensor_of(np.stack(of_scale), device)
         if settings.flip:
             batch = torch.cat([batch, batch.flip(-1)])
-        dtype = PRECISIONS[settings.precision]
-        with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+        with autocast(settings.precision, device):
             last = len(maps) + 1 == len(settings.scales)
             maps.append(method.score_maps(batch, options, keep_affinity=settings.keep_affinity and last))
     logits = torch.stack([_views(scale.tag_logits, len(views)) for scale in maps]).mean(dim=(0, 2)).float().cpu()  # [b,c]

@@ -30,7 +30,7 @@ from pipeline.imaging import planes, transforms
 from pipeline.jobs import windows
 from pipeline.jobs.engine import Engine, parts_of, run_parts
 from pipeline.training import checkpoint
-from pipeline.training.precision import PRECISIONS
+from pipeline.training.precision import autocast
 from pipeline.training.settings import Training
 
 Segmented = tuple[ImageRecord, np.ndarray, np.ndarray]  # record, image u8[h,w,3], probabilities f32[p,·,·]
@@ -227,10 +227,9 @@ def windowed(view: Tensor, model: Any, job: Job) -> Tensor:
     """
     (h, w), settings = view.shape[-2:], job.settings
     total, count = None, view.new_zeros(h, w)
-    dtype = PRECISIONS[settings.precision]
     for corners in windows.batches((h, w), settings):
         batch = torch.stack([view[:, rows, columns] for rows, columns in corners])
-        with torch.autocast(job.device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+        with autocast(settings.precision, job.device):
             logits = model.segment(batch, job.options).float()
         if total is None:
             total = view.new_zeros(logits.shape[1], h, w)

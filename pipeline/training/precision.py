@@ -1,13 +1,23 @@
-"""The training precisions of params.yaml as torch data types."""
+"""The precisions of a recipe as torch data types and settings."""
 
 from __future__ import annotations
 
 import torch
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # types of core.config.Precision
 
 
 def autocast(precision: str, device: str) -> torch.autocast:
-    """Mixed precision on a torch device such as cpu or cuda:1; a context that changes nothing for fp32."""
-    dtype = PRECISIONS[precision]
+    """Mixed precision on a torch device such as cpu or cuda:1; a context that changes nothing for fp32 and tf32.
+
+    Whether TF32 is used is set for good, since a backward pass lies outside the context.
+    """
+    allow_tf32(precision == "tf32")
+    dtype = AUTOCAST[precision]
     return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA rounds the operands of float32 products, convolutions and LSTMs to TF32, which has 10 bits behind the
+    point of bf16's range. PyTorch by itself does so in cuDNN alone. The CPU's products stay as they are."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Share
+from pipeline.core.config import AboveZero, Count, NonNegative, Positive, Precision, Share
 from pipeline.core.contracts import Phase
 from pipeline.imaging.threshold import FitParams
 
@@ -110,14 +110,15 @@ class Training:
     """Section train or retrain.
 
     seed       of weights, order and augmentation
-    precision  of the network: fp32, or bf16 and fp16 where the processor is fast at them
+    precision  of the network: fp32; tf32, which is fp32 with products of 10 bits on an NVIDIA GPU (as fp32 on a CPU); bf16
+               and fp16 where the processor is fast at them
     augment    photograph → square training crop
     schedule   optimisation
     model      of the method (train) or of the segmenter (retrain)
     """
 
     seed: Count
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     augment: Augment
     schedule: Schedule
     model: Any
