@@ -21,6 +21,7 @@ from pipeline.core.records import ChangedImageError, read_image
 from pipeline.core.sections import Dataset as Section
 from pipeline.core.sections import Prepare
 from pipeline.datasets.webdataset import dataset as shards
+from pipeline.jobs import survey
 from pipeline.jobs.listings import list_images, open_dataset
 from pipeline.jobs.prepare import prepare
 from pipeline.listing import DatasetError
@@ -134,6 +135,12 @@ def test_prepare_opens_images_in_their_shards_and_records_where_they_lie(
     shard.unlink()
     with pytest.raises(ChangedImageError, match=r"train-0.tar/0.png is gone"):
         read_image(listed.table[0], root)
+
+
+def test_a_survey_sees_sizes_in_shards(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.tar", [sample("0", "cat"), sample("1", "cat")])
+    sizes = survey.of(tmp_path, Section(name="webdataset", root="", options=OPTIONS)).sizes
+    assert sizes is not None and sizes.median == (12, 10)
 
 
 def test_every_problem_of_shards_is_listed_at_once(tmp_path: Path) -> None:

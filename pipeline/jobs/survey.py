@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +17,7 @@ from pipeline import class_names
 from pipeline.core.contracts import DatasetWithWarnings, Listing
 from pipeline.core.labels import LabelSpace
 from pipeline.core.problems import listed, quantity
+from pipeline.core.records import read_file
 from pipeline.core.sections import Dataset
 from pipeline.jobs.listings import list_images, open_dataset
 from pipeline.listing import DatasetError
@@ -115,7 +117,7 @@ def _header_sizes(listings: Iterable[Listing], root: Path) -> Iterator[tuple[str
     """(id, size) by the headers of the files, not turned by EXIF. Broken files are left out: prepare names them."""
     for listing in listings:
         try:
-            with Image.open(root / listing.path) as image:
+            with Image.open(root / listing.path if listing.length is None else BytesIO(read_file(listing, root))) as image:
                 yield listing.id, (image.height, image.width)
         except Exception:  # Pillow raises many kinds of errors on broken files
             continue
