@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from pipeline import runtime
 from pipeline.core import records as records_file
@@ -45,7 +46,7 @@ def sample(key: str, *tags: str, value: int = 0) -> dict[str, Any]:
 def write(path: Path, samples: Sequence[Mapping[str, Any]]) -> Path:
     """By the package's own writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path)) as writer:
+    with TarWriter(str(path)) as writer:
         for each in samples:
             writer.write(dict(each))
     return path
@@ -246,7 +247,7 @@ def test_options_that_cannot_be_used_say_what_is_allowed(tmp_path: Path, options
 
 def test_the_package_reads_the_samples_that_are_listed(tmp_path: Path) -> None:
     path = write(tmp_path / "train-0.tar", [sample(f"{number:03d}", "cat") for number in range(3)])
-    samples = list(webdataset.compat.WebDataset(str(path), shardshuffle=False))
+    samples = list(WebDataset(str(path), shardshuffle=False))
     images, _ = list_images(opened(tmp_path))
     assert [image.id for image in images] == [f"train-0/{each['__key__']}" for each in samples]
     assert [list(image.tags or ()) for image in images] == [json.loads(each["json"])["tags"] for each in samples]
