@@ -16,7 +16,7 @@ demo: data ## the whole pipeline on drawn scenes, and a table of its figures
 	@$(PY) -m pipeline.report.summary audit
 
 test: setup lint docs ## everything that CI runs
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	ruff check .
