@@ -5,6 +5,7 @@ Ray's own start is not counted: its cluster runs before, and what a stage takes 
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,13 @@ from pipeline import runtime
 
 STAGES = ("extract", "fit_refiner", "refine", "export", "segment", "evaluate")
 PORT = 6380
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}  # nobody else runs code on this host
 CONNECT = "from pipeline import runtime\nlist(runtime.map_parts(str, range({workers}), what='parts'))"
+
+
+def results(_: str, names: list[str]) -> set[str]:
+    """What the measured stages write; they read cross_validate's."""
+    return {name for name in names if name.endswith(".h5") and name != "held_out.h5"}
 
 
 def copied(project: Path, folder: Path) -> None:
@@ -33,7 +40,7 @@ def copied(project: Path, folder: Path) -> None:
             for inner in path.iterdir():
                 (folder / "data" / inner.name).symlink_to(inner.resolve())
         elif path.is_dir() and path.name != "recipes":
-            shutil.copytree(path, folder / path.name, ignore=lambda _, names: {n for n in names if n.endswith(".h5")})
+            shutil.copytree(path, folder / path.name, ignore=results)
         elif path.is_dir():
             (folder / path.name).symlink_to(path.resolve())
         else:
@@ -57,11 +64,11 @@ def main(project: Path, run: str, workers: int) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={PORT}"]
     cluster = subprocess.Popen(
         [*command, f"--num-cpus={workers}", "--include-dashboard=false", "--disable-usage-stats"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**runtime.with_own_commands(), **TOKEN},
     )  # fmt: skip
     given = {
         "local": {"TAG2MASK_WORKERS": str(workers)},
-        "ray": {"TAG2MASK_ENGINE": "ray", "RAY_ADDRESS": f"127.0.0.1:{PORT}"},
+        "ray": {"TAG2MASK_ENGINE": "ray", "RAY_ADDRESS": f"127.0.0.1:{PORT}", **TOKEN},
     }
     taken: dict[str, list[float]] = {name: [] for name in given}
     try:

@@ -118,3 +118,33 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"TAG2MASK_ENGINE=ray needs Ray: pip install 'tag2mask\[ray\]'"):
         ray_cluster.connect()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1"),
+        ("ray://127.0.0.1:10001", "a stage runs on a node of the cluster"),
+    ],
+)
+def test_an_address_without_a_cluster_is_named_at_once(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=message):
+        ray_cluster.connect()
+
+
+def test_a_cluster_of_ray_start_that_asks_for_a_token_says_so_and_lets_in_who_has_it(tmp_path: Path) -> None:
+    head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=6397", "--num-cpus=1"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
+    command = [sys.executable, "-c", "from pipeline.engine import ray_cluster; print(ray_cluster.places('cpu'), 'core')"]
+    address = {"RAY_ADDRESS": "127.0.0.1:6397", "HOME": str(tmp_path)}
+    with session([*head, "--include-dashboard=false", "--disable-usage-stats"], tmp_path, **token) as cluster_head:
+        assert cluster_head.stdout is not None
+        assert any("Ray runtime started" in line for line in cluster_head.stdout)
+        with session(command, tmp_path, **address) as stranger:
+            code, output = ended(stranger)
+        assert code and "export RAY_AUTH_MODE=token" in output
+        with session(command, tmp_path, **address, **token) as guest:
+            assert "1 core" in ended(guest)[1]
