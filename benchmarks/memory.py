@@ -22,7 +22,7 @@ SIDE = (96, 128)
 STAGES = {
     "prepare": "--raw raw --records r.h5 --truth t.h5",
     "train": "cam --records r.h5 --init {weights}/scratch.txt --model m.safetensors --log log.csv",
-    "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps --inspection i.h5",
+    "extract": "cam --records r.h5 --model m.safetensors --scoremaps scoremaps --inspection inspection/cam.h5",
     "fit_refiner": "cam --records r.h5 --scoremaps scoremaps --init {weights}/scratch.txt --refiner s.safetensors",
     "refine": "cam --records r.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined",
     "export": "cam --records r.h5 --refined refined --corrections raw/none --pseudo-masks masks --exports exports",
@@ -32,9 +32,11 @@ STAGES = {
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined "
     "--pseudo-masks masks "
-    "--predictions predictions --held-out h.h5 --metrics m.json --figures f.json --images i.csv --small-masks s.h5 "
-    "--gallery gallery.h5 --thresholds a.csv "
-    "--per-class b.csv --confusion c.csv",
+    "--predictions predictions --held-out h.h5 --metrics metrics/cam.json --figures audit/cam.json --images audit/cam.csv "
+    "--small-masks audit/cam.h5 --gallery gallery/cam.h5 --thresholds plots/cam/threshold.csv "
+    "--per-class plots/cam/per_class.csv --confusion plots/cam/confusion.csv",
+    "report": "--records r.h5 --metrics metrics --plots plots --gallery gallery --inspection inspection --audit audit "
+    "--report report",
 }
 # a process counts what the one was that forked it, so a small one starts the stage
 CHILD = (
@@ -66,13 +68,14 @@ def params(folder: Path, count: int) -> None:
         "root": "raw",
         "options": {"images": "images", "tags": None, "classes": ["blob"], "val_share": 0.1},
     }
-    values["methods"]["cam"]["recipe"] = "cam.yaml"
+    values["methods"] = {"cam": values["methods"]["cam"] | {"recipe": "cam.yaml"}}
     values["export"] |= {"formats": plugins.available("exporters"), "images_per_part": 32}
     for section in ("train", "retrain"):
         recipe[section]["schedule"]["epochs"] = 100 / count
     for section in ("extract", "refine", "segment"):
         recipe[section]["images_per_part"] = 32
     recipe["cross_validate"]["folds"] = 2
+    (folder / "dvc.yaml").symlink_to(PROJECT / "dvc.yaml")
     (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     (folder / "cam.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
@@ -86,7 +89,14 @@ def peaks(count: int) -> dict[str, float]:
         params(folder, count)
         for stage, words in STAGES.items():
             command = [sys.executable, "-m", f"stages.{stage}", *words.format(weights=PROJECT / "data" / "weights").split()]
-            variables = "PYTHONPATH=" + str(PROJECT), "TAG2MASK_LAUNCHER=inline", "TAG2MASK_RANKS=1", "TAG2MASK_DEVICE=cpu"
+            variables = (
+                f"PYTHONPATH={PROJECT}",
+                "TAG2MASK_LAUNCHER=inline",
+                "TAG2MASK_RANKS=1",
+                "TAG2MASK_DEVICE=cpu",
+            )
+            if stage == "report":  # asks DVC for what is out of date where DVC does not run it
+                variables = *variables, "DVC_STAGE=report"
             small = [sys.executable, "-S", "-c", CHILD, "env", *variables, *command]
             process = subprocess.run(small, cwd=folder, capture_output=True, text=True, check=False)
             if process.returncode:

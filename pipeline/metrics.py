@@ -215,9 +215,9 @@ def interval(replicates: np.ndarray, images: int) -> list[float] | None:
     return [float(value) for value in np.quantile(values, [low, 1 - low])]
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float | None:
     """Spearman's rank correlation, in -1..1; None with fewer than 3 pairs or where one side is constant."""
-    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     from scipy import stats  # its import takes half a second, which the other figures do not need
 

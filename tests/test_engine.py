@@ -127,9 +127,7 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
         ("ray://127.0.0.1:10001", "a stage runs on a node of the cluster"),
     ],
 )
-def test_an_address_without_a_cluster_is_named_at_once(
-    address: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_without_a_cluster_is_named_at_once(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ValueError, match=message):
         ray_cluster.connect()

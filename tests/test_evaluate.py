@@ -203,7 +203,7 @@ def test_partial_truth_is_counted(tmp_path: Path) -> None:
 
 def test_figures_of_cross_validate_stand_in_the_rows_of_the_pseudo_masks_alone(tmp_path: Path) -> None:
     inputs, read = build(tmp_path)
-    for row in tallied(inputs, read).rows:
+    for row in audit_of(tallied(inputs, read)).rows:
         index, values = int(row.id[0]), dict(zip(indicators.INDICATORS, row.indicators, strict=True))
         if row.stage == "pseudo_masks" and index:
             assert values["held_out"] == np.float32(index / 10) and np.isnan(values["held_out_agreement"])

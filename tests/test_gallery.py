@@ -36,7 +36,7 @@ def records_of(train: int, val: int) -> Records:
 
 @given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 50))
 def test_no_more_are_selected_than_asked_for_in_order_of_ids_and_of_both_splits(train: int, val: int, count: int) -> None:
-    selected = gallery.selection({}, records_of(train, val), count)
+    selected = gallery.selection(np.full(train + val, np.nan), records_of(train, val), count)
     ids = [record.id for record, _ in selected]
     assert ids == sorted(set(ids)) and len(ids) <= count and all(kind in (1, 2, 3) for _, kind in selected)
     if count >= train + val:
@@ -45,10 +45,10 @@ def test_no_more_are_selected_than_asked_for_in_order_of_ids_and_of_both_splits(
 
 def test_the_worst_are_selected_and_the_random_ones_are_the_same_for_every_run() -> None:
     read = records_of(40, 10)
-    up = {record.id: at / 50 for at, record in enumerate(read)}
-    down = {image_id: 1 - value for image_id, value in up.items()}
+    up = np.arange(50) / 50
+    down = 1 - up
 
-    def ids(quality: dict[str, float], bit: int) -> set[str]:
+    def ids(quality: np.ndarray, bit: int) -> set[str]:
         return {record.id for record, kind in gallery.selection(quality, read, 20) if kind & bit}
 
     assert ids(up, gallery.RANDOM) == ids(down, gallery.RANDOM) and len(ids(up, gallery.RANDOM)) == 10
@@ -59,7 +59,8 @@ def test_the_worst_are_selected_and_the_random_ones_are_the_same_for_every_run()
 def test_pictures_hold_what_the_stores_hold(tmp_path: Path) -> None:
     inputs, read = build(tmp_path, decoder=True)
     audit = audit_of(tallied(inputs, read))
-    items, quality = dict(gallery.items(gallery.gallery_images(audit, read, 8), inputs)), audit.quality
+    items = dict(gallery.items(gallery.gallery_images(audit, read, 8), inputs))
+    quality = dict(zip(read.ids, audit.quality, strict=True))
     masks, truth = store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS), store.Store(inputs.truth, store.TRUTH)
     for record in read:
         item = items[record.id]

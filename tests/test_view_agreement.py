@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.audit import indicators
+from pipeline.audit.tally import audit_of
 from pipeline.core import plugins
 from pipeline.core.records import ImageRecord
 from pipeline.imaging.scoremaps import merge_views, upright, view_agreement
@@ -157,6 +158,7 @@ def test_the_indicator_is_the_mean_over_classes_and_missing_where_there_is_no_pa
 def test_the_indicator_stands_at_every_stage_that_comes_from_score_maps(tmp_path: Any) -> None:
     inputs, read = build(tmp_path, decoder=True)
     at = list(indicators.INDICATORS).index("view_agreement")
-    told = {(row.stage, float(row.indicators[at])) for row in tallied(inputs, read).rows if row.stage != "predictions"}
-    assert told == {(stage, 0.5) for stage in STAGES if stage != "predictions"}
-    assert all(np.isnan(row.indicators[at]) for row in tallied(inputs, read).rows if row.stage == "predictions")
+    rows = audit_of(tallied(inputs, read)).rows
+    values = {(row.stage, float(row.indicators[at])) for row in rows if row.stage != "predictions"}
+    assert values == {(stage, 0.5) for stage in STAGES if stage != "predictions"}
+    assert all(np.isnan(row.indicators[at]) for row in rows if row.stage == "predictions")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -17,7 +17,9 @@ from PIL import Image
 
 from pipeline import stage_order
 from pipeline.audit import tally
+from pipeline.audit.row_table import RowTable
 from pipeline.core import store
+from pipeline.core.record_table import SPLITS
 from pipeline.core.records import ImageRecord, Records, sample
 from pipeline.imaging import planes
 
@@ -42,39 +44,39 @@ class GalleryImage:
 
 def gallery_images(audit: tally.RunAudit, records: Records, count: int) -> list[GalleryImage]:
     """At most `count` images in id order, from `selection` by quality."""
-    selected = selection(audit.quality, records, count)
-    ids = {record.id for record, _ in selected}
-    miou = {(row.id, stage_order.without_split(row.stage)): row.miou for row in audit.rows if row.id in ids}
     return [
-        GalleryImage(
-            record, kind, np.array([miou.get((record.id, stage), math.nan) for stage in stage_order.GALLERY], np.float32)
-        )
-        for record, kind in selected
+        GalleryImage(record, kind, _miou(audit.rows.of_image(record.id)))
+        for record, kind in selection(audit.quality, records, count)
     ]
 
 
-def selection(quality: Mapping[str, float], records: Records, count: int) -> list[tuple[ImageRecord, int]]:
+def _miou(rows: RowTable) -> np.ndarray:
+    """The rows of an image → GalleryImage.miou."""
+    miou = {stage_order.without_split(row.stage): row.miou for row in rows}
+    return np.array([miou.get(stage, math.nan) for stage in stage_order.GALLERY], np.float32)
+
+
+def selection(quality: np.ndarray, records: Records, count: int) -> list[tuple[ImageRecord, int]]:
     """At most `count` images with their kind, in id order; each split is represented in proportion to its size.
 
     Half of them are random, drawn by their ids alone and so the same for every run; the others are those of the lowest
-    quality (id → 0..1). Images without quality count as better than all others. All images where there are at most `count`.
+    quality f64[images], 0..1 or NaN, which counts as better than all. All images where there are at most `count`.
     """
     kinds: dict[str, int] = {}
-    train, val = records.split("train"), records.split("val")
-    of_train = round(count * len(train) / max(1, len(records)))
-    for images, most in ((train, of_train), (val, count - of_train)):
+    splits = {name: np.flatnonzero(records.table.columns["split"] == at) for at, name in enumerate(SPLITS)}
+    of_train = round(count * len(splits["train"]) / max(1, len(records)))
+    for name, most in (("train", of_train), ("val", count - of_train)):
+        images = splits[name]
         quota = min(len(images), most)
-        by_quality = sorted((record.id for record in images), key=lambda i: _quality_key(quality.get(i, math.nan), i))
+        by_quality = images[np.argsort(quality[images], kind="stable")][:quota]  # NaN last, equals in the order of ids
+        worst = [records.ids[int(row)] for row in by_quality]
         half = (quota + 1) // 2
-        random = {record.id for record in sample(images, half)}
-        others = [image_id for image_id in by_quality if image_id not in random][: quota - half]
-        worst = {*others, *by_quality[: quota - half]}  # a random image may be among the worst too
-        kinds |= {i: RANDOM * (i in random) + WORST * (i in worst) for i in random | worst}
-    return [(record, kinds[record.id]) for record in sorted(records, key=lambda record: record.id) if record.id in kinds]
-
-
-def _quality_key(quality: float, image_id: str) -> tuple[bool, float, str]:
-    return math.isnan(quality), 0.0 if math.isnan(quality) else quality, image_id
+        random = {record.id for record in sample(records.split(name), half)}
+        others = [image_id for image_id in worst if image_id not in random][: quota - half]
+        chosen = {*others, *worst[: quota - half]}  # a random image may be among the worst too
+        kinds |= {image_id: RANDOM * (image_id in random) + WORST * (image_id in chosen) for image_id in random | chosen}
+    by_id = records.by_id()
+    return [(by_id[image_id], kinds[image_id]) for image_id in sorted(kinds)]
 
 
 def items(images: Sequence[GalleryImage], inputs: tally.Inputs) -> list[store.Item]:

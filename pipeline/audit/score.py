@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline import metrics
 from pipeline.audit.indicators import INDICATORS
+from pipeline.audit.row_table import Row, RowTable
 from pipeline.core.labels import LabelSpace
 from pipeline.core.records import ImageRecord
 
@@ -36,32 +37,6 @@ MAX_PAIRS = 20  # of classes that co-occurrence names
 MIN_PAIR_IMAGES = 5  # with and without the other class, that a pair needs
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One image at one stage.
-
-    truth       whether the image has a true mask
-    miou        the image's own, 0..1; NaN without truth
-    corrected   fraction of the pixels that were wrong at the stage before and are right; NaN without truth or such a stage
-    broken      the same of those that were right and are wrong
-    indicators  f32[len(INDICATORS)], in their order
-    shares      (mask value, share of the image's pixels) of the tagged and the present classes
-    """
-
-    id: str
-    stage: str
-    truth: bool
-    miou: float
-    corrected: float
-    broken: float
-    indicators: np.ndarray
-    shares: tuple[tuple[int, float], ...]
-
-    def by_name(self) -> dict[str, float]:
-        """Indicator → its value; NaN where it does not apply."""
-        return dict(zip(INDICATORS, map(float, self.indicators), strict=True))
-
-
 def score(stage: str, indicators: Mapping[str, float]) -> float:
     """Mean of the stage's TERMS that the image has, 0..1; NaN without `expected_iou`, and for a stage that has no terms."""
     if stage not in TERMS or math.isnan(indicators["expected_iou"]):
@@ -70,12 +45,13 @@ def score(stage: str, indicators: Mapping[str, float]) -> float:
     return sum(values) / len(values)
 
 
-def limits(values: Iterable[float], min_distance: float = MIN_DISTANCE) -> tuple[float, float] | None:
+def limits(values: Sequence[float] | np.ndarray, min_distance: float = MIN_DISTANCE) -> tuple[float, float] | None:
     """(low, high): the median ∓ DEVIATIONS robust standard deviations, each of the values on that side of the median.
 
     Two-sided, since most indicators are skewed. NaN does not count; None for fewer than MIN_IMAGES other values.
     """
-    known = np.array([value for value in values if not math.isnan(value)], np.float64)
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
     if len(known) < MIN_IMAGES:
         return None
     median = float(np.median(known))
@@ -98,13 +74,12 @@ class Limits:
     coverage    stage → mask value → (low, high) of the log odds of the class's share of the image, where it has pixels
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        stages = sorted({row.stage for row in rows})
-        of_stage = {stage: [row for row in rows if row.stage == stage] for stage in stages}
-        tables = {stage: np.stack([row.indicators for row in of_stage[stage]]).astype(np.float64) for stage in stages}
+    def __init__(self, rows: RowTable) -> None:
+        stages = sorted(rows.stages)
+        tables = {stage: rows.column("indicators", stage) for stage in stages}
         self.indicators = {
             stage: {
-                name: limits(table[:, at], COUNT_DISTANCES.get(name, MIN_DISTANCE))
+                name: limits(table[:, at].astype(np.float64), COUNT_DISTANCES.get(name, MIN_DISTANCE))
                 for at, (name, bad_side) in enumerate(INDICATORS.items())
                 if bad_side != "neither"
             }
@@ -112,13 +87,13 @@ class Limits:
         }
         self.medians = {
             stage: {
-                name: float(np.nanmedian(table[:, at]))
+                name: float(np.nanmedian(table[:, at].astype(np.float64)))
                 for at, name in enumerate(INDICATORS)
                 if not np.isnan(table[:, at]).all()
             }
             for stage, table in tables.items()
         }
-        self.coverage = {stage: _coverage_limits(stage_rows) for stage, stage_rows in of_stage.items()}
+        self.coverage = {stage: _coverage_limits(rows.shares(stage)) for stage in stages}
 
     def reasons(self, row: Row, record: ImageRecord, names: Sequence[str]) -> list[str]:
         """What of a row is out of its limits: an indicator's name, or empty:<class>, coverage:<class>.
@@ -156,36 +131,35 @@ class Limits:
         }
 
 
-def _coverage_limits(rows: Sequence[Row]) -> dict[int, tuple[float, float] | None]:
-    """Rows of one stage → mask value → `limits` of the log odds of its share, over the images where it has pixels."""
-    log_odds: dict[int, list[float]] = {}
-    for row in rows:
-        for value, share in row.shares:
-            if share > 0:
-                log_odds.setdefault(value, []).append(_log_odds(share))
+def _coverage_limits(shares: Iterable[tuple[int, float]]) -> dict[int, tuple[float, float] | None]:
+    """(mask value, share) of one stage → mask value → `limits` of the log odds of its shares, where it has pixels."""
+    log_odds: dict[int, array[float]] = {}
+    for value, share in shares:
+        if share > 0:
+            log_odds.setdefault(value, array("d")).append(_log_odds(share))
     return {value: limits(of_class) for value, of_class in log_odds.items()}
 
 
-def scores(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """(id, stage) → score, 0..1; NaN where there is none."""
-    return {(row.id, row.stage): score(row.stage, row.by_name()) for row in rows}
+def scores(rows: Iterable[Row]) -> np.ndarray:
+    """f64[n]: score of every row, 0..1; NaN where there is none."""
+    return np.fromiter((score(row.stage, row.by_name()) for row in rows), np.float64)
 
 
-def score_correlation(rows: Sequence[Row], quality: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+def score_correlation(rows: RowTable, quality: np.ndarray) -> dict[str, Any]:
     """stage → Spearman's rank correlation of the score with the image's own mIoU, and the number of images that have both.
 
-    quality: (id, stage) → score, from `scores`.
+    quality: score of every row, from `scores`.
     """
     correlation: dict[str, Any] = {}
-    for stage in dict.fromkeys(row.stage for row in rows):
-        pairs = [(quality[row.id, stage], row.miou) for row in rows if row.stage == stage]
-        pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
-        if pairs:
-            correlation[stage] = {"spearman": metrics.spearman(*zip(*pairs, strict=True)), "images": len(pairs)}
+    for stage in rows.stages:
+        scored, miou = quality[rows.is_of(stage)], rows.column("miou", stage)
+        both = ~(np.isnan(scored) | np.isnan(miou))
+        if both.any():
+            correlation[stage] = {"spearman": metrics.spearman(scored[both], miou[both]), "images": int(both.sum())}
     return correlation
 
 
-def co_occurrence(rows: Sequence[Row], records: Mapping[str, ImageRecord], names: Sequence[str]) -> list[dict[str, Any]]:
+def co_occurrence(rows: Iterable[Row], records: Mapping[str, ImageRecord], names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of one stage → the class pairs for which a class's mean share of the image depends most on the other's tag.
 
     share_with is the mean over the class's images in which the other class is tagged too, share_without that over the rest.
@@ -222,22 +196,21 @@ def _tags(record: ImageRecord, labels: LabelSpace) -> str:
 
 
 def write(
-    path: Path, rows: Sequence[Row], records: Mapping[str, ImageRecord], labels: LabelSpace, usual: Limits,
-    quality: Mapping[tuple[str, str], float],
+    path: Path, rows: RowTable, records: Mapping[str, ImageRecord], labels: LabelSpace, usual: Limits, quality: np.ndarray,
 ) -> None:  # fmt: skip
     """audit/<run>.csv: COLUMNS, then corrected, broken and the indicators; a line per row, in their order.
 
-    quality: (id, stage) → score, from `scores`.
+    quality: score of every row, from `scores`.
     """
     names = ["background", *(name.replace("|", "%7C") for name in labels.names)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, "corrected", "broken", *INDICATORS])
-        for row in rows:
+        for row, scored in zip(rows, quality, strict=True):
             record = records[row.id]
             reasons = "|".join(usual.reasons(row, record, names))
-            plain = (row.miou, quality[row.id, row.stage])
+            plain = (row.miou, scored)
             numbers = (row.corrected, row.broken, *map(float, row.indicators))
             writer.writerow(
                 [row.id, record.split, row.stage, _tags(record, labels), int(row.truth), *map(_number, plain), reasons,

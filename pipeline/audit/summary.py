@@ -95,12 +95,11 @@ def _with_reasons(audit: RunAudit, records: Records, names: Sequence[str]) -> di
 
 def _figures_of_rows(audit: RunAudit, records: Records, names: Sequence[str]) -> dict[str, Any]:
     """Flow between stages, medians and limits of indicators, co-occurrence, and the score's correlation with the mIoU."""
-    final = [row for row in audit.rows if row.stage == LAST["train"]]
     figures: dict[str, Any] = {
         "flow": [{"from": a, "to": b, **flow.as_values(names)} for (a, b), flow in audit.tally.flow.items() if flow.images],
         "indicators": {stage: audit.limits.medians[stage] for stage in STAGES if stage in audit.limits.medians},
         "limits": audit.limits.as_values(),
-        "co_occurrence": score.co_occurrence(final, records.by_id(), names),
+        "co_occurrence": score.co_occurrence(audit.rows.of_stage(LAST["train"]), records.by_id(), names),
     }
     correlation = score.score_correlation(audit.rows, audit.scores)
     return figures | ({"score": correlation} if correlation else {})

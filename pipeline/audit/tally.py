@@ -15,7 +15,7 @@ from safetensors import safe_open
 from pipeline import metrics
 from pipeline.audit import empty_masks, indicators, score, truth
 from pipeline.audit.indicators import INDICATORS, UNDEFINED
-from pipeline.audit.score import Row
+from pipeline.audit.row_table import Row, RowTable
 from pipeline.audit.truth import Flow, StageCounts
 from pipeline.core import overlap, store
 from pipeline.core.labels import IGNORE, LabelSpace
@@ -60,6 +60,7 @@ class Tally:
     pixels     stage → i64[4] all, foreground, ignored, sum of confidences (of 255)
     tags       stage → i64[c - 1, 2] images with the class as a tag, those of them without a pixel of it
     images     stage → images that have it
+    rows       of a batch of images each
     """
 
     truth: dict[str, StageCounts]
@@ -68,7 +69,7 @@ class Tally:
     pixels: dict[str, np.ndarray]
     tags: dict[str, np.ndarray]
     images: dict[str, int]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RowTable] = field(default_factory=list)
 
     @staticmethod
     def empty(classes: int, bins: int) -> Tally:
@@ -139,13 +140,15 @@ def tally_batch(records: Sequence[ImageRecord], inputs: Inputs) -> BatchTally:
     """Scores a batch of images at every stage of their split, each result read once; and their SMALL_MASKS items."""
     stores = cached_stores(inputs)
     tally = Tally.empty(len(inputs.labels) + 1, inputs.settings.threshold_bins)
-    small_masks = []
+    small_masks, rows = [], list[Row]()
     with closing(photographs(records, inputs)) as decoded:
         for record, photograph in zip(records, decoded, strict=True):
             image = _ImageTally(record, photograph, inputs, stores, tally)
             image.count()
+            rows += image.rows
             mask = image.labels[LAST[record.split]]
             small_masks.append((record.id, {"mask": planes.nearest(mask, planes.fitted(record.size, SMALL_SIDE))}))
+    tally.rows.append(RowTable.of(rows))
     return tally, small_masks
 
 
@@ -162,7 +165,7 @@ def add_batches(batches: Iterable[BatchTally], total: Tally) -> Iterator[store.I
 
 
 class _ImageTally:
-    """Scores one image u8[h,w,3] stage by stage; its counts and rows go to `tally`."""
+    """Scores one image u8[h,w,3] stage by stage; its counts go to `tally`."""
 
     def __init__(self, record: ImageRecord, photograph: np.ndarray, inputs: Inputs, stores: Stores, tally: Tally) -> None:
         self.record, self.inputs, self.stores, self.tally = record, inputs, stores, tally
@@ -174,6 +177,7 @@ class _ImageTally:
         self.context = indicators.ImageContext(tags, indicators.edge_ranks(photograph))
         self.labels: dict[str, np.ndarray] = {}  # mask values u8[h,w] of the stages so far
         self.miou: dict[str, float] = {}
+        self.rows: list[Row] = []
 
     def count(self) -> None:
         """The stages of the image's split, in the order of the pipeline."""
@@ -241,7 +245,7 @@ class _ImageTally:
         values = np.array([self.indicators[name] for name in INDICATORS], np.float32)
         shares = indicators.class_shares(label, self.context.tags)
         miou = self.miou.get(stage, UNDEFINED)
-        tally.rows.append(Row(record.id, stage, self.truth is not None, miou, corrected, broken, values, shares))
+        self.rows.append(Row(record.id, stage, self.truth is not None, miou, corrected, broken, values, shares))
 
     def _held_out(self, stage: str) -> dict[str, float]:
         """Indicators from cross_validate, which are of the pseudo-mask; none where it is off."""
@@ -289,28 +293,28 @@ def winning_class(fields: Mapping[str, np.ndarray], record: ImageRecord) -> tupl
 class RunAudit:
     """The tally of all images of a run, and what follows from all of them together.
 
-    rows    by id, then by stage in the order of STAGES
+    rows    of all images
     limits  of the indicators, by stage
-    scores  (id, stage) → label-free quality score, 0..1 or NaN
+    scores  f64[n] label-free quality score of every row, 0..1 or NaN
     curve   f64[bins] mIoU of the score maps over the threshold; empty without truth
     """
 
     tally: Tally
-    rows: Sequence[Row]
+    rows: RowTable
     limits: score.Limits
-    scores: Mapping[tuple[str, str], float]
+    scores: np.ndarray
     curve: np.ndarray
 
     @property
-    def quality(self) -> dict[str, float]:
-        """id → own mIoU of the image's mask at the LAST stage; without truth, the score of that mask."""
-        last = (row for row in self.rows if row.stage in LAST.values())
-        return {row.id: row.miou if row.truth else self.scores[row.id, row.stage] for row in last}
+    def quality(self) -> np.ndarray:
+        """f64[images] by id: own mIoU of the image's mask at the LAST stage; without truth, the score of that mask."""
+        last = np.logical_or.reduce([self.rows.is_of(stage) for stage in LAST.values()])
+        columns = self.rows.columns
+        return np.where(columns["truth"], columns["miou"], self.scores)[last]
 
 
 def audit_of(tally: Tally) -> RunAudit:
     """tally: of all images of a run, added in any order."""
-    position = {stage: at for at, stage in enumerate(STAGES)}
-    rows = sorted(tally.rows, key=lambda row: (row.id, position[row.stage]))
+    rows = RowTable.joined(tally.rows)
     curve = metrics.threshold_curve(tally.histogram) if tally.truth["score_maps"].images else np.zeros(0)
     return RunAudit(tally, rows, score.Limits(rows), score.scores(rows), curve)

@@ -326,7 +326,7 @@ class AffinityRefiner(RefinerModule, Protocol):
     NEEDS_AFFINITY: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listing:
     """An image as a data set lists it, before prepare opens any file.
 

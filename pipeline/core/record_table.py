@@ -70,9 +70,27 @@ class RecordTable(Sequence[ImageRecord]):
         flat = np.array([tag for row in tags for tag in row], np.uint16)
         return RecordTable(columns, flat, np.cumsum([0, *map(len, tags)]))
 
+    @staticmethod
+    def joined(tables: Sequence[RecordTable]) -> RecordTable:
+        """All records of some tables, each ascending and after the one before it."""
+        if not tables:
+            return RecordTable.of([])
+        names = dict.fromkeys(name for table in tables for name in table.columns)
+        columns = {name: np.concatenate([table.column(name) for table in tables]) for name in names}
+        counts = np.concatenate([np.diff(table.tags_offset) for table in tables])
+        return RecordTable(columns, np.concatenate([table.tags for table in tables]), np.cumsum([0, *counts]))
+
     @property
     def ids(self) -> Ids:
         return Ids(self.columns["ids"])
+
+    def column(self, name: str) -> np.ndarray:
+        """One of columns; zeros for offset and length where no image lies in a shard."""
+        return self.columns[name] if name in self.columns else np.zeros(len(self), np.uint64)
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(id, (H, W) px) of every image."""
+        return ((image_id, (int(h), int(w))) for image_id, (h, w) in zip(self.ids, self.columns["size"], strict=True))
 
     def __len__(self) -> int:
         return len(self.columns["ids"])

@@ -43,7 +43,9 @@ def connect() -> Any:
 def _check_address(address: str) -> None:
     """ValueError where nothing listens at host:port; Ray would try for minutes."""
     if address.startswith("ray://"):
-        raise ValueError(f"RAY_ADDRESS={address} is not allowed: a stage runs on a node of the cluster; give host:6379, or auto")
+        raise ValueError(
+            f"RAY_ADDRESS={address} is not allowed: a stage runs on a node of the cluster; give host:6379, or auto"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():  # auto, local
         return

@@ -15,7 +15,8 @@ from pipeline.core import config, records, sections, store
 from pipeline.core.contracts import Listing
 from pipeline.core.labels import IGNORE, LabelSpace
 from pipeline.core.problems import quantity
-from pipeline.core.records import ImageRecord, Records
+from pipeline.core.record_table import ImageRecord, RecordTable
+from pipeline.core.records import Records
 from pipeline.core.sections import Dataset, Prepare
 from pipeline.jobs import survey
 from pipeline.jobs.engine import Engine
@@ -42,16 +43,16 @@ class FileCheck:
 
 @dataclass
 class CheckedImages:
-    """Records of the usable images so far, (id, reason) of those that are not, and what their pixels say of the data set."""
+    """Tables of the usable images so far, (id, reason) of those that are not, and what their pixels say of the data set."""
 
     agreement: MaskAgreement
-    usable: list[ImageRecord] = field(default_factory=list)
+    tables: list[RecordTable] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     def warnings(self, names: Sequence[str]) -> list[str]:
         """What is likely a mistake, by sizes, masks and looks. names: the classes, in order."""
-        sizes = {record.id: record.size for record in self.usable}
+        sizes = (size for table in self.tables for size in table.sizes())
         return [*survey.size_warnings(sizes), *self.agreement.warnings(names), *self.fingerprints.warnings()]
 
 
@@ -122,13 +123,13 @@ def prepare(
             hints += checked.agreement.warnings(dataset.labels.names)
             problems += [f"{image_id!r}: {reason}" for image_id, reason in checked.rejected]
             raise DatasetError(problems, hint="\n".join(hints))
-        if not problems and not any(record.split == "train" and record.tags for record in checked.usable):
+        if not problems and not any(len(table.of_split("train").with_classes()) for table in checked.tables):
             problems.append(EMPTY_TRAIN)
         if problems:
             raise DatasetError(problems)
         for warning in checked.warnings(dataset.labels.names):
             engine.info("warning: %s", warning)
-        result = Records(dataset.labels, tuple(checked.usable), tuple(checked.rejected))
+        result = Records(dataset.labels, RecordTable.joined(checked.tables), tuple(checked.rejected))
         records.write(records_out, result)
         draft.replace(truth_out)
     finally:
@@ -144,26 +145,30 @@ def _show(seen: survey.Survey, engine: Engine) -> None:
 def _check_images(
     listings: Sequence[Listing], dataset: Any, root: Path, engine: Engine, checked: CheckedImages
 ) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
-    """Fills `checked` in the order of listings, and yields id and mask of every usable image that has a mask.
+    """Fills `checked` in the order of listings, by id, and yields id and mask of every usable image that has a mask.
 
     Workers open the images. Masks are read in this process, since COCO's are in one large file that is best parsed once.
     """
     tasks = [listings[at : at + IMAGES_PER_TASK] for at in range(0, len(listings), IMAGES_PER_TASK)]
     batches = engine.map_parts(partial(open_images, root=root), tasks, what="prepare", images=len)
-    for listing, file in zip(listings, (file for batch in batches for file in batch), strict=True):
-        mask, problem = None, file.problem
-        if listing.mask and problem is None:
-            mask, problem = _read_mask(listing, dataset, file.size, checked.agreement)
-        if problem is not None:
-            checked.rejected.append((listing.id, problem))
-            continue
-        tags = _tag_indices(listing, dataset.labels)
-        checked.usable.append(ImageRecord(
-            listing.id, listing.path.as_posix(), file.size, listing.split, tags, file.sha256, listing.offset, listing.length
-        ))  # fmt: skip
-        checked.fingerprints.add(listing.id, listing.split, file.fingerprint)
-        if mask is not None:
-            yield listing.id, {"mask": mask}
+    for task, files in zip(tasks, batches, strict=True):
+        usable: list[ImageRecord] = []
+        for listing, file in zip(task, files, strict=True):
+            mask, problem = None, file.problem
+            if listing.mask and problem is None:
+                mask, problem = _read_mask(listing, dataset, file.size, checked.agreement)
+            if problem is not None:
+                checked.rejected.append((listing.id, problem))
+                continue
+            tags = _tag_indices(listing, dataset.labels)
+            usable.append(ImageRecord(
+                listing.id, listing.path.as_posix(), file.size, listing.split, tags, file.sha256, listing.offset,
+                listing.length,
+            ))  # fmt: skip
+            checked.fingerprints.add(listing.id, listing.split, file.fingerprint)
+            if mask is not None:
+                yield listing.id, {"mask": mask}
+        checked.tables.append(RecordTable.of(usable))
 
 
 def _tag_indices(listing: Listing, labels: LabelSpace) -> tuple[int, ...] | None:

@@ -137,7 +137,7 @@ def of_listings(
             "rows the split val, or set dataset.options.val_share to 0.2"
         )
     if sizes:
-        warnings += size_warnings(sizes)
+        warnings += size_warnings(sizes.items())
     return Survey(
         train=len(train),
         val=len(listings) - len(train),
@@ -192,10 +192,14 @@ def _tag_warnings(train: Sequence[Listing], counts: Sequence[ClassCount]) -> lis
     return warnings
 
 
-def size_warnings(sizes: Mapping[str, Size]) -> list[str]:
-    """Of photographs that are smaller or larger than methods are made for. sizes: (H, W) px by id."""
-    small = [repr(image_id) for image_id, size in sizes.items() if min(size) < SMALL]
-    large = [repr(image_id) for image_id, size in sizes.items() if max(size) > LARGE]
+def size_warnings(sizes: Iterable[tuple[str, Size]]) -> list[str]:
+    """Of photographs that are smaller or larger than methods are made for. sizes: (id, (H, W) px)."""
+    small, large = list[str](), list[str]()
+    for image_id, size in sizes:
+        if min(size) < SMALL:
+            small.append(repr(image_id))
+        if max(size) > LARGE:
+            large.append(repr(image_id))
     warnings = []
     if small:
         warnings.append(
