@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
+OUR_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 WAITING = {  # operators whose result, or the size of it, the host needs
     aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.masked_select,
     aten.equal, aten.is_nonzero,
@@ -46,6 +47,30 @@ SINGLE = {
     "pow", "prod", "reciprocal", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss", "softmax", "softplus", "sum", "tan",
     "vector_norm",
 }  # fmt: skip
+
+
+# of CUDA's kernels, those that add in no fixed order and have no other for where one is asked for (the documentation of
+# torch.use_deterministic_algorithms; what it says of layers, by the operators that compute them)
+UNORDERED = {
+    aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward, aten._ctc_loss_backward,
+    aten._upsample_bicubic2d_aa_backward, aten._upsample_bilinear2d_aa_backward, aten.adaptive_max_pool2d_backward,
+    aten.avg_pool3d_backward, aten.fractional_max_pool2d_backward, aten.fractional_max_pool3d_backward,
+    aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward, aten.histc, aten.max_unpool2d, aten.max_unpool3d, aten.put,
+    aten.put_, aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
+    aten.upsample_bicubic2d_backward, aten.upsample_bilinear2d_backward, aten.upsample_linear1d_backward,
+    aten.upsample_trilinear3d_backward,
+}  # fmt: skip
+UNORDERED_IF: dict[Any, Callable[..., bool]] = {
+    aten.nll_loss2d_forward: lambda scores, labels, weight, reduction, ignored: reduction != 0,
+    aten.cumsum: lambda values, *_, **__: values.is_floating_point(),
+    aten.bincount: lambda values, weights=None, *_: weights is not None,
+    aten.median: lambda values, *dim: bool(dim),
+    aten.scatter_reduce: lambda values, dim, index, source, reduce, **_: reduce == "prod",
+}
+
+
+class NotDeterministic(RuntimeError):
+    """Deterministic kernels are asked for, and CUDA has none for this operator."""
 
 
 class DeviceMismatch(RuntimeError):
@@ -148,6 +173,13 @@ def dispatch(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_operands(operator, plain)
     if pretended and (operator.overloadpacket in WAITING or operator is aten.repeat_interleave.Tensor):
         _counts.waits[caller()] += 1
+    if pretended and torch.are_deterministic_algorithms_enabled():
+        if torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CUDA"):  # one of ours: this PyTorch has no other
+            with _Dispatch():
+                return operator.redispatch(OUR_KERNEL, *args, **kwargs)
+        packet = operator.overloadpacket
+        if packet in UNORDERED or UNORDERED_IF.get(packet, lambda *_, **__: False)(*args, **kwargs):
+            raise NotDeterministic(f"{operator} adds in no fixed order on CUDA, at {caller()}")
     if on_device and not _is_view(operator):
         _counts.kernels[caller()] += 1
     return _compute(operator, args, kwargs, pretended, on_device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.core import config, plugins
 from pipeline.core.contracts import Batch, Clock
@@ -20,7 +21,7 @@ from pipeline.training.checkpoint import read_tensors
 from pipeline.training.loop import Job, train
 from pipeline.training.precision import autocast
 from pipeline.training.settings import Schedule
-from tests.pretend_cuda import CUDA, DeviceMismatch, Pretend, pretended_cuda
+from tests.pretend_cuda import CUDA, DeviceMismatch, NotDeterministic, Pretend, pretended_cuda
 from tests.refine_case import CRF
 from tests.toy_masks import Masks
 from tests.toys import SCRATCH, learned_fit, smp_model, toy_folder, toy_recipe
@@ -111,6 +112,7 @@ def assert_steps_run(trainable: Any, given: Batch, precision: str, waits: int) -
     expected = [losses(trainable, given, clock, "fp32", "cpu") for clock in clocks] if precision == "fp32" else []
     waited, made = [], []
     with pretended_cuda() as counts:
+        deterministic.use("cuda")
         pretended, given = pretended.to("cuda"), on_cuda(given)
         for clock in clocks:
             before = counts.totals()
@@ -261,6 +263,46 @@ def test_an_operand_that_lies_on_the_cpu_is_an_error() -> None:
             with pytest.raises(DeviceMismatch, match="CPU"):
                 mistake()
         assert (pretended * plain.sum()).device == CUDA  # a single number may
+
+
+@pytest.mark.parametrize("name", ["cam", "weaktr"])
+def test_position_embeddings_of_another_grid_have_gradients_in_a_fixed_order(name: str) -> None:
+    trainable = method(THREE, name, "vit", "scenes_vit", {"image_size": 96}).train()
+    given, clock = batch(THREE, masks=False), Clock(0, 0, STEPS)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        with pretended_cuda():
+            deterministic.use(device)
+            placed = copy.deepcopy(trainable).to(device)
+            values = losses(placed, on_cuda(given) if device == "cuda" else given, clock, "fp32", device)
+            positions = dict(placed.backbone.net.named_parameters())["pos_embed"]
+            gradients.append(torch.autograd.grad(torch.stack(list(values.values())).sum(), positions)[0].cpu())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", ["pspnet", "upernet"])
+def test_a_decoder_that_pools_has_gradients_in_a_fixed_order(decoder: str) -> None:
+    small = {"psp_out_channels": 32} if decoder == "pspnet" else {"decoder_channels": 32}
+    assert_steps_run(segmenter(THREE, "smp", smp_model(decoder, options=small)), batch(THREE, masks=True), "fp32", 0)
+
+
+def test_an_operator_that_adds_in_no_fixed_order_is_an_error_where_one_is_asked_for() -> None:
+    with pretended_cuda():
+        maps = torch.rand(1, 3, 4, 4, device="cuda").requires_grad_()
+        labels = torch.zeros(1, 4, 4, dtype=torch.long, device="cuda")
+        mistakes = [
+            lambda: F.cross_entropy(maps, labels, reduction="sum"),
+            lambda: F.adaptive_max_pool2d(maps, 2).sum().backward(),
+            lambda: F.grid_sample(maps, torch.zeros(1, 2, 2, 2, device="cuda"), align_corners=False).sum().backward(),
+            lambda: maps.cumsum(dim=1),
+        ]
+        for mistake in mistakes:
+            mistake()
+        deterministic.use("cuda")
+        for mistake in mistakes:
+            with pytest.raises(NotDeterministic):
+                mistake()
 
 
 def test_what_the_host_waits_for_is_counted() -> None:
