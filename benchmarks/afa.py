@@ -65,7 +65,7 @@ class Always(afa.Method):
             classes = torch.nonzero(tags).flatten()
             scores = merge_views([view[row][:, classes] for view in views], rule="afa", size=size)
             spread_planes = pseudo_labels.spread_planes(scores, affinity[row], views[0].shape[-2:], settings)
-            _, window = classes_and_windows(batch.tags, batch.valid)[row]
+            _, window = classes_and_windows(batch)[row]
             plain = pseudo_labels.plain_planes(scores, settings)
             labels = []
             for planes in (plain, spread_planes):  # each threshold by itself, in the place of low and high

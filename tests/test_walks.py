@@ -158,7 +158,8 @@ def test_cells_of_pixel_labels_keep_the_majority_and_forget_padding() -> None:
     masks[:, 5, 5] = 1
     valid = torch.ones(1, 8, 12, dtype=torch.bool)
     valid[:, :, 8:] = False
-    assert pairs.pooled_labels(masks, valid, (2, 3)).tolist() == [[[2, IGNORE, IGNORE], [0, IGNORE, IGNORE]]]
+    values = pairs.values_in(masks)
+    assert pairs.pooled_labels(masks, valid, (2, 3), values).tolist() == [[[2, IGNORE, IGNORE], [0, IGNORE, IGNORE]]]
 
 
 def test_a_loss_without_any_pair_is_zero_and_has_a_gradient() -> None:

@@ -33,12 +33,33 @@ class Batch:
     tags    f32[b,c] 0 or 1
     valid   bool[b,h,w] False on padding
     masks   u8[b,h,w] mask values (IGNORE on padding), or None where only tags train
+    source  the same batch on the CPU, which this one was copied from
     """
 
     images: Tensor
     tags: Tensor
     valid: Tensor
     masks: Tensor | None
+    source: Batch | None = None
+
+    @property
+    def on_host(self) -> Batch:
+        """What the host may read without waiting for the device: source, or this batch if it was made on its device."""
+        return self.source or self
+
+    def to(self, device: str) -> Batch:
+        """Copied to the device, while the host goes on."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            tags=self.tags.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+            masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
+            source=self,
+        )
+
+    def tagged(self) -> Tensor:
+        """i64[p,2], image and class (0-based) of every tag, on the host."""
+        return self.on_host.tags.nonzero().cpu()
 
 
 @dataclass(frozen=True)

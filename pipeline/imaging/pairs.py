@@ -98,14 +98,19 @@ def grid_labels(low: Tensor, high: Tensor) -> Tensor:
     return labels.masked_fill(empty, IGNORE).to(torch.uint8)
 
 
-def pooled_labels(masks: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
+def values_in(masks: Tensor) -> Tensor:
+    """Label maps u8[…] → u8[k+1]: BACKGROUND and the classes that occur, ascending; the host waits for a device."""
+    counts = torch.bincount(masks.flatten(), minlength=IGNORE + 1)[:IGNORE]
+    counts[BACKGROUND] = 1
+    return counts.nonzero().flatten().to(torch.uint8)
+
+
+def pooled_labels(masks: Tensor, valid: Tensor, grid: tuple[int, int], values: Tensor) -> Tensor:
     """Label maps of pixels u8[b,h,w] (255: undecided) → of grid cells u8[b,gh,gw]: fractions per label, then grid_labels.
 
     An undecided pixel counts as background in `high`, and as an extra class in `low`. Padding (valid bool[b,h,w] False)
-    counts as no label.
+    counts as no label. values: from `values_in`.
     """
-    labels = torch.unique(masks)
-    values = F.pad(labels[(labels != BACKGROUND) & (labels != IGNORE)], (1, 0), value=BACKGROUND)  # those that occur, sorted
     undecided, plane = masks == IGNORE, torch.searchsorted(values, masks.masked_fill(masks == IGNORE, BACKGROUND))
     weight = valid[:, None].float()
     high, low = (

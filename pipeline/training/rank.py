@@ -56,14 +56,7 @@ class Rank:
         return precision.autocast(self.precision, self.device)
 
     def on_device(self, batch: Batch) -> Batch:
-        if self.device == "cpu":
-            return batch
-        return Batch(
-            images=batch.images.to(self.device, non_blocking=True),
-            tags=batch.tags.to(self.device, non_blocking=True),
-            valid=batch.valid.to(self.device, non_blocking=True),
-            masks=None if batch.masks is None else batch.masks.to(self.device, non_blocking=True),
-        )
+        return batch if self.device == "cpu" else batch.to(self.device)
 
 
 def float_buffers(trainable: Any) -> list[Tensor]:

@@ -9,22 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.core.contracts import Batch
 from pipeline.core.labels import IGNORE
 from pipeline.imaging.pseudo_labels import LabelSettings, Window, refined_labels
 
 
-def classes_and_windows(tags: Tensor, valid: Tensor) -> list[tuple[Tensor, Window]]:
-    """Tags f32[b,c] 0 or 1, valid bool[b,h,w], True on one rectangle of pixels → per image its classes i64[k], 0-based, on
-    the tags' device, and (rows, columns) of its rectangle; empty slices where nothing is valid.
-
-    The host waits for the device once, whatever the number of images.
-    """
+def classes_and_windows(batch: Batch) -> list[tuple[Tensor, Window]]:
+    """A batch that is valid on one rectangle of each image → per image its classes i64[k], 0-based, on the batch's device,
+    and (rows, columns) of its rectangle; empty slices where nothing is valid."""
+    tags, valid = batch.on_host.tags, batch.on_host.valid
     rows, columns = valid.any(dim=2).long(), valid.any(dim=1).long()
     bounds = [tags.count_nonzero(dim=1)]
     for line in (rows, columns):  # argmax: the first of equal ones
         first, count = line.argmax(dim=1), line.sum(dim=1)
         bounds += [first, first + count]
-    order = tags.argsort(dim=1, descending=True, stable=True)
+    order = batch.tags.argsort(dim=1, descending=True, stable=True)
     return [
         (order[image, :classes], (slice(top, bottom), slice(left, right)))
         for image, (classes, top, bottom, left, right) in enumerate(torch.stack(bounds, dim=1).tolist())

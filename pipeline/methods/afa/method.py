@@ -252,7 +252,7 @@ class Method(nn.Module):
         needs_plain = not spread or self.params.affinity_from == "cam"
         targets, pair_targets = [], []
         settings = self.params.labels
-        for row, (classes, window) in enumerate(classes_and_windows(batch.tags, batch.valid)):
+        for row, (classes, window) in enumerate(classes_and_windows(batch)):
             scores = merge_views([view[row][:, classes] for view in views], rule="afa", size=size)
             plain = pseudo_labels.plain_planes(scores, settings) if needs_plain else None
             spread_planes = None if affinity is None else pseudo_labels.spread_planes(scores, affinity[row], grid, settings)

@@ -264,7 +264,13 @@ class Method(nn.Module):
         contrast = params.contrast
         if contrast is not None:
             losses["contrast"] = contrast.weight * patch_contrast(
-                embeddings, scores[:, 1:], batch.tags, valid, high=contrast.high, low=contrast.low
+                embeddings,
+                scores[:, 1:],
+                batch.tags,
+                valid,
+                high=contrast.high,
+                low=contrast.low,
+                most=int(batch.on_host.tags.sum(dim=1).max()),
             )
         if decoder is None and params.equivariance is None:
             return losses
@@ -291,7 +297,7 @@ class Method(nn.Module):
         window = slice(0, size[0]), slice(0, size[1])
         labels = []
         order = batch.tags.argsort(dim=1, descending=True, stable=True)
-        for row, count in enumerate(batch.tags.count_nonzero(dim=1).tolist()):  # the host waits for the device once
+        for row, count in enumerate(batch.on_host.tags.count_nonzero(dim=1).tolist()):
             classes = order[row, :count]
             tagged = scores[row, classes]
             relative = tagged / tagged.amax(dim=(1, 2), keepdim=True).clamp(min=SMALLEST)

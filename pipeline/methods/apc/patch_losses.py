@@ -31,7 +31,7 @@ def classification_loss(probabilities: Tensor, tags: Tensor, *, background_tag: 
 
 
 def patch_contrast(
-    features: Tensor, scores: Tensor, tags: Tensor, valid: Tensor | None, *, high: float, low: float
+    features: Tensor, scores: Tensor, tags: Tensor, valid: Tensor | None, *, high: float, low: float, most: int | None = None
 ) -> Tensor:
     """Embeddings f32[b,d,gh,gw], class scores f32[b,c,gh,gw], tags f32[b,c] 0 or 1, valid bool[b,gh,gw] → a scalar in 0..2.
 
@@ -40,10 +40,11 @@ def patch_contrast(
     Classes whose H or L is empty do not count; without any that counts the loss is 0. One patch in H makes no pair: its
     first mean is 0.
 
-    O(n * d) for each class: a sum of cosines over pairs is a product of sums of unit vectors,
+    most: tags of the image that has the most, if the caller knows it; else the host waits for the device. O(n * d) for each
+    class: a sum of cosines over pairs is a product of sums of unit vectors,
     Σ_(i≠j in H) cos = |Σ_H u|² - Σ_H |u|² and Σ_(i in H, j in L) cos = Σ_H u · Σ_L u.
     """
-    most = int(tags.sum(dim=1).max())
+    most = int(tags.sum(dim=1).max()) if most is None else most
     present, classes = tags.topk(most, dim=1)  # [b,k]: the classes of each image come first
     vectors = features.flatten(2).float()
     squares = vectors.square().sum(dim=1, keepdim=True)  # [b,1,n]

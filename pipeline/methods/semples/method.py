@@ -202,7 +202,7 @@ class Method(network.CamNetwork):
         self._current_phase = phase
 
     def _critic_losses(self, batch: Batch) -> dict[str, Tensor]:
-        critic, local, pairs = self.critic(), self.params.local_critic, torch.nonzero(batch.tags)
+        critic, local, pairs = self.critic(), self.params.local_critic, _pairs(batch)
         assert local is not None  # else there is no such phase
         scores = batch.images.new_zeros(*batch.tags.shape, critic.side, critic.side)
         with torch.no_grad():
@@ -215,20 +215,21 @@ class Method(network.CamNetwork):
         return {"critic": local_critic.matching_loss(critic, local, views, texts)}
 
     def _prompt_losses(self, batch: Batch) -> dict[str, Tensor]:
-        critic, pairs, weight = self.critic(), torch.nonzero(batch.tags), self.params.text_weight
+        critic, pairs, weight = self.critic(), _pairs(batch), self.params.text_weight
         texts = self.texts.of_classes(critic)[pairs[:, 1]]
         if not len(pairs):
             return contrastive_prompt(texts, texts, texts + self.prompts.sum() * 0, text_weight=weight)
         with torch.no_grad():
             masks = self._masks(self._fine_cams(batch), pairs, critic.side, self.params.masks.prompt_eps)
             outside = critic.embed_images(masked(_prepared(critic, batch), pairs[:, 0], 1 - masks))
-        classes, position = pairs[:, 1].unique(return_inverse=True)
+        tagged = batch.tagged()[:, 1].unique(return_inverse=True)
+        classes, position = (numbers.to(pairs.device, non_blocking=True) for numbers in tagged)
         prompts = self.texts.of_prompts(critic, self.prompts[classes])[position]
         return contrastive_prompt(outside, texts, prompts, text_weight=weight)
 
     def _mask_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Of align and refine."""
-        pairs, params = torch.nonzero(batch.tags), self.params
+        pairs, params = _pairs(batch), self.params
         inside, outside, texts = self._matched(batch, pairs)
         losses = segment_label_matching(inside, outside, texts, background_weight=params.background_weight)
         if self._current_phase == "refine" and params.suppression_weight > 0:
@@ -250,7 +251,7 @@ class Method(network.CamNetwork):
         """f32[2]: the sum of s(v⁺,t) - s(v⁻,t) over all pairs of an image and a class that it is tagged with, and the number
         of pairs. s(v⁺,t) is the critic's cosine of the masked-in image and the class text, s(v⁻,t) that of the masked-out
         one and the text; neither is clamped. Masks are those of refine (masks.eps); prompts take no part."""
-        inside, outside, texts = self._matched(batch, torch.nonzero(batch.tags))
+        inside, outside, texts = self._matched(batch, _pairs(batch))
         return torch.stack([((inside - outside) * texts).sum(), texts.new_tensor(len(texts))])
 
     def _fine_cams(self, batch: Batch) -> Tensor:
@@ -307,6 +308,11 @@ class Method(network.CamNetwork):
             embedded = critic.embed_images(masked(prepared, part[:, 0], outside[-1]))
             match.append(embedded @ self._suppressed_texts().t())
         return Surroundings(torch.cat(match), torch.cat(outside), prompting.description(self.params.prompt))
+
+
+def _pairs(batch: Batch) -> Tensor:
+    """i64[p,2] of image and class, on the batch's device."""
+    return batch.tagged().to(batch.tags.device, non_blocking=True)
 
 
 def _embedded(critic: clip.Critic, prepared: Tensor, image_index: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

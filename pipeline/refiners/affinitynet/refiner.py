@@ -166,9 +166,10 @@ class Network(nn.Module):
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """How badly pairs of known cells are told apart (PSA, eq. 6); pixels of 255 and padding are in no pair."""
         del clock
-        assert batch.masks is not None  # the loop was given labels
+        assert batch.masks is not None and batch.on_host.masks is not None  # the loop was given labels
         features = self.features(batch.images).float()
-        labels = pairs.pooled_labels(batch.masks, batch.valid, (features.shape[-2], features.shape[-1]))
+        values = pairs.values_in(batch.on_host.masks).to(features.device, non_blocking=True)
+        labels = pairs.pooled_labels(batch.masks, batch.valid, (features.shape[-2], features.shape[-1]), values)
         near = pairs.offsets(self.params.radius)
         return {
             "affinity": pairs.pair_loss(
