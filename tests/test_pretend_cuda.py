@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.core import config, plugins
+from pipeline.core import config, plugins, store
 from pipeline.core.contracts import Batch, Clock
 from pipeline.core.labels import LabelSpace
 from pipeline.training import deterministic
@@ -225,6 +225,24 @@ def test_a_training_ends_with_the_weights_of_the_cpu(
         # a gradient of 0 but for rounding, like that of keys' biases, is scaled up by AdamW, where a wrong one moves weights
         # by about the learning rate, 1e-3
         torch.testing.assert_close(value, on_cpu[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_eight_threads_read_masks_of_eight_parts_for_a_training_on_cuda(tmp_path: Path) -> None:
+    job = job_of(partial(segmenter, TWO, "vit", {"balance": "pixels"}), tmp_path)
+    for part, record in enumerate(job.images.records):
+        mask = {"mask": Masks().read(record.id, "mask")}
+        store.write_part(
+            store.part_path(tmp_path / "masks", part), store.PSEUDO_MASKS, [(record.id, mask)], labels=TWO, part=part,
+            parts=8, params_digest="", compression="gzip",
+        )  # fmt: skip
+    masks = store.Store(tmp_path / "masks", store.PSEUDO_MASKS)
+    weights = []
+    for loaders in (0, 8):
+        with pretended_cuda():
+            images = dataclasses.replace(job.images, masks=masks)
+            reading = dataclasses.replace(job, images=images, loaders=loaders, device="cuda")
+            weights.append(trained(tmp_path / f"{loaders} loaders", reading))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_only_a_training_on_cuda_asks_for_deterministic_kernels(tmp_path: Path) -> None:
