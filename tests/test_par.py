@@ -14,6 +14,7 @@ from pipeline.core.contracts import ImageMaps
 from pipeline.core.labels import IGNORE
 from pipeline.imaging import par, planes
 from pipeline.refiners.par.refiner import Params, Refiner
+from tests.pretend_cuda import pretended_cuda
 from tests.shared_data import golden
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -30,6 +31,21 @@ def test_planes_are_refined_as_the_authors_refine_them(iterations: int) -> None:
     assert tuple(file["dilations"]) == DILATIONS
     refined = par.pixel_adaptive_refine(image, torch.from_numpy(file["masks"]), dilations=DILATIONS, iterations=iterations)
     np.testing.assert_allclose(refined.numpy(), file[f"out_iter{iterations}"], atol=2e-5, rtol=0)
+
+
+def test_on_cuda_the_neighbours_are_taken_at_once_and_planes_refined_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    file, image = case()
+    planes, expected = torch.from_numpy(file["masks"]), file["out_iter10"]
+    for stacked in (par.STACKED, 1):  # 1: plane by plane
+        monkeypatch.setattr(par, "STACKED", stacked)
+        with pretended_cuda() as counts:
+            on_cuda = image.to("cuda"), planes.to("cuda")
+            before = counts.totals()
+            refined = par.pixel_adaptive_refine(*on_cuda, dilations=DILATIONS, iterations=10)
+            assert counts.since(before)["waits"] == 0
+            if stacked > 1:
+                assert counts.since(before)["kernels"] < 80  # neighbour by neighbour: 900
+            np.testing.assert_allclose(refined.cpu().numpy(), expected, atol=2e-5, rtol=0)
 
 
 def test_the_weights_around_single_pixels_are_the_authors() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pipeline.core.labels import IGNORE
 from pipeline.imaging import pairs
-from pipeline.imaging.affinity import dense_walk, edge_walk, pair_walk
+from pipeline.imaging.affinity import dense_walk, edge_walk, pair_walk, window_walk
 from pipeline.imaging.planes import trinary_labels
+from tests.pretend_cuda import pretended_cuda
 from tests.shared_data import golden
 
 RADIUS = 5
@@ -67,6 +68,19 @@ def test_planes_walk_between_edges_as_the_authors_let_them(name: str, beta: int,
     np.testing.assert_allclose(walked.numpy(), file[f"irn_walk{name}"], atol=2e-5, rtol=0)
 
 
+def test_on_cuda_a_step_takes_three_kernels() -> None:
+    file = golden("irn_walk")
+    with pretended_cuda() as counts:
+        planes, edge = tensor(file["irn_cam"]).to("cuda"), tensor(file["irn_edge"][0]).to("cuda")
+        kernels = []
+        for steps in (246, 256):
+            before = counts.totals()
+            walked = edge_walk(planes, edge, radius=int(file["irn_radius"]), beta=10, steps=steps)
+            kernels.append(counts.since(before)["kernels"])
+        np.testing.assert_allclose(walked.cpu().numpy(), file["irn_walk"], atol=2e-5, rtol=0)
+    assert kernels[1] - kernels[0] == 30
+
+
 def test_affinity_of_features_is_that_of_the_authors() -> None:
     file = golden("irn_walk")
     features = tensor(file["psa_features"])[None]
@@ -94,8 +108,9 @@ def test_the_sparse_walk_is_the_dense_one(gh: int, gw: int, steps: int, beta: fl
     planes, edge = torch.rand(2, gh, gw, generator=generator), torch.rand(gh, gw, generator=generator)
     affinities = [affinity[0] for affinity in pairs.edge_affinities(edge[None], pairs.offsets(RADIUS))]
     whole = dense_walk(planes, dense(affinities, (gh, gw)), beta=beta, steps=steps)
-    walked = pair_walk(planes, affinities, pairs.offsets(RADIUS), beta=beta, steps=steps)
-    torch.testing.assert_close(walked, whole, atol=1e-5, rtol=1e-4)
+    for walk in (pair_walk, window_walk):
+        walked = walk(planes, affinities, pairs.offsets(RADIUS), beta=beta, steps=steps)
+        torch.testing.assert_close(walked, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_a_constant_plane_stays_where_no_edge_is() -> None:

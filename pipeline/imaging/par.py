@@ -22,6 +22,7 @@ from pipeline.core.config import AboveZero, Positive
 NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 SMALLEST = 1e-8  # added to standard deviations
 TILE = 512  # px: larger images are refined in squares, each with a margin as wide as values can spread
+STACKED = 1 << 27  # values of neighbours that a GPU holds at a time, 512 MiB
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ def pixel_adaptive_refine(
     out = torch.empty_like(planes)
     for image, image_planes, result in zip(images, planes, out, strict=True):
         for tile, padded_tile, inside in _tiles(h, w, margin):
-            weights = _weights(image[(slice(None), *padded_tile)], dilations, w1, w2)
-            refined = _iterate(image_planes[(slice(None), *padded_tile)], weights, dilations, iterations)
+            # neighbour by neighbour needs least memory, all of them at once an eighth of the kernels
+            weigh, iterate = (_weights, _iterate) if image.device.type == "cpu" else (_weights_at_once, _iterate_at_once)
+            weights = weigh(image[(slice(None), *padded_tile)], dilations, w1, w2)
+            refined = iterate(image_planes[(slice(None), *padded_tile)], weights, dilations, iterations)
             result[(slice(None), *tile)] = refined[(slice(None), *inside)]
     return out
 
@@ -145,6 +148,15 @@ def _weights(image: Tensor, dilations: Sequence[int], w1: float, w2: float) -> T
     return weights.add_(w2 * _distance_kernel(tuple(dilations), w1, image.device)[:, None, None])
 
 
+def _weights_at_once(image: Tensor, dilations: Sequence[int], w1: float, w2: float) -> Tensor:
+    """_weights for a GPU."""
+    neighbours = torch.stack(list(_neighbours(image, dilations)))
+    scale = (neighbours.std(dim=0) + SMALLEST).mul_(w1).square_().reciprocal_() / len(image)
+    logits = (neighbours.sub_(image).square_().mul_(scale)).sum(dim=1)
+    weights = torch.softmax(logits.neg_(), dim=0)
+    return weights.add_(w2 * _distance_kernel(tuple(dilations), w1, image.device)[:, None, None])
+
+
 @lru_cache(maxsize=16)
 def _distance_kernel(dilations: tuple[int, ...], w1: float, device: torch.device) -> Tensor:
     """f32[n], uploaded once for all images."""
@@ -160,3 +172,13 @@ def _iterate(planes: Tensor, weights: Tensor, dilations: Sequence[int], iteratio
             total.addcmul_(neighbour, weight)
         planes = total
     return planes
+
+
+def _iterate_at_once(planes: Tensor, weights: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:
+    """_iterate for a GPU, some planes at a time."""
+    refined = []
+    for part in planes.split(max(1, STACKED // weights.numel())):
+        for _ in range(iterations):
+            part = torch.stack(list(_neighbours(part, dilations))).mul_(weights[:, None]).sum(dim=0)
+        refined.append(part)
+    return torch.cat(refined)
