@@ -77,14 +77,16 @@ class RowTable(Sequence[Row]):
         return RowTable(columns, values, fractions, np.cumsum([0, *(len(row.shares) for row in listed)]))._ordered()
 
     @staticmethod
-    def joined(tables: Sequence[RowTable]) -> RowTable:
-        """All rows of some tables."""
+    def joined(tables: list[RowTable]) -> RowTable:
+        """All rows of some tables, which are emptied as they are joined, so that nothing is held twice."""
         if not tables:
             return RowTable.of([])
-        columns = {name: np.concatenate([table.columns[name] for table in tables]) for name in tables[0].columns}
-        counts = np.concatenate([np.diff(table.offset) for table in tables])
+        offset = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(table.offset) for table in tables]))])
         values, fractions = (np.concatenate([getattr(t, name) for t in tables]) for name in ("values", "fractions"))
-        return RowTable(columns, values, fractions, np.concatenate([[0], np.cumsum(counts)]))._ordered()
+        parts = [dict(table.columns) for table in tables]
+        tables.clear()
+        columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in tuple(parts[0])}
+        return RowTable(columns, values, fractions, offset)._ordered()
 
     def _ordered(self) -> RowTable:
         order = np.lexsort((self.columns["stage"], self.columns["ids"]))

@@ -314,7 +314,7 @@ class RunAudit:
 
 
 def audit_of(tally: Tally) -> RunAudit:
-    """tally: of all images of a run, added in any order."""
+    """tally: of all images of a run, added in any order; its rows move to the audit."""
     rows = RowTable.joined(tally.rows)
     curve = metrics.threshold_curve(tally.histogram) if tally.truth["score_maps"].images else np.zeros(0)
     return RunAudit(tally, rows, score.Limits(rows), score.scores(rows), curve)
