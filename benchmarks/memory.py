@@ -30,10 +30,12 @@ STAGES = {
     "retrain": "cam --records r.h5 --pseudo-masks masks --init {weights}/scratch.txt --segmenter g.safetensors "
     "--log log2.csv",
     "segment": "cam --records r.h5 --segmenter g.safetensors --predictions predictions",
+    "relabel": "cam --records r.h5 --segmenter g.safetensors --relabelled relabelled",
     "evaluate": "cam --records r.h5 --truth t.h5 --scoremaps scoremaps --refiner s.safetensors --refined refined "
     "--pseudo-masks masks "
-    "--predictions predictions --held-out h.h5 --metrics metrics/cam.json --figures audit/cam.json --images audit/cam.csv "
-    "--small-masks audit/cam.h5 --gallery gallery/cam.h5 --thresholds plots/cam/threshold.csv "
+    "--predictions predictions --held-out h.h5 --relabelled relabelled --metrics metrics/cam.json "
+    "--figures audit/cam.json --images audit/cam.csv --small-masks audit/cam.h5 "
+    "--gallery gallery/cam.h5 --thresholds plots/cam/threshold.csv "
     "--per-class plots/cam/per_class.csv --confusion plots/cam/confusion.csv",
     "report": "--records r.h5 --metrics metrics --plots plots --gallery gallery --inspection inspection --audit audit "
     "--report report",

@@ -24,6 +24,7 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--pseudo-masks", type=PATH, required=True, help="Read: HDF5 store of export.")
 @click.option("--predictions", type=PATH, required=True, help="Read: HDF5 store of segment.")
 @click.option("--held-out", type=PATH, required=True, help="Read: indicators of cross_validate, HDF5.")
+@click.option("--relabelled", type=PATH, required=True, help="Read: HDF5 store of relabel.")
 @click.option("--metrics", type=PATH, required=True, help="Written: a dozen figures for `dvc metrics`, JSON.")
 @click.option("--figures", type=PATH, required=True, help="Written: all figures, JSON.")
 @click.option(
@@ -36,8 +37,8 @@ PATH: Any = click.Path(path_type=Path)
 @click.option("--confusion", type=PATH, required=True, help="Written: percent of each true class, CSV for dvc plots.")
 def main(
     run: str, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path,
-    predictions: Path, held_out: Path, metrics: Path, figures: Path, images: Path, small_masks: Path, gallery: Path,
-    thresholds: Path, per_class: Path, confusion: Path,
+    predictions: Path, held_out: Path, relabelled: Path, metrics: Path, figures: Path, images: Path, small_masks: Path,
+    gallery: Path, thresholds: Path, per_class: Path, confusion: Path,
 ) -> None:  # fmt: skip
     """Scores every stage of RUN on the images that have truth, and computes the quality indicators, which need none.
 
@@ -47,7 +48,8 @@ def main(
         outs = evaluate.Outs(metrics, figures, images, small_masks, gallery, thresholds, per_class, confusion)
         evaluate.run(
             Settings.read(run), records=records, truth=truth, scoremaps=scoremaps, refiner=refiner, refined=refined,
-            pseudo_masks=pseudo_masks, predictions=predictions, held_out=held_out, outs=outs, engine=runtime,
+            pseudo_masks=pseudo_masks, predictions=predictions, held_out=held_out, relabelled=relabelled, outs=outs,
+            engine=runtime,
         )  # fmt: skip
 
 

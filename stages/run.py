@@ -22,6 +22,7 @@ UNTIL = (
     "cross_validate",
     "retrain",
     "segment",
+    "relabel",
     "evaluate",
 )
 

@@ -26,7 +26,7 @@ COMMANDS = {
 # what dvc.yaml of a project folder calls
 STAGES = (
     "code", "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment",
-    "evaluate", "report",
+    "relabel", "evaluate", "report",
 )  # fmt: skip
 
 

@@ -23,7 +23,10 @@ from tests.toys import PROJECT
 PRESETS = sorted((PROJECT / "presets").glob("*.yaml"))
 ALL = PROJECT / "presets" / "scenes-all.yaml"
 SECTIONS = {"prepare": "prepare", "export": "export", "evaluate": "evaluate", "report": "report"}  # of params.yaml
-ALSO_READ = {"cross_validate": ["retrain", "segment"]}  # it trains as the first does and segments as the second
+ALSO_READ = {
+    "cross_validate": ["retrain", "segment"],
+    "relabel": ["segment"],
+}  # it trains as the first does and segments as the second
 
 
 def resolved(preset: Path, folder: Path) -> dict[str, Any]:
@@ -193,7 +196,8 @@ def test_a_stage_depends_on_its_own_settings_only(stages: dict[str, Any]) -> Non
 # ---- an edit of a project file → the stages that re-run (before it is known whether their results change) ----
 
 Rule = Callable[[str, dict[str, Any]], set[str]]
-TRAINED = ("train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment")  # torch, or NumPy on images
+# torch, or NumPy on images
+TRAINED = ("train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment", "relabel")
 
 
 def each(*kinds: str) -> Rule:
@@ -224,7 +228,7 @@ def of_run(word: str, *kinds: str) -> Rule:
 def of_family(file: str, runs: dict[str, Any]) -> set[str]:
     """pipeline/nn/<family>: the backbone of a method and of a learned refiner, and the segmenter's encoder."""
     method = of_run("backbone", "train", "extract", "fit_refiner", "refine")(file, runs)
-    return method | of_run("segmenter", "cross_validate", "retrain", "segment")(file, runs)
+    return method | of_run("segmenter", "cross_validate", "retrain", "segment", "relabel")(file, runs)
 
 
 def of_dataset(name: str) -> Rule:
@@ -246,7 +250,7 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/imaging/palette.py", each(*TRAINED, "export", "report")),
     ("pipeline/imaging/planes.py", each(*TRAINED, "evaluate")),
     ("pipeline/imaging/*", each(*TRAINED)),
-    ("pipeline/crf.py", each("fit_refiner", "refine", "cross_validate", "segment")),
+    ("pipeline/crf.py", each("fit_refiner", "refine", "cross_validate", "segment", "relabel")),
     ("pipeline/metrics.py", each("cross_validate", "evaluate")),
     ("pipeline/metrics_file.py", each("evaluate", "report")),
     ("pipeline/mask_files.py", each("export")),
@@ -255,14 +259,14 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/training/settings.py", each(*TRAINED)),
     ("pipeline/training/optim.py", each(*TRAINED)),
     ("pipeline/training/precision.py", each(*TRAINED)),
-    ("pipeline/training/*", each("train", "extract", "fit_refiner", "cross_validate", "retrain", "segment")),
+    ("pipeline/training/*", each("train", "extract", "fit_refiner", "cross_validate", "retrain", "segment", "relabel")),
     ("pipeline/nn/weights.py", each(*TRAINED)),
     ("pipeline/nn/torchvision_guard.py", each(*TRAINED)),
-    ("pipeline/nn/segformer_head.py", each("train", "extract", "cross_validate", "retrain", "segment")),
+    ("pipeline/nn/segformer_head.py", each("train", "extract", "cross_validate", "retrain", "segment", "relabel")),
     ("pipeline/nn/*", of_family),
     ("pipeline/methods/*", of_run("method", "train", "extract")),  # semples' CLIP and prompts, apc's Keras ViT among them
     ("pipeline/refiners/*", of_run("refiner", "fit_refiner", "refine")),
-    ("pipeline/segmenters/*", of_run("segmenter", "cross_validate", "retrain", "segment")),
+    ("pipeline/segmenters/*", of_run("segmenter", "cross_validate", "retrain", "segment", "relabel")),
     ("pipeline/datasets/scenes/*", of_dataset("scenes")),  # its drawing, too
     ("pipeline/datasets/*", of_dataset("another")),
     ("pipeline/audit/empty_masks.py", each("export", "evaluate")),
@@ -274,11 +278,11 @@ TABLE: list[tuple[str, Rule]] = [
     ("pipeline/jobs/refine.py", each("fit_refiner", "refine")),
     ("pipeline/jobs/train.py", each("train", "retrain", "cross_validate")),
     ("pipeline/jobs/training_run.py", each("train", "fit_refiner", "retrain", "cross_validate")),
-    ("pipeline/jobs/segment.py", each("segment", "cross_validate")),
-    ("pipeline/jobs/windows.py", each("segment", "cross_validate")),
+    ("pipeline/jobs/segment.py", each("segment", "cross_validate", "relabel")),
+    ("pipeline/jobs/windows.py", each("segment", "cross_validate", "relabel")),
     *(
         (f"pipeline/jobs/{kind}.py", each(kind))
-        for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "evaluate", "report")
+        for kind in ("prepare", "extract", "fit_refiner", "export", "cross_validate", "relabel", "evaluate", "report")
     ),
     *((f"pipeline/jobs/{name}.py", each("prepare")) for name in ("listings", "mask_agreement", "near_duplicates", "survey")),
     ("pipeline/jobs/*", nothing),  # what the other commands do
@@ -345,7 +349,9 @@ def test_what_serves_few_reruns_few(stages: dict[str, Any], changed: str, expect
     assert stale_after(stages, changed) == expected
 
 
-@pytest.mark.parametrize("section", ["train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment"])
+@pytest.mark.parametrize(
+    "section", ["train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment", "relabel"]
+)
 def test_an_edit_of_a_section_of_a_recipe_marks_that_run_and_the_stages_that_read_it(
     stages: dict[str, Any], section: str
 ) -> None:

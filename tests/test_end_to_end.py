@@ -18,7 +18,18 @@ from pipeline.readers import PseudoMasks
 from tests.project_copy import WEIGHTS, Copy, environment
 from tests.toys import PROJECT, Toy
 
-STAGES = ("train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate")
+STAGES = (
+    "train",
+    "extract",
+    "fit_refiner",
+    "refine",
+    "export",
+    "cross_validate",
+    "retrain",
+    "segment",
+    "relabel",
+    "evaluate",
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,7 @@ def test_metrics_and_plots_can_be_shown(done: Copy) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "cross_validate@cam", "segment@cam"]),
+        ("pipeline/crf.py", ["fit_refiner@cam", "refine@cam", "cross_validate@cam", "segment@cam", "relabel@cam"]),
         ("pipeline/exporters/voc_png.py", ["export@cam"]),
         ("pipeline/methods/cam/method.py", ["train@cam", "extract@cam"]),
         ("pipeline/runtime.py", []),
@@ -176,7 +187,7 @@ def test_a_change_of_refine_in_one_recipe_reruns_refine_and_what_follows_of_its_
     done.toy.recipes["cam-again"]["refine"]["options"]["crf"]["iterations"] = 2
     done.toy.write(done.folder)
     ran = done.ran()
-    following = ("export", "cross_validate", "retrain", "segment", "evaluate")
+    following = ("export", "cross_validate", "retrain", "segment", "relabel", "evaluate")
     assert ran[:2] == ["refine@cam-again", "export@cam-again"] and ran[-1] == "report"
     assert set(ran[2:-1]) <= {f"{stage}@cam-again" for stage in following}
 

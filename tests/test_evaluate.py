@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import metrics, metrics_file
+from pipeline import metrics, metrics_file, stage_order
 from pipeline.audit import gallery, indicators
 from pipeline.audit.summary import headline, summary
 from pipeline.audit.tally import Inputs, Tally, audit_of, tally_batch
@@ -32,9 +32,12 @@ LABELS = LabelSpace(("<script>alert(1)</script>", 'größe "x"'))
 SETTINGS = Evaluate("background", 20, 6, 32)
 
 
-def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[Inputs, Records]:
+STORES = ("truth", "scoremaps", "refined", "pseudo_masks", "predictions", "held_out", "relabelled")
+
+
+def build(root: Path, *, with_truth: int = 8, decoder: bool = False, relabelled: bool = False) -> tuple[Inputs, Records]:
     """Eight images (five train) and stores in which every stage has made some mistakes of its own."""
-    found, items = [], {name: [] for name in ("truth", "scoremaps", "refined", "pseudo_masks", "predictions", "held_out")}
+    found, items = [], {name: [] for name in STORES}
     (root / "raw").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index in range(8):
@@ -59,6 +62,10 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[In
             items["pseudo_masks"].append(
                 (image_id, {"mask": np.where(rng.random((64, 64)) < 0.9, label, 255).astype(np.uint8)})
             )
+            if relabelled:
+                none = np.zeros(0, np.uint16), np.ones((1, 16, 16), np.float16)
+                seen = {"classes": none[0], "probabilities": none[1], "label": mask, "confidence": sure}
+                items["relabelled"].append((image_id, seen))
             if index:  # cross_validate has nothing of the first
                 fields = {"soft_min": np.float32([index / 10]), "held_out_agreement": np.float32([np.nan])}
                 items["held_out"].append((image_id, fields))
@@ -69,7 +76,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[In
     schemas = {
         "truth": store.TRUTH, "scoremaps": store.SCORE_MAPS, "refined": store.REFINED, "pseudo_masks": store.PSEUDO_MASKS,
         "predictions": store.PREDICTIONS,
-        "held_out": store.HELD_OUT,
+        "held_out": store.HELD_OUT, "relabelled": store.RELABELLED,
     }  # fmt: skip
     for name, schema in schemas.items():
         store.write_part(
@@ -89,6 +96,7 @@ def build(root: Path, *, with_truth: int = 8, decoder: bool = False) -> tuple[In
         root / "pseudo_masks",
         root / "predictions",
         root / "held_out",
+        root / "relabelled",
         0.4,
         SETTINGS,
         LABELS,
@@ -209,6 +217,23 @@ def test_figures_of_cross_validate_stand_in_the_rows_of_the_pseudo_masks_alone(t
             assert values["held_out"] == np.float32(index / 10) and np.isnan(values["held_out_agreement"])
         else:
             assert np.isnan(values["held_out"]) and np.isnan(values["held_out_agreement"])
+
+
+def test_what_the_segmenter_sees_in_train_images_is_a_stage_after_the_pseudo_masks(tmp_path: Path) -> None:
+    inputs, read = build(tmp_path, relabelled=True)
+    figures = figures_of(inputs, read)
+    assert figures["stages"]["relabelled"]["miou"] == 1 > figures["stages"]["pseudo_masks"]["miou"]
+    flow = next(flow for flow in figures["flow"] if flow["to"] == "relabelled")
+    assert flow["from"] == "pseudo_masks" and figures["indicators"]["relabelled"].keys().isdisjoint(
+        {"separation", "held_out"}
+    )
+    assert "relabelled" in headline(figures)["miou"] and "relabelled" not in headline(figures)["coverage"]
+    audit = audit_of(tallied(inputs, read))
+    pictures = dict(gallery.items(gallery.gallery_images(audit, read, 8), inputs))
+    at = stage_order.GALLERY.index("relabelled")
+    assert {image_id: item["present"][at] for image_id, item in pictures.items()} == {
+        record.id: int(record.split == "train") for record in read
+    }
 
 
 def test_masks_that_a_person_corrected_are_counted(tmp_path: Path) -> None:

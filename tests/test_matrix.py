@@ -142,12 +142,15 @@ def test_any_method_takes_any_segmenter(project: Path, monkeypatch: pytest.Monke
         "--segmenter", f"{out}/segmenter.safetensors", "--log", f"{out}/log.csv")  # fmt: skip
     run("segment", key, "--records", "records.h5", "--segmenter", f"{out}/segmenter.safetensors", "--predictions",
         f"{out}/predictions")  # fmt: skip
+    run("relabel", key, "--records", "records.h5", "--segmenter", f"{out}/segmenter.safetensors", "--relabelled",
+        f"{out}/relabelled")  # fmt: skip
     run("cross_validate", key, "--records", "records.h5", "--pseudo-masks", f"{out}/pseudo_masks", "--init", str(SCRATCH),
         "--held-out", f"{out}/held_out.h5")  # fmt: skip
     run("evaluate", key, "--records", "records.h5", "--truth", "truth.h5", "--scoremaps", f"{key}/scoremaps", "--refiner",
         f"{out}/refiner.safetensors", "--refined", f"{out}/refined", "--pseudo-masks", f"{out}/pseudo_masks",
         "--predictions",
-        f"{out}/predictions", "--held-out", f"{out}/held_out.h5", "--metrics", f"{out}/metrics.json", "--gallery",
+        f"{out}/predictions", "--held-out", f"{out}/held_out.h5", "--relabelled", f"{out}/relabelled",
+        "--metrics", f"{out}/metrics.json", "--gallery",
         f"{out}/gallery.h5", "--thresholds", f"{out}/thresholds.csv", "--per-class", f"{out}/per_class.csv", "--confusion",
         f"{out}/confusion.csv", "--images", f"{out}/images.csv",
         "--small-masks", f"{out}/small.h5", "--figures", f"{out}/figures.json")  # fmt: skip

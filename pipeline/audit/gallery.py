@@ -127,6 +127,8 @@ def _results(
         return labels, best, stores.predictions.read(record.id, "confidence")
     labels["refined"] = stores.refined.read(record.id, "label")
     labels["pseudo_masks"] = stores.pseudo_masks.read(record.id, "mask")
+    if record.id in stores.relabelled:
+        labels["relabelled"] = stores.relabelled.read(record.id, "label")
     return labels, best, stores.refined.read(record.id, "confidence")
 
 

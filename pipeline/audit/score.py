@@ -30,7 +30,7 @@ REFINED_TERMS = ("separation", "expected_iou", "edges")
 PREDICTION_TERMS = ("expected_iou",)
 TERMS = {
     "score_maps": MAP_TERMS, "refined": REFINED_TERMS, "pseudo_masks": REFINED_TERMS, "score_maps_val": MAP_TERMS,
-    "predictions": PREDICTION_TERMS,
+    "predictions": PREDICTION_TERMS, "relabelled": PREDICTION_TERMS,
 }  # fmt: skip
 COLUMNS = ("id", "split", "stage", "tags", "truth", "miou", "score", "reasons")
 MAX_PAIRS = 20  # of classes that co-occurrence names

@@ -24,6 +24,7 @@ from pipeline.core.sections import Evaluate
 from pipeline.imaging import planes
 from pipeline.stage_order import FLOWS, LAST, STAGES
 
+OF_SEGMENTER = ("predictions", "relabelled")  # indicators of score maps say nothing of these masks
 BATCH = 32  # images that a process scores at a time
 SMALL_SIDE = 64  # px of the long side of SMALL_MASKS; docs/audit.md has what that costs in method agreement
 
@@ -43,6 +44,7 @@ class Inputs:
     pseudo_masks: Path
     predictions: Path
     held_out: Path
+    relabelled: Path
     threshold: float
     settings: Evaluate
     labels: LabelSpace
@@ -102,6 +104,7 @@ class Stores:
     pseudo_masks: store.Store
     predictions: store.Store
     held_out: store.Store
+    relabelled: store.Store
     truth: store.Store
 
 
@@ -112,6 +115,7 @@ def open_stores(inputs: Inputs) -> Stores:
         pseudo_masks=store.Store(inputs.pseudo_masks, store.PSEUDO_MASKS),
         predictions=store.Store(inputs.predictions, store.PREDICTIONS),
         held_out=store.Store(inputs.held_out, store.HELD_OUT),
+        relabelled=store.Store(inputs.relabelled, store.RELABELLED),
         truth=store.Store(inputs.truth, store.TRUTH),
     )
 
@@ -190,6 +194,9 @@ class _ImageTally:
         refined, mask = stores.refined[record.id], stores.pseudo_masks.read(record.id, "mask")
         self._count_stage("refined", refined["label"], refined["confidence"])
         self._count_stage("pseudo_masks", mask, refined["confidence"])
+        if record.id in stores.relabelled:
+            label, confidence = (stores.relabelled.read(record.id, name) for name in ("label", "confidence"))
+            self._count_stage("relabelled", label, confidence)
 
     def _count_score_maps(self, ending: str) -> None:
         """Stages score_maps and, where the method has a decoder, decoder; `ending` is _val on split val.
@@ -233,7 +240,7 @@ class _ImageTally:
         same = before is not None and stage == "pseudo_masks" and np.array_equal(label, self.labels[before])
         if not same:  # export mostly changes nothing
             self.indicators = indicators.mask_indicators(label, confidence, self.context)
-            self.indicators |= self.map_indicators if stage != "predictions" else {}
+            self.indicators |= self.map_indicators if stage not in OF_SEGMENTER else {}
         self.indicators["stage_agreement"] = (
             UNDEFINED if before is None else indicators.mask_miou(self.labels[before], label)
         )

@@ -58,6 +58,19 @@ REFINED = Schema(
 PSEUDO_MASKS = Schema("pseudo_masks", 1, {"mask": Field("|u1", ("h", "w"))})
 CORRECTED = "corrections.json"  # beside the parts of pseudo-masks, where there are corrected masks
 PREDICTIONS = Schema("predictions", 1, {"label": Field("|u1", ("h", "w")), "confidence": Field("|u1", ("h", "w"))})
+# of the segmenter, on train images. classes: indices from 0 of those that can win; probabilities: of background and of these
+# classes at stride 4; label: the mask value of the likeliest at the image's size, after a CRF where there is one; confidence
+# as in REFINED
+RELABELLED = Schema(
+    "relabelled",
+    1,
+    {
+        "classes": Field("<u2", ("k",)),
+        "probabilities": Field("<f2", ("planes", "gh", "gw")),
+        "label": Field("|u1", ("h", "w")),
+        "confidence": Field("|u1", ("h", "w")),
+    },
+)
 # of a segmenter that was not trained on the image: soft-min over pixels of its probabilities of the pseudo-mask's labels,
 # and the mean IoU of its mask with the pseudo-mask, both 0..1; NaN where the pseudo-mask is 255 throughout
 HELD_OUT = Schema("held_out", 2, {"soft_min": Field("<f4", ("1",)), "held_out_agreement": Field("<f4", ("1",))})

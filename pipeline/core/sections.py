@@ -21,7 +21,7 @@ Compression = Literal["gzip", "zstd", "none"]
 T = TypeVar("T")
 
 TOP_LEVEL = ("dataset", "methods", "prepare", "export", "evaluate", "report")  # of params.yaml
-OF_RECIPE = ("train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment")
+OF_RECIPE = ("train", "extract", "fit_refiner", "refine", "cross_validate", "retrain", "segment", "relabel")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it names folders and files
 
 
@@ -202,6 +202,19 @@ class Segment:
             raise ValueError(
                 f"window_stride: got {self.window_stride}, allowed is at most window ({self.window}), or pixels are missed"
             )
+
+
+@dataclass(frozen=True)
+class Relabel:
+    """Section relabel: what the trained segmenter sees in the train images, in the views of section segment. Only classes of
+    the image's tags can win; where nobody tagged it, all can.
+
+    enabled  whether it looks at them; without, the store has no images
+    crf      null, or the keys of crf.CrfSettings
+    """
+
+    enabled: bool
+    crf: Any
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from pipeline.core.schemas import INSPECTION as INSPECTION
 from pipeline.core.schemas import PREDICTIONS as PREDICTIONS
 from pipeline.core.schemas import PSEUDO_MASKS as PSEUDO_MASKS
 from pipeline.core.schemas import REFINED as REFINED
+from pipeline.core.schemas import RELABELLED as RELABELLED
 from pipeline.core.schemas import SCORE_MAPS as SCORE_MAPS
 from pipeline.core.schemas import SMALL_MASKS as SMALL_MASKS
 from pipeline.core.schemas import TRUTH as TRUTH

@@ -12,7 +12,7 @@ from pipeline.core import records as records_file
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.contracts import AffinityMethod, AffinityRefiner
 from pipeline.core.sections import Settings
-from pipeline.jobs import export, extract, fit_refiner, refine, segment, train
+from pipeline.jobs import export, extract, fit_refiner, refine, relabel, segment, train
 from pipeline.training.epochs import too_few_steps
 
 
@@ -147,6 +147,9 @@ def problems_of(settings: Settings) -> list[str]:
     if segmentation is not None:
         refused.of(lambda: segment.crf_of(settings, segmentation))
         refused.of(lambda: segment.options_of(settings, segmentation))
+    relabelling = refused.of(lambda: settings.section(sections.Relabel, "relabel"))
+    if relabelling is not None:
+        refused.of(lambda: relabel.crf_of(settings, relabelling))
     return refused
 
 

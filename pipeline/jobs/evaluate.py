@@ -43,14 +43,14 @@ class Outs:
 
 def run(
     settings: Settings, *, records: Path, truth: Path, scoremaps: Path, refiner: Path, refined: Path, pseudo_masks: Path,
-    predictions: Path, held_out: Path, outs: Outs, engine: Engine,
+    predictions: Path, held_out: Path, relabelled: Path, outs: Outs, engine: Engine,
 ) -> None:  # fmt: skip
     """Scores every stage of a run on the images that have truth; without any, writes the figures that need none."""
     listed, rules = records_file.read(records), settings.shared(Evaluate, "evaluate")
     inputs = Inputs(
         truth=truth, scoremaps=scoremaps, refined=refined, pseudo_masks=pseudo_masks, predictions=predictions,
-        held_out=held_out, threshold=tally.fitted_threshold(refiner), settings=rules, labels=listed.labels,
-        root=settings.root, loaders=engine.loaders("cpu"),
+        held_out=held_out, relabelled=relabelled, threshold=tally.fitted_threshold(refiner), settings=rules,
+        labels=listed.labels, root=settings.root, loaders=engine.loaders("cpu"),
     )  # fmt: skip
     batches = [listed.images[at : at + tally.BATCH] for at in range(0, len(listed), tally.BATCH)]
     total = Tally.empty(len(listed.labels) + 1, rules.threshold_bins)

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.core import config
 from pipeline.core.contracts import Phase
-from pipeline.core.sections import CrossValidate, Extract, Segment, Settings
+from pipeline.core.sections import CrossValidate, Extract, Relabel, Segment, Settings
 from pipeline.training.epochs import step_count, too_few_steps
 from pipeline.training.settings import Schedule, Training
 
@@ -108,6 +108,7 @@ def _work(train: int, val: int, settings: Settings, size: tuple[int, int]) -> tu
         "cross_validate": folds * trained["retrain"] * segmenter + (train * segmented if folds else 0),
         "retrain": trained["retrain"] * segmenter,
         "segment": val * segmented,
+        "relabel": train * segmented if settings.section(Relabel, "relabel").enabled else 0,
         "evaluate": _plain("evaluate", train + val, pixels),
         "report": 0.0,
     }

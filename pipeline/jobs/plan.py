@@ -11,7 +11,10 @@ from typing import Any
 from pipeline.core.sections import Settings
 from pipeline.jobs.rates import PhaseRate, Rate, Rates
 
-SPLITS = {"fit_refiner": "train", "refine": "train", "export": "train", "cross_validate": "train", "segment": "val"}
+SPLITS = {
+    "fit_refiner": "train", "refine": "train", "export": "train", "cross_validate": "train", "segment": "val",
+    "relabel": "train",
+}  # fmt: skip
 RECORD_BYTES = 300  # of an image in the memory of each process: its records and the index of a store
 ONCE = 20_000  # parts of equal cost beyond which they need not be dealt out one by one
 
@@ -75,7 +78,7 @@ def _row(stage: str, rate: Rate, rates: Rates, images: Images, machine: Machine,
 def _images_per_part(stage: str, settings: Settings) -> int:
     """How many images a worker takes at a time."""
     values: Mapping[str, Any] = settings.params["export"] if stage == "export" else settings.recipe.get(stage, {})
-    if stage == "cross_validate":
+    if stage in ("cross_validate", "relabel"):
         values = settings.recipe["segment"]
     return values.get("images_per_part", 32)
 

@@ -38,8 +38,8 @@ PART = 8  # images of a part of the sample
 PARTS = 3  # of each split, for every worker
 STEPS = 8  # of each phase
 STAGES = (
-    "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "evaluate",
-    "report",
+    "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "relabel",
+    "evaluate", "report",
 )  # fmt: skip
 HEADER = """\
 # What stages cost, for `plan`; nothing else reads it. Measured on a sample, or written by you: a GPU's `image` and `step`
@@ -260,7 +260,7 @@ def _of_stage(stage: str, run: str, sample: Records, phases: Sequence[Phase], st
     seconds = time.monotonic() - started
     if result.returncode:
         raise ValueError(f"{name} fails on a sample of the images: {result.stderr.rpartition('Error: ')[2].strip()}")
-    gpu = bool(phases) or stage in ("extract", "segment") or (stage == "refine" and _has_network(run))
+    gpu = bool(phases) or stage in ("extract", "segment", "relabel") or (stage == "refine" and _has_network(run))
     workers = stages.workers(stages.device() if gpu else "cpu")
     segments = list(_segments(timeline))
     image = {label: _of_image(events, workers) for label, noun, events in segments if noun == "images" and len(events) > 1}
@@ -292,8 +292,9 @@ def _has_network(run: str) -> bool:
 
 def _images(stage: str, sample: Records) -> int:
     """How many images a stage's results are of."""
-    split = {"fit_refiner": "train", "refine": "train", "export": "train", "cross_validate": "train", "segment": "val"}
-    return len(sample.split(split[stage])) if stage in split else len(sample)
+    if stage in ("fit_refiner", "refine", "export", "cross_validate", "relabel"):
+        return len(sample.split("train"))
+    return len(sample.split("val")) if stage == "segment" else len(sample)
 
 
 def _sizes(stage: str, outs: Sequence[Path]) -> tuple[float, float]:

@@ -25,6 +25,7 @@ def recipe_schema() -> dict[str, Any]:
         "refine": _with(refine, options=_any("refiners", "Params")),
         "cross_validate": _section(sections.CrossValidate),
         "retrain": _with(training, model=_any("segmenters", "Params")),
+        "relabel": _with(_section(sections.Relabel), crf={"anyOf": [{"type": "null"}, _section(CrfSettings)]}),
         "segment": _with(
             segment, crf={"anyOf": [{"type": "null"}, _section(CrfSettings)]}, options=_any("segmenters", "Options")
         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -123,7 +123,7 @@ def segment_part(item: tuple[int, Sequence[ImageRecord]], job: Job) -> int:
     model = load(job.segmenter, job.weights.resolve(), job.labels, job.device, str(job.out.resolve()))
 
     def write(segmented: Iterator[Segmented]) -> None:
-        with closing(finished(segmented, job)) as items:
+        with closing(finished(segmented, partial(_item, crf=job.crf), job.processes)) as items:
             store.write_part(
                 store.part_path(job.out, part), store.PREDICTIONS, items, labels=job.labels, part=part, parts=job.parts,
                 params_digest=job.params_digest, compression=job.settings.compression,
@@ -147,15 +147,16 @@ def segmented(records: Sequence[ImageRecord], model: Any, job: Job) -> Generator
             yield record, image, mean_softmax(views, image.shape[:2], model, job, planes_count=planes_count)
 
 
-def finished(results: Iterator[Segmented], job: Job) -> Generator[store.Item, None, None]:
-    """PREDICTIONS items. A CRF holds Python's lock from its start to its end, so that a network in another thread of the
-    process would wait for it: beside a GPU it runs in processes of its own."""
-    make = partial(_item, crf=job.crf)
-    if job.processes == 0:
+def finished(
+    results: Iterator[Segmented], make: Callable[[Segmented], store.Item], processes: int
+) -> Generator[store.Item, None, None]:
+    """Items that `make` makes. A CRF holds Python's lock from its start to its end, so that a network in another thread of
+    the process would wait for it: beside a GPU it runs in `processes` of its own."""
+    if processes == 0:
         yield from map(make, results)
         return
-    with pool_of(job.processes) as pool:
-        yield from overlap.through(pool, make, results, job.processes)
+    with pool_of(processes) as pool:
+        yield from overlap.through(pool, make, results, processes)
 
 
 def _item(result: Segmented, crf: CrfSettings | None) -> store.Item:
