@@ -23,10 +23,11 @@ PATH: Any = click.Path(path_type=Path)
 def main(params: Path, records: Path, run: str | None) -> None:
     """Checks params.yaml, every recipe that it names, and that data and weights are there; lists all problems.
 
-    Errors give exit code 1. Warnings do not: they say which training is too short to learn anything.
+    Errors give exit code 1. Warnings do not: they say which training is too short to learn anything, and
+    which precision is slow on this machine.
     """
     problems = [*check.problems(params), *check.missing_files(params, run)]
-    for warning in check.warnings(params, records):
+    for warning in [*check.warnings(params, records), *check.slow_precisions(params)]:
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
     if problems:
         raise click.ClickException("\n".join(problems))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from pipeline.jobs import check
@@ -93,3 +94,20 @@ def test_warnings_and_errors_are_listed_apart(toy: Toy) -> None:
 def test_weights_in_the_house_need_no_advice(toy: Toy) -> None:
     toy.write(Path())
     assert SCRATCH.is_file() and check.missing_files() == []
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"), [({"avx512_bf16": True}, True), ({"avx512_bf16": False, "avx2": True}, False)]
+)
+def test_a_precision_that_the_processor_only_emulates_is_a_warning(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for section in ("train", "extract"):
+        toy.recipes["cam"][section]["precision"] = "bf16"
+    result = checked(toy)
+    assert result.exit_code == 0
+    warned = [line.split(": ")[2] for line in result.stderr.splitlines() if "only emulates" in line]
+    named = ["train", "extract"]
+    assert warned == ([] if fast else [f"{name}.precision is bf16, which this processor only emulates" for name in named])

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.core import config, plugins, sections
 from pipeline.core import records as records_file
 from pipeline.core.config import PARAMS_FILE, ParamsError
 from pipeline.core.contracts import AffinityMethod, AffinityRefiner
 from pipeline.core.sections import Settings
 from pipeline.jobs import export, extract, fit_refiner, refine, relabel, segment, train
+from pipeline.training import precision
 from pipeline.training.epochs import too_few_steps
 
 
@@ -109,6 +112,26 @@ def warnings_of(settings: Settings, images: int) -> list[str]:
     }
     few = {name: too_few_steps([schedule.phase(name)], images) for name, schedule in schedules.items() if schedule}
     return [f"{settings.file}: {name}: {warning}" for name, warning in few.items() if warning]
+
+
+def slow_precisions(path: Path = PARAMS_FILE) -> list[str]:
+    """A text per section of a recipe whose precision this machine only emulates; [] where params.yaml or a recipe is wrong."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        runs = [Settings.read(name, path) for name in sections.runs(sections.read(path))]
+    except ParamsError:
+        return []
+    texts = dict[str, None]()
+    for settings in runs:
+        for name, section in settings.recipe.items():
+            chosen = section.get("precision", "fp32") if isinstance(section, Mapping) else "fp32"
+            if chosen in precision.AUTOCAST and not precision.is_fast(chosen, device):
+                where = "GPU" if device == "cuda" else "processor"
+                texts[
+                    f"{settings.file}: {name}.precision is {chosen}, which this {where} only emulates: fp32 is faster here, "
+                    "with other results in the last bits"
+                ] = None
+    return list(texts)
 
 
 def _training_images(values: Mapping[str, Any], records: Path) -> int:

@@ -79,6 +79,19 @@ def cuda() -> Finding:
     return Finding("CUDA", ", ".join(f"{device.name} {device.total_memory / 2**30:.0f} GiB" for device in devices), None)
 
 
+def bf16() -> Finding:
+    """Whether this machine computes in bf16 faster than in fp32; recipes of photographs do."""
+    import torch
+
+    from pipeline.training import precision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = "GPU" if device == "cuda" else "processor"
+    if precision.is_fast("bf16", device):
+        return Finding("bf16", f"this {where} has instructions for it", None)
+    return Finding("bf16", f"this {where} only emulates it: `precision: fp32` is faster here", None)
+
+
 def disk() -> Finding:
     """Free space of the working directory's disk."""
     free = shutil.disk_usage(Path.cwd()).free / 2**30
@@ -147,6 +160,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     package("open_clip", "open_clip_torch"),
     package("dvc", "dvc"),
     cuda,
+    bf16,
     disk,
     links,
     params,

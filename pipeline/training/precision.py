@@ -17,6 +17,16 @@ def autocast(precision: str, device: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None)
 
 
+def is_fast(precision: str, device: str) -> bool:
+    """Whether the device has instructions for products in this precision; without, bf16 and fp16 are emulated, and slower
+    than fp32."""
+    if AUTOCAST[precision] is None:
+        return True
+    if device.startswith("cuda"):
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(there is True and name.endswith(precision) for name, there in torch.cpu.get_capabilities().items())
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether CUDA rounds the operands of float32 products, convolutions and LSTMs to TF32, which has 10 bits behind the
     point of bf16's range. PyTorch by itself does so in cuDNN alone. The CPU's products stay as they are."""
