@@ -115,7 +115,7 @@ def warnings_of(settings: Settings, images: int) -> list[str]:
 
 
 def slow_precisions(path: Path = PARAMS_FILE) -> list[str]:
-    """A text per section of a recipe whose precision this machine only emulates; [] where params.yaml or a recipe is wrong."""
+    """A text per section of a recipe whose precision this machine only emulates; [] where some file is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         runs = [Settings.read(name, path) for name in sections.runs(sections.read(path))]
