@@ -245,7 +245,7 @@ def test_masks_that_a_person_corrected_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_truth", [8, 0])
 def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path, with_truth: int) -> None:
-    inputs, read = build(tmp_path, with_truth=with_truth)
+    inputs, read = build(tmp_path, with_truth=with_truth, relabelled=True)
     audit = audit_of(tallied(inputs, read))
     images = gallery.gallery_images(audit, read, SETTINGS.gallery)
     store.write_part(
@@ -270,6 +270,7 @@ def test_the_page_is_self_contained_and_shows_names_as_text_only(tmp_path: Path,
     assert "0.25" in text and "1.00" in text and "fine map" in text
     assert text.count("<script>") == 1 and "alert(1)</script>" not in text and "&lt;script&gt;" in text
     assert "<b>" not in text and "<i>" not in text
+    assert 'colspan="4">split train, tags given' in text  # score maps, refined, pseudo-masks, relabelled
     assert "A &amp; B" in text and "größe" in text and "broken &amp; bent" in text
     assert "http" not in text.replace("http-equiv", "") and text.count('"photograph":') == 6
     if not with_truth:

@@ -25,7 +25,7 @@ from pipeline.report import rows as audit_rows
 from pipeline.report.available import Inputs
 from pipeline.report.image_table import ImageTable
 from pipeline.report.scripts import as_script
-from pipeline.stage_order import LAST
+from pipeline.stage_order import LAST, OF_SPLIT
 
 TEMPLATE = "page.html.jinja"
 SCRIPTS = ("base.js", "data.js", "paint.js", "gallery.js", "viewer.js", "table.js", "images.js", "provenance.js", "app.js")
@@ -137,6 +137,7 @@ def render(
         image_figures={name for columns in _stage_columns(images) for name in columns},
         pair_agreement=audit.pair_agreement,
         last_stages=LAST,
+        stages_of_train=OF_SPLIT["train"],
         outside_limits=audit.outside_limits,
         previous_stages=script_data["previous_stages"],
         stages=script_data["stages"],
