@@ -42,7 +42,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Copy:
 def test_a_full_run_leaves_masks_metrics_and_a_report(done: Copy) -> None:
     masks = PseudoMasks(done.folder / "artifacts/cam/pseudo_masks")
     assert len(masks) == 9 and masks.labels.names == ("disc", "square")
-    stages = {"score_maps", "refined", "pseudo_masks", "score_maps_val", "predictions"}
+    stages = {"score_maps", "refined", "pseudo_masks", "relabelled", "score_maps_val", "predictions"}
     figures = json.loads((done.folder / "audit/cam.json").read_text(encoding="utf-8"))
     assert figures["truth"] and set(figures["stages"]) == stages
     metrics = json.loads((done.folder / "metrics/cam.json").read_text(encoding="utf-8"))
