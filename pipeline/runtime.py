@@ -149,10 +149,13 @@ def engine() -> str:
 
 def described() -> list[tuple[str, str, str | None]]:
     """For `tag2mask doctor`: subject, state, what to do where something is missing. SystemExit where a variable is wrong."""
+    state, advice = available.state(engine())
+    if advice is not None:  # nothing can be asked of it
+        return [("engine", state, advice)]
     name = device()
     counts = {"TAG2MASK_WORKERS": workers(), "TAG2MASK_LOADERS": loaders(name)}
     counts["TAG2MASK_RANKS"] = _count("TAG2MASK_RANKS", cores() if name == "cpu" else workers(name))
-    return [("engine", *available.state(engine())), ("processes", available.processes(name, workers(name), counts), None)]
+    return [("engine", state, None), ("processes", available.processes(name, workers(name), counts), None)]
 
 
 def beside(device: str) -> int:

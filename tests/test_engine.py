@@ -141,8 +141,9 @@ def test_a_cluster_of_ray_start_that_asks_for_a_token_says_so_and_lets_in_who_ha
     with session([*head, "--include-dashboard=false", "--disable-usage-stats"], tmp_path, **token) as cluster_head:
         assert cluster_head.stdout is not None
         assert any("Ray runtime started" in line for line in cluster_head.stdout)
-        with session(command, tmp_path, **address) as stranger:
-            code, output = ended(stranger)
-        assert code and "export RAY_AUTH_MODE=token" in output
+        for mode in ("disabled", "token"):  # without a token, whatever the mode
+            with session(command, tmp_path, **address, RAY_AUTH_MODE=mode) as stranger:
+                code, output = ended(stranger)
+            assert code and "export RAY_AUTH_MODE=token" in output, output
         with session(command, tmp_path, **address, **token) as guest:
             assert "1 core" in ended(guest)[1]

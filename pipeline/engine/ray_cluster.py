@@ -22,6 +22,7 @@ def connect() -> Any:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
+        from ray.exceptions import AuthenticationError
     except ImportError as error:
         raise ValueError("TAG2MASK_ENGINE=ray needs Ray: pip install 'tag2mask[ray]'") from error
     if not ray.is_initialized():
@@ -34,7 +35,7 @@ def connect() -> Any:
         environment = {"env_vars": {"PYTHONPATH": code, **threads}}
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
-        except ConnectionError as error:
+        except (ConnectionError, AuthenticationError) as error:
             reason = "no Ray cluster runs on this host" if address == "auto" else "the Ray cluster refuses this host"
             raise ValueError(f"RAY_ADDRESS={address}: {reason}. {TOKEN}") from error
     return ray

@@ -23,7 +23,9 @@ def map_parts(function: Callable[[In], Out], parts: Sequence[In], device: str) -
     """function(part) for every part, at most two parts per core or GPU in flight. A part whose worker or node is lost is
     computed again elsewhere; what `function` raises is raised here, and is not tried again.
 
-    RuntimeError where a part was lost RETRIES times, or no node has the resources.
+    RuntimeError where a part was lost RETRIES times, or no node has the resources. After an error, parts in flight are not
+    cancelled, since Ray 2.60 kills the driver where the worker of a task that it cancels has just died; Ray itself ends them
+    with the stage.
     """
     ray = connect()
     workers = _workers(device)
@@ -31,24 +33,20 @@ def map_parts(function: Callable[[In], Out], parts: Sequence[In], device: str) -
     running: dict[Any, tuple[int, int]] = {}  # reference → numbers of the part and of the place that computes it
     done: dict[int, Out] = {}
     submitted = returned = 0
-    try:
-        while returned < len(parts):
-            while submitted < len(parts) and len(running) + len(done) < 2 * workers + 2:
-                waiting = Counter(place for _, place in running.values())
-                place = min(range(workers), key=lambda number: waiting[number])
-                running[submit(parts[submitted], place)] = submitted, place
-                submitted += 1
-            finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
-            for reference in finished:
-                done[running.pop(reference)[0]] = _result(ray, reference)
-            if not finished:
-                _workers(device)
-            while returned in done:
-                yield done.pop(returned)
-                returned += 1
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=False)
+    while returned < len(parts):
+        while submitted < len(parts) and len(running) + len(done) < 2 * workers + 2:
+            waiting = Counter(place for _, place in running.values())
+            place = min(range(workers), key=lambda number: waiting[number])
+            running[submit(parts[submitted], place)] = submitted, place
+            submitted += 1
+        finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+        for reference in finished:
+            done[running.pop(reference)[0]] = _result(ray, reference)
+        if not finished:
+            _workers(device)
+        while returned in done:
+            yield done.pop(returned)
+            returned += 1
 
 
 def _workers(device: str) -> int:
