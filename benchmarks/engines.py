@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pipeline import runtime
 
-STAGES = ("extract", "fit_refiner", "refine", "export", "segment", "evaluate")
+STAGES = ("extract", "fit_refiner", "refine", "export", "segment", "relabel", "evaluate")
 PORT = 6380
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}  # nobody else runs code on this host
 CONNECT = "from pipeline import runtime\nlist(runtime.map_parts(str, range({workers}), what='parts'))"

@@ -23,10 +23,10 @@ from tests.toys import PROJECT
 PRESETS = sorted((PROJECT / "presets").glob("*.yaml"))
 ALL = PROJECT / "presets" / "scenes-all.yaml"
 SECTIONS = {"prepare": "prepare", "export": "export", "evaluate": "evaluate", "report": "report"}  # of params.yaml
-ALSO_READ = {
+ALSO_READ = {  # they train as stage retrain does, and segment as stage segment does
     "cross_validate": ["retrain", "segment"],
     "relabel": ["segment"],
-}  # it trains as the first does and segments as the second
+}
 
 
 def resolved(preset: Path, folder: Path) -> dict[str, Any]:

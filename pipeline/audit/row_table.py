@@ -61,8 +61,6 @@ class RowTable(Sequence[Row]):
     @staticmethod
     def of(rows: Iterable[Row]) -> RowTable:
         """Rows in any order."""
-        if isinstance(rows, RowTable):
-            return rows
         listed = list(rows)
         shares = [share for row in listed for share in row.shares]
         columns = {

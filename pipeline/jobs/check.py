@@ -114,9 +114,14 @@ def warnings_of(settings: Settings, images: int) -> list[str]:
     return [f"{settings.file}: {name}: {warning}" for name, warning in few.items() if warning]
 
 
+def processor() -> tuple[str, str]:
+    """Torch device that networks run on here, and what to call it."""
+    return ("cuda", "GPU") if torch.cuda.is_available() else ("cpu", "processor")
+
+
 def slow_precisions(path: Path = PARAMS_FILE) -> list[str]:
     """A text per section of a recipe whose precision this machine only emulates; [] where some file is wrong."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, where = processor()
     try:
         runs = [Settings.read(name, path) for name in sections.runs(sections.read(path))]
     except ParamsError:
@@ -126,7 +131,6 @@ def slow_precisions(path: Path = PARAMS_FILE) -> list[str]:
         for name, section in settings.recipe.items():
             chosen = section.get("precision", "fp32") if isinstance(section, Mapping) else "fp32"
             if chosen in precision.AUTOCAST and not precision.is_fast(chosen, device):
-                where = "GPU" if device == "cuda" else "processor"
                 texts[
                     f"{settings.file}: {name}.precision is {chosen}, which this {where} only emulates: fp32 is faster here, "
                     "with other results in the last bits"

@@ -80,13 +80,10 @@ def cuda() -> Finding:
 
 
 def bf16() -> Finding:
-    """Whether this machine computes in bf16 faster than in fp32; recipes of photographs do."""
-    import torch
-
+    """Whether this machine computes in bf16 faster than in fp32."""
     from pipeline.training import precision
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = "GPU" if device == "cuda" else "processor"
+    device, where = check.processor()
     if precision.is_fast("bf16", device):
         return Finding("bf16", f"this {where} has instructions for it", None)
     return Finding("bf16", f"this {where} only emulates it: `precision: fp32` is faster here", None)

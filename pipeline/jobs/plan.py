@@ -9,12 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.core.sections import Settings
-from pipeline.jobs.rates import PhaseRate, Rate, Rates
+from pipeline.jobs.rates import SPLIT_OF, PhaseRate, Rate, Rates
 
-SPLITS = {
-    "fit_refiner": "train", "refine": "train", "export": "train", "cross_validate": "train", "segment": "val",
-    "relabel": "train",
-}  # fmt: skip
 RECORD_BYTES = 300  # of an image in the memory of each process: its records and the index of a store
 ONCE = 20_000  # parts of equal cost beyond which they need not be dealt out one by one
 
@@ -46,7 +42,7 @@ class Images:
 
     def of(self, stage: str) -> int:
         """Those that a stage goes through."""
-        split = SPLITS.get(stage)
+        split = SPLIT_OF.get(stage)
         return self.train + self.val if split is None else getattr(self, split)
 
 

@@ -41,6 +41,10 @@ STAGES = (
     "prepare", "train", "extract", "fit_refiner", "refine", "export", "cross_validate", "retrain", "segment", "relabel",
     "evaluate", "report",
 )  # fmt: skip
+SPLIT_OF = {  # of the images that a stage's results are of; those of the others are of both
+    "fit_refiner": "train", "refine": "train", "export": "train", "cross_validate": "train", "segment": "val",
+    "relabel": "train",
+}  # fmt: skip
 HEADER = """\
 # What stages cost, for `plan`; nothing else reads it. Measured on a sample, or written by you: a GPU's `image` and `step`
 # from its images per second, say. seconds: image: of one worker for an image; step: of a step of a phase, of all ranks;
@@ -292,9 +296,7 @@ def _has_network(run: str) -> bool:
 
 def _images(stage: str, sample: Records) -> int:
     """How many images a stage's results are of."""
-    if stage in ("fit_refiner", "refine", "export", "cross_validate", "relabel"):
-        return len(sample.split("train"))
-    return len(sample.split("val")) if stage == "segment" else len(sample)
+    return len(sample.split(SPLIT_OF[stage])) if stage in SPLIT_OF else len(sample)
 
 
 def _sizes(stage: str, outs: Sequence[Path]) -> tuple[float, float]:

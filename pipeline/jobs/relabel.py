@@ -93,29 +93,33 @@ def _item(result: Segmented, crf: CrfSettings | None, classes: int) -> store.Ite
 def fields(image: np.ndarray, stack: np.ndarray, classes: np.ndarray, crf: CrfSettings | None) -> dict[str, np.ndarray]:
     """RELABELLED fields of an image u8[h,w,3] and the segmenter's probabilities f32[p,·,·]; classes: i64[k], those that can
     win, from 0."""
-    kept = stack[np.concatenate([[0], classes + 1])]
+    size = (image.shape[0], image.shape[1])
+    values = np.concatenate([[0], classes + 1])
+    kept = stack[values]
     probabilities = kept / np.maximum(kept.sum(axis=0), np.finfo(np.float32).tiny)
-    h, w = image.shape[:2]
-    grid = -(-h // STRIDE), -(-w // STRIDE)
-    coarse = F.interpolate(torch.from_numpy(probabilities)[None], grid, mode="area")[0].numpy()
+    coarse = F.interpolate(torch.from_numpy(probabilities)[None], _grid(size), mode="area")[0].numpy()
     if crf is not None:
         unary = unary_from_probabilities(probabilities)
         probabilities = dense_crf(windows.resize(image, probabilities.shape[1:]), unary, crf)
-    plane, confidence = planes.winners(probabilities, (h, w))
+    plane, confidence = planes.winners(probabilities, size)
     return {
         "classes": classes.astype(np.uint16),
         "probabilities": coarse.astype(np.float16),
-        "label": np.concatenate([[0], classes + 1]).astype(np.uint8)[plane],
+        "label": values.astype(np.uint8)[plane],
         "confidence": np.round(confidence * store.CONFIDENCE_STEPS).astype(np.uint8),
     }
 
 
 def background(size: tuple[int, int]) -> dict[str, np.ndarray]:
     """RELABELLED fields of an image of (h, w) px in which no class is."""
-    grid = -(-size[0] // STRIDE), -(-size[1] // STRIDE)
     return {
         "classes": np.zeros(0, np.uint16),
-        "probabilities": np.ones((1, *grid), np.float16),
+        "probabilities": np.ones((1, *_grid(size)), np.float16),
         "label": np.zeros(size, np.uint8),
         "confidence": np.full(size, store.CONFIDENCE_STEPS, np.uint8),
     }
+
+
+def _grid(size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) px → (rows, columns) of the probabilities that are kept."""
+    return -(-size[0] // STRIDE), -(-size[1] // STRIDE)
